@@ -1,0 +1,2 @@
+//! The binary `tallow`.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Everything CI runs, one command: `cargo xtask ci`.
+fn main() {}
