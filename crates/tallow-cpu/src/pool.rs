@@ -1,0 +1,346 @@
+//! The thread pool that kernels run on: awake while work keeps coming, asleep soon after.
+//! Invariant: `run` returns only when every task has finished, and it never waits for a worker that
+//! has not taken a task; it allocates nothing. Which worker runs a task is left to chance, so a
+//! kernel must give the same bits whoever runs it.
+//! Absent on purpose: priorities, stealing, futures, pinning. Tasks come from one counter.
+//!
+//! A job is published in one word: an epoch and the number of tasks not yet taken. To take a task
+//! is to lower that number by compare-and-swap. If that succeeds the job of that epoch cannot have
+//! finished, so only then does a worker look at the job's pointer. A late worker finds no tasks.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use crate::error::Error;
+
+/// The most threads that a pool may have.
+pub const MAX_THREADS: usize = 1024;
+
+/// How long a worker spins after its last work, unless told otherwise. Waking a parked one costs
+/// about half of this.
+pub const DEFAULT_SPIN: Duration = Duration::from_micros(80);
+
+/// Tasks not yet taken live in the low bits of the word, the epoch in the others.
+const LEFT_BITS: u32 = 24;
+const LEFT_MASK: u64 = (1 << LEFT_BITS) - 1;
+
+/// A task body: task index, worker index.
+type Body<'a> = &'a (dyn Fn(usize, usize) + Sync);
+
+/// What a job is made of; lives on the stack of `run`.
+struct Job<'a> {
+    body: Body<'a>,
+    tasks: usize,
+}
+
+/// One worker's place to sleep.
+struct Bed {
+    parked: AtomicBool,
+    thread: OnceLock<Thread>,
+}
+
+/// The word on a cache line of its own, so that counting finished tasks does not disturb takers.
+#[repr(align(128))]
+struct Line<T>(T);
+
+struct Shared {
+    word: Line<AtomicU64>,
+    finished: Line<AtomicUsize>,
+    job: AtomicPtr<Job<'static>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    stop: AtomicBool,
+    beds: Box<[Bed]>,
+    spin: Duration,
+    /// More threads than cores: a spinning one must let others run.
+    crowded: bool,
+}
+
+/// A fixed set of threads. The caller of [`Pool::run`] is worker 0.
+pub struct Pool {
+    shared: Arc<Shared>,
+    busy: AtomicBool,
+    handles: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    /// A pool of `threads` workers, the caller included: `threads - 1` are started.
+    /// `threads` is clamped to 1..=[`MAX_THREADS`]. If the system refuses a thread the pool is
+    /// smaller ([`Pool::threads`] tells).
+    #[must_use]
+    pub fn new(threads: usize) -> Self {
+        Self::with_spin(threads, DEFAULT_SPIN)
+    }
+
+    /// As [`Pool::new`], with workers that spin for `spin` after their last work.
+    #[must_use]
+    pub fn with_spin(threads: usize, spin: Duration) -> Self {
+        let threads = threads.clamp(1, MAX_THREADS);
+        let cores = thread::available_parallelism().map_or(1, |n| n.get());
+        let bed = || Bed {
+            parked: AtomicBool::new(false),
+            thread: OnceLock::new(),
+        };
+        let shared = Arc::new(Shared {
+            word: Line(AtomicU64::new(0)),
+            finished: Line(AtomicUsize::new(0)),
+            job: AtomicPtr::new(ptr::null_mut()),
+            panic: Mutex::new(None),
+            stop: AtomicBool::new(false),
+            beds: (1..threads).map(|_| bed()).collect(),
+            spin,
+            crowded: threads > cores,
+        });
+        let mut handles = Vec::with_capacity(threads - 1);
+        for worker in 1..threads {
+            let its = Arc::clone(&shared);
+            let name = format!("tallow-{worker}");
+            match thread::Builder::new()
+                .name(name)
+                .spawn(move || its.work(worker))
+            {
+                Ok(handle) => handles.push(handle),
+                Err(_) => break,
+            }
+        }
+        Self {
+            shared,
+            busy: AtomicBool::new(false),
+            handles,
+        }
+    }
+
+    /// A pool as large as `TALLOW_THREADS` says, or [`default_threads`] where it is not set.
+    ///
+    /// # Errors
+    /// [`Error::Threads`] if the variable is not a whole number from 1 to [`MAX_THREADS`].
+    pub fn from_env() -> Result<Self, Error> {
+        threads_from_env().map(Self::new)
+    }
+
+    /// How many workers there are, the caller included. Worker indices are below it.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.handles.len() + 1
+    }
+
+    /// Calls `body(task, worker)` once for each task below `tasks`, on any workers, in any order.
+    ///
+    /// A call from inside a task, or while another thread's `run` is under way, runs all its tasks
+    /// on the calling thread as worker 0. Scratch memory indexed by worker must therefore belong to
+    /// one call.
+    ///
+    /// # Panics
+    /// Goes on with the first panic of a task, when all other tasks have finished.
+    pub fn run(&self, tasks: usize, body: Body<'_>) {
+        if tasks <= 1 || self.handles.is_empty() || self.busy.swap(true, Ordering::Acquire) {
+            for task in 0..tasks {
+                body(task, 0);
+            }
+            return;
+        }
+        let mut panic = None;
+        if tasks as u64 <= LEFT_MASK {
+            panic = self.shared.lead(&Job { body, tasks }, self.handles.len());
+        } else {
+            let per = tasks.div_ceil(LEFT_MASK as usize);
+            let many = |group: usize, worker: usize| {
+                for task in group * per..tasks.min((group + 1) * per) {
+                    body(task, worker);
+                }
+            };
+            let job = Job {
+                body: &many,
+                tasks: tasks.div_ceil(per),
+            };
+            panic = panic.or(self.shared.lead(&job, self.handles.len()));
+        }
+        self.busy.store(false, Ordering::Release);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for handle in self.handles.drain(..) {
+            handle.thread().unpark();
+            // A worker catches every panic of a task, so there is no other to report.
+            let _ = handle.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool")
+            .field("threads", &self.threads())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Publishes a job, takes part, waits for the tasks that others took.
+    fn lead(&self, job: &Job<'_>, workers: usize) -> Option<Box<dyn Any + Send>> {
+        let job_ptr: *const Job<'_> = job;
+        self.job
+            .store(job_ptr.cast::<Job<'static>>().cast_mut(), Ordering::Relaxed);
+        self.finished.0.store(0, Ordering::Relaxed);
+        // Only leaders change the epoch, and there is one leader at a time.
+        let epoch = (self.word.0.load(Ordering::Relaxed) >> LEFT_BITS).wrapping_add(1);
+        self.word
+            .0
+            .store((epoch << LEFT_BITS) | job.tasks as u64, Ordering::Release);
+        // Pairs with the fence in `sleep`: either the worker sees the job or we see it parked.
+        fence(Ordering::SeqCst);
+        for bed in self.beds.iter().take(workers.min(job.tasks - 1)) {
+            bed.wake();
+        }
+        let mine = self.take_all(epoch, 0);
+        self.wait_for(job.tasks - mine);
+        self.job.store(ptr::null_mut(), Ordering::Relaxed);
+        self.panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Takes and runs tasks of the job of `epoch` until none is left. Returns how many it ran.
+    fn take_all(&self, epoch: u64, worker: usize) -> usize {
+        let mut ran = 0;
+        let mut word = self.word.0.load(Ordering::Acquire);
+        while word >> LEFT_BITS == epoch & (u64::MAX >> LEFT_BITS) && word & LEFT_MASK != 0 {
+            let next = word - 1;
+            match self
+                .word
+                .0
+                .compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => {
+                    self.run_one((next & LEFT_MASK) as usize, worker);
+                    ran += 1;
+                    if worker != 0 {
+                        self.finished.0.fetch_add(1, Ordering::Release);
+                    }
+                    word = self.word.0.load(Ordering::Acquire);
+                }
+                Err(now) => word = now,
+            }
+        }
+        ran
+    }
+
+    /// Runs the task taken when `left` others were left. Keeps the first panic.
+    fn run_one(&self, left: usize, worker: usize) {
+        // SAFETY: a task of the current job was taken and is not yet counted as finished, so
+        // `lead` has not returned and the job on its stack is alive.
+        let job = unsafe { &*self.job.load(Ordering::Relaxed) };
+        let task = job.tasks - 1 - left;
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.body)(task, worker))) {
+            let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+            first.get_or_insert(panic);
+        }
+    }
+
+    /// Waits until workers have finished `count` tasks: those that they took.
+    fn wait_for(&self, count: usize) {
+        let mut spins = 0u32;
+        while self.finished.0.load(Ordering::Acquire) != count {
+            spins += 1;
+            // A worker whose core was taken away needs ours.
+            if self.crowded || spins > 20_000 {
+                thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// The life of a started worker.
+    fn work(&self, worker: usize) {
+        let bed = &self.beds[worker - 1];
+        let _ = bed.thread.set(thread::current());
+        let mut since = Instant::now();
+        let mut polls = 0u32;
+        while !self.stop.load(Ordering::Relaxed) {
+            let word = self.word.0.load(Ordering::Acquire);
+            if word & LEFT_MASK != 0 {
+                self.take_all(word >> LEFT_BITS, worker);
+                since = Instant::now();
+                polls = 0;
+                continue;
+            }
+            polls += 1;
+            if polls % 32 == 0 && since.elapsed() >= self.spin {
+                self.sleep(bed);
+                since = Instant::now();
+            } else if self.crowded {
+                thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Parks until there is a job or an end.
+    fn sleep(&self, bed: &Bed) {
+        bed.parked.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        while bed.parked.load(Ordering::Acquire)
+            && self.word.0.load(Ordering::Acquire) & LEFT_MASK == 0
+            && !self.stop.load(Ordering::SeqCst)
+        {
+            thread::park();
+        }
+        bed.parked.store(false, Ordering::Release);
+    }
+}
+
+impl Bed {
+    fn wake(&self) {
+        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::AcqRel) {
+            if let Some(thread) = self.thread.get() {
+                thread.unpark();
+            }
+        }
+    }
+}
+
+/// How many threads a pool gets by default: the physical cores that this process may use.
+#[must_use]
+pub fn default_threads() -> usize {
+    let allowed = thread::available_parallelism().map_or(1, |n| n.get());
+    allowed
+        .min(num_cpus::get_physical().max(1))
+        .min(MAX_THREADS)
+}
+
+/// What `TALLOW_THREADS` says, or [`default_threads`].
+///
+/// # Errors
+/// [`Error::Threads`] if the variable is not a whole number from 1 to [`MAX_THREADS`].
+pub fn threads_from_env() -> Result<usize, Error> {
+    match std::env::var_os("TALLOW_THREADS") {
+        None => Ok(default_threads()),
+        Some(value) => parse_threads(&value.to_string_lossy()),
+    }
+}
+
+fn parse_threads(value: &str) -> Result<usize, Error> {
+    match value.trim().parse() {
+        Ok(n) if (1..=MAX_THREADS).contains(&n) => Ok(n),
+        _ => Err(Error::Threads {
+            value: value.to_owned(),
+            max: MAX_THREADS,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,353 @@
+//! The innermost product: rows of `x` times one panel of at most 32 columns, on every instruction set.
+//! Invariant: an output element is one chain of fused multiply-adds in the order of `k`, then of the
+//! tail, and then (when accumulating) one addition of the old value. The chain depends on the
+//! instruction set and `k` alone: not on `m`, the row's place, strides, the panel's padding or threads.
+//! Absent on purpose: blocking, packing, threads. Callers choose what stays in cache.
+
+use crate::simd::{Isa, Kernel, Vector};
+
+/// Columns of a panel, the same for every instruction set.
+pub const NR: usize = 32;
+
+/// The most rows of one register block. Rows packed for the fast path come in blocks of this.
+pub const MR: usize = 12;
+
+/// One tile product: `y[i, j] (+)= sum_l x[i, l] * panel[l, j]`, `i < m`, `j < cols`, then the tail.
+/// Strides count elements. `E` is how the panel is stored: `f32` or [`Bf16`].
+#[derive(Clone, Copy, Debug)]
+pub struct Tile<E = f32> {
+    /// Rows of `x` and `y`.
+    pub m: usize,
+    /// Length of the sums.
+    pub k: usize,
+    /// Element `(i, l)` is at `x + i * x_row + l * x_col`.
+    pub x: *const f32,
+    /// Distance between rows of `x`. Fastest where it is 1 (rows side by side, see [`MR`]).
+    pub x_row: usize,
+    /// Distance between the terms of a row of `x`.
+    pub x_col: usize,
+    /// Element `(l, j)` is at `panel + l * panel_row + j`.
+    pub panel: *const E,
+    /// Distance between rows of the panel: [`NR`] where packed.
+    pub panel_row: usize,
+    /// All 32 columns of a panel row may be read, though only `cols` of them count.
+    pub padded: bool,
+    /// Element `(i, j)` is at `y + i * y_row + j`.
+    pub y: *mut f32,
+    /// Distance between rows of `y`.
+    pub y_row: usize,
+    /// Columns that count, 1 to 32. No other column of `y` is touched.
+    pub cols: usize,
+    /// Adds to `y` instead of setting it.
+    pub accumulate: bool,
+}
+
+/// More terms for the sums of a tile: `sum_l x[i, l] * panel[l, j]` with an `x` and panel of its own.
+/// Its panel is f32 and padded or not as the tile's.
+#[derive(Clone, Copy, Debug)]
+pub struct Tail {
+    /// Terms.
+    pub k: usize,
+    /// Element `(i, l)` is at `x + i * x_row + l * x_col`.
+    pub x: *const f32,
+    /// Distance between rows of `x`.
+    pub x_row: usize,
+    /// Distance between the terms of a row of `x`.
+    pub x_col: usize,
+    /// Element `(l, j)` is at `panel + l * panel_row + j`.
+    pub panel: *const f32,
+    /// Distance between rows of the panel.
+    pub panel_row: usize,
+}
+
+impl Tail {
+    /// No terms.
+    pub const NONE: Tail = Tail {
+        k: 0,
+        x: std::ptr::null(),
+        x_row: 0,
+        x_col: 0,
+        panel: std::ptr::null(),
+        panel_row: 0,
+    };
+}
+
+/// A bf16 bit pattern in a panel. It is widened in registers; sums are f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Bf16(pub u16);
+
+/// How a panel element is stored.
+///
+/// # Safety
+/// `load` reads exactly `V::LANES` elements, `load_mask` exactly the first `n`.
+pub unsafe trait Element: Copy + Send + Sync + 'static {
+    /// Loads `V::LANES` elements.
+    ///
+    /// # Safety
+    /// They are readable, and the machine has the instructions of `V`.
+    unsafe fn load<V: Vector>(p: *const Self) -> V;
+    /// Loads the first `n` of `V::LANES` elements, `mask` being their mask.
+    ///
+    /// # Safety
+    /// They are readable, and the machine has the instructions of `V`.
+    unsafe fn load_mask<V: Vector>(p: *const Self, mask: V::Mask, n: usize) -> V;
+}
+
+// SAFETY: the vector's own loads.
+unsafe impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const Self) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_mask<V: Vector>(p: *const Self, mask: V::Mask, _n: usize) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_mask(p, mask) }
+    }
+}
+
+// SAFETY: the vector's own load, or a copy of `n` elements.
+unsafe impl Element for Bf16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const Self) -> V {
+        // SAFETY: the caller's promise; `Bf16` is a transparent `u16`.
+        unsafe { V::load_bf16(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_mask<V: Vector>(p: *const Self, _mask: V::Mask, n: usize) -> V {
+        let mut t = [Bf16(0); 16];
+        // SAFETY: the caller gives `n <= LANES <= 16` elements.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, t.as_mut_ptr(), n);
+            V::load_bf16(t.as_ptr().cast())
+        }
+    }
+}
+
+/// Computes `tile`.
+///
+/// # Safety
+/// The machine has `isa`. All elements that [`Tile`] names are readable (`y`: writable, and readable
+/// when accumulating), and `y` overlaps nothing that is read. `1 <= cols <= 32`.
+pub unsafe fn run<E: Element>(isa: Isa, tile: &Tile<E>) {
+    // SAFETY: the caller's promise; an empty tail names no elements.
+    unsafe { run_with_tail(isa, tile, &Tail::NONE) }
+}
+
+/// Computes `tile` with the terms of `tail` in the same sums.
+///
+/// # Safety
+/// As for [`run`], for the elements of `tail` too.
+pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
+    debug_assert!((1..=NR).contains(&tile.cols));
+    let fast = tile.x_row == 1 && (tail.k == 0 || tail.x_row == 1) && tile.padded;
+    let limit = block_rows(isa, tile.cols);
+    let blocks = tile.m.div_ceil(limit);
+    let mut row = 0;
+    for block in 0..blocks {
+        // Even blocks: a lone last row would leave the multipliers waiting.
+        let rows = (tile.m - row).div_ceil(blocks - block);
+        // SAFETY: `rows <= limit <= MR` rows from `row` on are part of the tile.
+        unsafe {
+            if fast {
+                block_of::<E, true>(isa, Block { tile, tail, row }, rows);
+            } else {
+                block_of::<E, false>(isa, Block { tile, tail, row }, rows);
+            }
+        }
+        row += rows;
+    }
+}
+
+/// Rows of a register block on `isa` for a tile of `cols` columns.
+fn block_rows(isa: Isa, cols: usize) -> usize {
+    match isa {
+        Isa::Avx512 => MR,
+        Isa::Avx2 | Isa::Neon if cols <= NR / 2 => 6,
+        Isa::Avx2 | Isa::Neon => 3,
+        Isa::Portable if cols <= NR / 2 => 4,
+        Isa::Portable => 2,
+    }
+}
+
+/// One register block: some rows of a tile, from `row` on.
+#[derive(Clone, Copy)]
+struct Block<'a, E> {
+    tile: &'a Tile<E>,
+    tail: &'a Tail,
+    row: usize,
+}
+
+/// # Safety
+/// As for [`run_with_tail`]; `rows <= block_rows(isa, cols)` rows from `block.row` on are in the tile.
+unsafe fn block_of<E: Element, const FAST: bool>(isa: Isa, block: Block<'_, E>, rows: usize) {
+    macro_rules! by_rows {
+        ($half:literal: $($n:literal)*) => {
+            match rows {
+                // SAFETY: the caller's promise.
+                $($n => unsafe { isa.dispatch(Rows::<E, $n, FAST, $half>(block)) },)*
+                _ => unreachable!("bug in tallow: {rows} rows in a register block"),
+            }
+        };
+    }
+    if block.tile.cols <= NR / 2 {
+        by_rows!(true: 1 2 3 4 5 6 7 8 9 10 11 12)
+    } else {
+        by_rows!(false: 1 2 3 4 5 6 7 8 9 10 11 12)
+    }
+}
+
+/// A register block of `R` rows. `FAST`: rows of `x` side by side and a padded panel.
+/// `HALF`: at most 16 columns.
+struct Rows<'a, E, const R: usize, const FAST: bool, const HALF: bool>(Block<'a, E>);
+
+/// Vectors a row of 32 columns may need: 8 of 4 lanes.
+const MAX_VECTORS: usize = 8;
+
+type Sums<V, const R: usize> = [[V; MAX_VECTORS]; R];
+
+impl<E: Element, const R: usize, const FAST: bool, const HALF: bool> Kernel
+    for Rows<'_, E, R, FAST, HALF>
+{
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn call<V: Vector>(self) {
+        // A block that the registers of `V` cannot hold is never asked for (`block_rows`).
+        if R > V::TILE_ROWS * if HALF { 2 } else { 1 } {
+            return;
+        }
+        let Block { tile: t, tail, row } = self.0;
+        // SAFETY: the caller's promise: `R` rows from `row` on, `cols` columns, are in the tile.
+        unsafe {
+            let mut sums: Sums<V, R> = [[V::zero(); MAX_VECTORS]; R];
+            let terms = Terms {
+                k: t.k,
+                x: t.x.wrapping_add(row * t.x_row),
+                x_row: t.x_row,
+                x_col: t.x_col,
+                panel: t.panel,
+                panel_row: t.panel_row,
+                cols: t.cols,
+            };
+            terms.add::<V, R, FAST, HALF>(&mut sums);
+            if tail.k > 0 {
+                let terms = Terms {
+                    k: tail.k,
+                    x: tail.x.wrapping_add(row * tail.x_row),
+                    x_row: tail.x_row,
+                    x_col: tail.x_col,
+                    panel: tail.panel,
+                    panel_row: tail.panel_row,
+                    cols: t.cols,
+                };
+                terms.add::<V, R, FAST, HALF>(&mut sums);
+            }
+            write::<V, R, HALF>(&sums, t.y.add(row * t.y_row), t.y_row, t.cols, t.accumulate);
+        }
+    }
+}
+
+/// Terms of the sums of one register block.
+struct Terms<E> {
+    k: usize,
+    x: *const f32,
+    x_row: usize,
+    x_col: usize,
+    panel: *const E,
+    panel_row: usize,
+    cols: usize,
+}
+
+impl<E: Element> Terms<E> {
+    /// # Safety
+    /// The elements named are readable: `R` rows of `x`, and of the panel 32 columns (16 if `HALF`)
+    /// if `FAST`, else `cols`.
+    #[inline(always)]
+    unsafe fn add<V: Vector, const R: usize, const FAST: bool, const HALF: bool>(
+        &self,
+        sums: &mut Sums<V, R>,
+    ) {
+        let vectors = if HALF { NR / 2 } else { NR } / V::LANES;
+        let x_row = if FAST { 1 } else { self.x_row };
+        let mut x = self.x;
+        let mut p = self.panel;
+        // SAFETY: `l` stays below `k`; vectors beyond `cols` are fully masked.
+        unsafe {
+            let masks = masks::<V>(self.cols);
+            for _ in 0..self.k {
+                let mut w = [V::zero(); MAX_VECTORS];
+                for j in 0..vectors {
+                    let at = p.wrapping_add(j * V::LANES);
+                    w[j] = if FAST {
+                        E::load(at)
+                    } else {
+                        E::load_mask(at, masks[j], lanes::<V>(self.cols, j))
+                    };
+                }
+                for (i, row) in sums.iter_mut().enumerate() {
+                    let a = V::splat(*x.add(i * x_row));
+                    for j in 0..vectors {
+                        row[j] = a.mul_add(w[j], row[j]);
+                    }
+                }
+                x = x.wrapping_add(self.x_col);
+                p = p.wrapping_add(self.panel_row);
+            }
+        }
+    }
+}
+
+/// Lanes of vector `j` that hold columns below `cols`.
+#[inline(always)]
+fn lanes<V: Vector>(cols: usize, j: usize) -> usize {
+    cols.saturating_sub(j * V::LANES).min(V::LANES)
+}
+
+/// # Safety
+/// The machine has the instructions of `V`.
+#[inline(always)]
+unsafe fn masks<V: Vector>(cols: usize) -> [V::Mask; MAX_VECTORS] {
+    // SAFETY: the caller's promise; `lanes` is at most `LANES`.
+    unsafe {
+        let mut masks = [V::mask(0); MAX_VECTORS];
+        for (j, mask) in masks.iter_mut().enumerate().take(NR / V::LANES) {
+            *mask = V::mask(lanes::<V>(cols, j));
+        }
+        masks
+    }
+}
+
+/// Writes the sums of a register block.
+///
+/// # Safety
+/// `cols` elements of `R` rows, `y_row` apart, are writable (and readable if `accumulate`).
+#[inline(always)]
+unsafe fn write<V: Vector, const R: usize, const HALF: bool>(
+    sums: &Sums<V, R>,
+    y: *mut f32,
+    y_row: usize,
+    cols: usize,
+    accumulate: bool,
+) {
+    let vectors = if HALF { NR / 2 } else { NR } / V::LANES;
+    // SAFETY: the caller's promise; lanes beyond `cols` are masked off.
+    unsafe {
+        let masks = masks::<V>(cols);
+        for (i, row) in sums.iter().enumerate() {
+            for j in 0..vectors {
+                let at = y.wrapping_add(i * y_row + j * V::LANES);
+                let mut v = row[j];
+                if accumulate {
+                    v = v.add(V::load_mask(at, masks[j]));
+                }
+                v.store_mask(at, masks[j]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
