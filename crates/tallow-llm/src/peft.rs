@@ -1,0 +1,298 @@
+//! LoRA adapters in PEFT's format, in and out.
+//! Invariant: an adapter that was read binds whole: every module its configuration selects has both its
+//! tensors, every tensor belongs to such a module, every number is finite, shapes are the base model's.
+//! Absent on purpose: other adapter kinds and variants (DoRA, adapters on embeddings): refused by name.
+
+mod config;
+mod matching;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
+use safetensors::View;
+
+pub use config::{AdapterConfig, Targets};
+
+use crate::config::{Projection, Projections};
+use crate::error::{Error, Result, list, quote};
+use crate::files::{self, Staged};
+use crate::weights::{StoredDtype, TensorView, Weights};
+
+/// Where an adapter's configuration lies in its folder.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Where an adapter's tensors lie in its folder.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+const PREFIX: &str = "base_model.model.";
+const HINT: &str =
+    "give a PEFT adapter folder, with adapter_config.json and adapter_model.safetensors";
+
+/// The adapter of one projection: `y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraModule {
+    /// The projection, "model.layers.0.self_attn.q_proj".
+    pub module: String,
+    /// Its sizes in the base model.
+    pub projection: Projection,
+    /// Rank `r`.
+    pub rank: usize,
+    /// alpha / r, or alpha / sqrt(r) with rslora; computed in f64.
+    pub scale: f32,
+    /// `A: [r, k]`, row-major.
+    pub a: Vec<f32>,
+    /// `B: [n, r]`, row-major.
+    pub b: Vec<f32>,
+}
+
+/// An adapter that fits a base model.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// `adapter_config.json`.
+    pub config: AdapterConfig,
+    /// The adapted projections, by name.
+    pub modules: Vec<LoraModule>,
+    /// What deserves a word to the user, though the adapter works.
+    pub warnings: Vec<String>,
+}
+
+impl Adapter {
+    /// Reads an adapter folder and binds it to the projections of a base model.
+    pub fn read(dir: &Path, base: &Projections) -> Result<Self> {
+        let config = AdapterConfig::read(dir)?;
+        let path = dir.join(WEIGHTS_FILE);
+        if !path.exists() && dir.join("adapter_model.bin").exists() {
+            return Err(Error::Unsupported {
+                path: dir.join("adapter_model.bin"),
+                what: "a pickle file, which can run code when it is read,".to_owned(),
+                hint: "save the adapter as safetensors (PEFT: save_pretrained)".to_owned(),
+            });
+        }
+        let weights = Weights::open_file_hinted(&path, HINT)?;
+        let found = sort_tensors(&weights)?;
+        let mut modules = config.resolve(base)?;
+        check_bound(dir, &found, &modules, base)?;
+        for m in &mut modules {
+            let pair = &found[m.module.as_str()];
+            m.a = values(pair.a, &[m.rank, m.projection.k])?;
+            m.b = values(pair.b, &[m.projection.n, m.rank])?;
+        }
+        Ok(Self {
+            config,
+            warnings: modules.iter().filter_map(rank_warning).collect(),
+            modules,
+        })
+    }
+
+    /// A fresh adapter: every `A` uniform in ±1/sqrt(k) (PEFT's default), every `B` zero. The numbers of a
+    /// module depend on the seed and its name only.
+    pub fn init(config: AdapterConfig, base: &Projections, seed: u64) -> Result<Self> {
+        let mut modules = config.resolve(base)?;
+        for m in &mut modules {
+            let Projection { n, k } = m.projection;
+            m.a = uniform(seed, &m.module, m.rank * k, k);
+            m.b = vec![0.0; n * m.rank];
+        }
+        Ok(Self {
+            config,
+            warnings: modules.iter().filter_map(rank_warning).collect(),
+            modules,
+        })
+    }
+
+    /// Writes the adapter as PEFT does, in f32. Both files are whole and synced before either takes its place.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        files::prepare_output_dir(dir)?;
+        let path = dir.join(WEIGHTS_FILE);
+        let bytes = self.serialize(&path)?;
+        let weights = Staged::write(&path, |w| w.write_all(&bytes))?;
+        let text = self.config.to_json();
+        let config = Staged::write(&dir.join(CONFIG_FILE), |w| w.write_all(text.as_bytes()))?;
+        weights.commit()?;
+        config.commit()
+    }
+
+    fn serialize(&self, path: &Path) -> Result<Vec<u8>> {
+        let mut tensors = Vec::with_capacity(2 * self.modules.len());
+        for m in &self.modules {
+            let Projection { n, k } = m.projection;
+            for (which, shape, values) in [("A", [m.rank, k], &m.a), ("B", [n, m.rank], &m.b)] {
+                let name = format!("{PREFIX}{}.lora_{which}.weight", m.module);
+                finite(path, &name, values)?;
+                tensors.push((name, F32View { shape, values }));
+            }
+        }
+        let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::serialize(tensors, Some(about)).map_err(|e| Error::Safetensors {
+            path: path.to_path_buf(),
+            problem: quote(&e.to_string()),
+        })
+    }
+}
+
+/// The two tensors of a module, as far as they were found.
+#[derive(Clone, Copy, Default)]
+struct Pair<'a> {
+    a: Option<&'a TensorView>,
+    b: Option<&'a TensorView>,
+}
+
+/// Sorts an adapter's tensors by module; anything that is not `lora_A` or `lora_B` of a module is an error.
+fn sort_tensors(weights: &Weights) -> Result<BTreeMap<&str, Pair<'_>>> {
+    let mut found: BTreeMap<&str, Pair> = BTreeMap::new();
+    let mut foreign = Vec::new();
+    for tensor in weights.iter() {
+        let module = tensor.name.strip_prefix(PREFIX).unwrap_or(&tensor.name);
+        if let Some(name) = matching::outside_the_layers(module) {
+            return Err(Error::Unsupported {
+                path: weights.path().to_path_buf(),
+                what: format!("an adapter on {name} (tensor {})", quote(&tensor.name)),
+                hint: "train it on the projections of the layers only".to_owned(),
+            });
+        }
+        let inside = tensor.name.starts_with(PREFIX);
+        match (
+            module.strip_suffix(".lora_A.weight"),
+            module.strip_suffix(".lora_B.weight"),
+        ) {
+            (Some(module), _) if inside => found.entry(module).or_default().a = Some(tensor),
+            (_, Some(module)) if inside => found.entry(module).or_default().b = Some(tensor),
+            _ => foreign.push(quote(&tensor.name)),
+        }
+    }
+    if foreign.is_empty() {
+        return Ok(found);
+    }
+    Err(Error::Tensors {
+        path: weights.path().to_path_buf(),
+        count: foreign.len(),
+        problem: "tensors that do not belong to a LoRA adapter",
+        names: list(foreign),
+        hint: "only <module>.lora_A.weight and .lora_B.weight are understood",
+    })
+}
+
+/// Every selected module has its tensors, and every tensor a selected module.
+fn check_bound(
+    dir: &Path,
+    found: &BTreeMap<&str, Pair<'_>>,
+    wanted: &[LoraModule],
+    base: &Projections,
+) -> Result<()> {
+    let mut unbound = Vec::new();
+    let selected = |module: &str| {
+        let place = wanted.binary_search_by(|w| w.module.as_str().cmp(module));
+        place.is_ok()
+    };
+    for LoraModule { module, .. } in wanted {
+        let pair = found.get(module.as_str()).copied().unwrap_or_default();
+        let reason = match (pair.a, pair.b) {
+            (Some(_), Some(_)) => continue,
+            (None, None) => "no tensors",
+            (None, Some(_)) => "no lora_A",
+            (Some(_), None) => "no lora_B",
+        };
+        unbound.push(format!("{module} ({reason})"));
+    }
+    for module in found.keys().filter(|m| !selected(m)) {
+        let reason = match base.contains_key(*module) {
+            true => "not selected by adapter_config.json",
+            false => "not in the base model",
+        };
+        unbound.push(format!("{} ({reason})", quote(module)));
+    }
+    if unbound.is_empty() {
+        return Ok(());
+    }
+    let total = wanted.len() + found.keys().filter(|m| !selected(m)).count();
+    Err(Error::PartialAdapter {
+        path: dir.to_path_buf(),
+        bound: total - unbound.len(),
+        total,
+        rest: list(unbound),
+    })
+}
+
+/// The numbers of a tensor in f32, after a look at its shape and at each of them.
+fn values(tensor: Option<&TensorView>, shape: &[usize]) -> Result<Vec<f32>> {
+    let tensor = tensor.expect("bug in tallow: check_bound saw both tensors of every module");
+    match tensor.dtype {
+        StoredDtype::F32 | StoredDtype::BF16 | StoredDtype::F16 => {}
+        _ => return Err(tensor.wrong_type("F32, BF16 or F16")),
+    }
+    if tensor.shape != shape {
+        return Err(tensor.wrong_shape(shape.to_vec()));
+    }
+    let values = tensor.to_f32()?;
+    finite(&tensor.file, &tensor.name, &values)?;
+    Ok(values)
+}
+
+fn finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::NotFinite {
+            path: path.to_path_buf(),
+            name: quote(name),
+            value: values[index],
+            index,
+        }),
+    }
+}
+
+/// PEFT accepts such an adapter; it only wastes work.
+fn rank_warning(m: &LoraModule) -> Option<String> {
+    let LoraModule { module, rank, .. } = m;
+    let least = m.projection.n.min(m.projection.k);
+    (*rank > least).then(|| {
+        format!("{module}: rank {rank} is above {least}, the smaller side of the projection; it adds cost, not capacity")
+    })
+}
+
+/// `count` numbers uniform in ±1/sqrt(k), from a stream of their own for each name.
+fn uniform(seed: u64, name: &str, count: usize, k: usize) -> Vec<f32> {
+    // FNV-1a: stable over versions and machines, unlike the standard hasher.
+    let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(stream);
+    let bound = 1.0 / (k as f64).sqrt();
+    let one = |_| {
+        let unit = f64::from(random.next_u32()) / f64::from(u32::MAX);
+        ((2.0 * unit - 1.0) * bound) as f32
+    };
+    (0..count).map(one).collect()
+}
+
+/// Values on their way into a file.
+struct F32View<'a> {
+    shape: [usize; 2],
+    values: &'a [f32],
+}
+
+impl View for F32View<'_> {
+    fn dtype(&self) -> StoredDtype {
+        StoredDtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect::<Vec<u8>>()
+            .into()
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}

@@ -1,0 +1,144 @@
+//! Text to token ids and back, on `tokenizer.json`.
+//! Invariant: text from outside never becomes a special token, whatever it contains; a line begins with at
+//! most one bos and ends with at most one eos. Absent on purpose: chat templates; truncation and padding
+//! that `tokenizer.json` may ask for (they would lose text silently).
+
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+pub use stream::DecodeStream;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result, quote};
+use crate::{files, json};
+
+/// No `tokenizer.json` is larger than this.
+const LIMIT_BYTES: u64 = 512 << 20;
+
+/// The tokenizer of a model folder.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    /// `tokenizer_config.json` says in so many words that there is no bos.
+    without_bos: bool,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` (and `tokenizer_config.json`, where it is there) of a model folder.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let hint = "give a model folder with a fast tokenizer (transformers: save_pretrained)";
+        let bytes = files::read_bounded(&path, LIMIT_BYTES, hint)?;
+        let fail = |e: tokenizers::Error| Error::Tokenizer {
+            path: path.clone(),
+            problem: format!("not a usable tokenizer: {}", quote(&e.to_string())),
+            hint: "download the file again",
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(fail)?;
+        inner.set_encode_special_tokens(true);
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(fail)?;
+        let about = dir.join("tokenizer_config.json");
+        let without_bos = about.exists() && {
+            let (map, _) = json::read_object(&about, hint)?;
+            map.get("bos_token") == Some(&Value::Null)
+        };
+        Ok(Self {
+            inner,
+            path,
+            without_bos,
+        })
+    }
+
+    /// The ids of a text, nothing added. Special tokens in it are plain text.
+    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|e| self.bad(&e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// A training or evaluation line: bos + text + eos. bos is left out where the model has none (no
+    /// `bos_token_id`, or `bos_token` null in `tokenizer_config.json`); eos is the first of the model's list.
+    /// Neither is doubled where the tokenizer adds it itself.
+    pub fn encode_line(&self, text: &str, config: &ModelConfig) -> Result<Vec<u32>> {
+        self.encode(text, config, true)
+    }
+
+    /// A prompt: bos + text, with bos as in [`Tokenizer::encode_line`] and without an eos.
+    pub fn encode_prompt(&self, text: &str, config: &ModelConfig) -> Result<Vec<u32>> {
+        self.encode(text, config, false)
+    }
+
+    fn encode(&self, text: &str, config: &ModelConfig, with_eos: bool) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, true)
+            .map_err(|e| self.bad(&e))?;
+        let mut ids = encoding.get_ids().to_vec();
+        // What the tokenizer put around the text is marked in the mask.
+        let mask = encoding.get_special_tokens_mask();
+        let before = mask.iter().take_while(|&&m| m == 1).count();
+        let after = mask[before..].iter().rev().take_while(|&&m| m == 1).count();
+        let end = ids.len() - after;
+        let has_eos = ids[end..].iter().any(|id| config.eos.contains(id));
+        if !with_eos {
+            ids.truncate(end);
+        } else if let Some(&eos) = config.eos.first()
+            && !has_eos
+        {
+            ids.push(eos);
+        }
+        if let Some(bos) = config.bos.filter(|_| !self.without_bos)
+            && !ids[..before].contains(&bos)
+        {
+            ids.insert(0, bos);
+        }
+        match ids.iter().find(|&&id| id as usize >= config.vocab) {
+            None => Ok(ids),
+            Some(id) => Err(Error::Tokenizer {
+                path: self.path.clone(),
+                problem: format!(
+                    "gives token {id}, but the model has only {} (vocab_size)",
+                    config.vocab
+                ),
+                hint: "use the tokenizer that belongs to the model",
+            }),
+        }
+    }
+
+    /// The text of some ids; special tokens and ids it does not know are left out.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|e| self.bad(&e))
+    }
+
+    /// Turns ids that come one by one into text that consists of whole characters.
+    pub fn decode_stream(&self) -> DecodeStream<'_> {
+        DecodeStream::new(self)
+    }
+
+    /// Tokens it knows, the added ones included.
+    pub fn vocab(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The id of a token, "<|eos|>".
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    fn bad(&self, e: &tokenizers::Error) -> Error {
+        Error::Tokenizer {
+            path: self.path.clone(),
+            problem: quote(&e.to_string()),
+            hint: "the tokenizer and the text do not go together, use the model's own tokenizer",
+        }
+    }
+}
