@@ -277,7 +277,7 @@ impl Shared {
                 continue;
             }
             polls += 1;
-            if polls % 32 == 0 && since.elapsed() >= self.spin {
+            if polls.is_multiple_of(32) && since.elapsed() >= self.spin {
                 self.sleep(bed);
                 since = Instant::now();
             } else if self.crowded {
@@ -304,10 +304,11 @@ impl Shared {
 
 impl Bed {
     fn wake(&self) {
-        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::AcqRel) {
-            if let Some(thread) = self.thread.get() {
-                thread.unpark();
-            }
+        if self.parked.load(Ordering::Relaxed)
+            && self.parked.swap(false, Ordering::AcqRel)
+            && let Some(thread) = self.thread.get()
+        {
+            thread.unpark();
         }
     }
 }

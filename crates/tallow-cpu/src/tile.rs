@@ -4,6 +4,8 @@
 //! instruction set and `k` alone: not on `m`, the row's place, strides, the panel's padding or threads.
 //! Absent on purpose: blocking, packing, threads. Callers choose what stays in cache.
 
+use half::bf16;
+
 use crate::simd::{Isa, Kernel, Vector};
 
 /// Columns of a panel, the same for every instruction set.
@@ -13,7 +15,7 @@ pub const NR: usize = 32;
 pub const MR: usize = 12;
 
 /// One tile product: `y[i, j] (+)= sum_l x[i, l] * panel[l, j]`, `i < m`, `j < cols`, then the tail.
-/// Strides count elements. `E` is how the panel is stored: `f32` or [`Bf16`].
+/// Strides count elements. `E` is how the panel is stored: `f32`, or `bf16` widened in registers.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile<E = f32> {
     /// Rows of `x` and `y`.
@@ -72,11 +74,6 @@ impl Tail {
     };
 }
 
-/// A bf16 bit pattern in a panel. It is widened in registers; sums are f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(transparent)]
-pub struct Bf16(pub u16);
-
 /// How a panel element is stored.
 ///
 /// # Safety
@@ -109,15 +106,15 @@ unsafe impl Element for f32 {
 }
 
 // SAFETY: the vector's own load, or a copy of `n` elements.
-unsafe impl Element for Bf16 {
+unsafe impl Element for bf16 {
     #[inline(always)]
     unsafe fn load<V: Vector>(p: *const Self) -> V {
-        // SAFETY: the caller's promise; `Bf16` is a transparent `u16`.
+        // SAFETY: the caller's promise; `bf16` is a transparent `u16`.
         unsafe { V::load_bf16(p.cast()) }
     }
     #[inline(always)]
     unsafe fn load_mask<V: Vector>(p: *const Self, _mask: V::Mask, n: usize) -> V {
-        let mut t = [Bf16(0); 16];
+        let mut t = [bf16::ZERO; 16];
         // SAFETY: the caller gives `n <= LANES <= 16` elements.
         unsafe {
             std::ptr::copy_nonoverlapping(p, t.as_mut_ptr(), n);
@@ -142,8 +139,16 @@ pub unsafe fn run<E: Element>(isa: Isa, tile: &Tile<E>) {
 /// As for [`run`], for the elements of `tail` too.
 pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
     debug_assert!((1..=NR).contains(&tile.cols));
-    let fast = tile.x_row == 1 && (tail.k == 0 || tail.x_row == 1) && tile.padded;
-    let limit = block_rows(isa, tile.cols);
+    let fast = tile.m == 1 || (tile.x_row == 1 && (tail.k == 0 || tail.x_row == 1));
+    let width = width(tile.cols);
+    let mask = !tile.padded && tile.cols < width;
+    // Eight columns fill half an AVX-512 vector; two AVX2 ones take the time of one. Same bits.
+    let isa = if isa == Isa::Avx512 && width == 8 {
+        Isa::Avx2
+    } else {
+        isa
+    };
+    let limit = block_rows(isa, width);
     let blocks = tile.m.div_ceil(limit);
     let mut row = 0;
     for block in 0..blocks {
@@ -151,25 +156,35 @@ pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
         let rows = (tile.m - row).div_ceil(blocks - block);
         // SAFETY: `rows <= limit <= MR` rows from `row` on are part of the tile.
         unsafe {
-            if fast {
-                block_of::<E, true>(isa, Block { tile, tail, row }, rows);
-            } else {
-                block_of::<E, false>(isa, Block { tile, tail, row }, rows);
+            let block = Block { tile, tail, row };
+            match (fast, mask) {
+                (true, false) => block_of::<E, true, false>(isa, block, rows),
+                (false, false) => block_of::<E, false, false>(isa, block, rows),
+                (_, true) => block_of::<E, false, true>(isa, block, rows),
             }
         }
         row += rows;
     }
 }
 
-/// Rows of a register block on `isa` for a tile of `cols` columns.
-fn block_rows(isa: Isa, cols: usize) -> usize {
-    match isa {
-        Isa::Avx512 => MR,
-        Isa::Avx2 | Isa::Neon if cols <= NR / 2 => 6,
-        Isa::Avx2 | Isa::Neon => 3,
-        Isa::Portable if cols <= NR / 2 => 4,
-        Isa::Portable => 2,
+/// Columns that a register block works on: 8, 16 or 32.
+#[inline(always)]
+fn width(cols: usize) -> usize {
+    match cols {
+        0..=8 => 8,
+        9..=16 => 16,
+        _ => NR,
     }
+}
+
+/// Rows of a register block of `width` columns on `isa`.
+fn block_rows(isa: Isa, width: usize) -> usize {
+    let rows = match isa {
+        Isa::Avx512 => MR,
+        Isa::Avx2 | Isa::Neon => 3,
+        Isa::Portable => 1,
+    };
+    (rows * NR / width).min(MR)
 }
 
 /// One register block: some rows of a tile, from `row` on.
@@ -182,41 +197,47 @@ struct Block<'a, E> {
 
 /// # Safety
 /// As for [`run_with_tail`]; `rows <= block_rows(isa, cols)` rows from `block.row` on are in the tile.
-unsafe fn block_of<E: Element, const FAST: bool>(isa: Isa, block: Block<'_, E>, rows: usize) {
+unsafe fn block_of<E: Element, const FAST: bool, const MASK: bool>(
+    isa: Isa,
+    block: Block<'_, E>,
+    rows: usize,
+) {
     macro_rules! by_rows {
-        ($half:literal: $($n:literal)*) => {
+        ($width:literal: $($n:literal)*) => {
             match rows {
                 // SAFETY: the caller's promise.
-                $($n => unsafe { isa.dispatch(Rows::<E, $n, FAST, $half>(block)) },)*
+                $($n => unsafe { isa.dispatch(Rows::<E, $n, FAST, MASK, $width>(block)) },)*
                 _ => unreachable!("bug in tallow: {rows} rows in a register block"),
             }
         };
     }
-    if block.tile.cols <= NR / 2 {
-        by_rows!(true: 1 2 3 4 5 6 7 8 9 10 11 12)
-    } else {
-        by_rows!(false: 1 2 3 4 5 6 7 8 9 10 11 12)
+    match width(block.tile.cols) {
+        8 => by_rows!(8: 1 2 3 4 5 6 7 8 9 10 11 12),
+        16 => by_rows!(16: 1 2 3 4 5 6 7 8 9 10 11 12),
+        _ => by_rows!(32: 1 2 3 4 5 6 7 8 9 10 11 12),
     }
 }
 
-/// A register block of `R` rows. `FAST`: rows of `x` side by side and a padded panel.
-/// `HALF`: at most 16 columns.
-struct Rows<'a, E, const R: usize, const FAST: bool, const HALF: bool>(Block<'a, E>);
+/// A register block of `R` rows. `FAST`: rows of `x` side by side. `MASK`: some columns of the panel
+/// may not be read. `W`: columns worked on.
+struct Rows<'a, E, const R: usize, const FAST: bool, const MASK: bool, const W: usize>(
+    Block<'a, E>,
+);
 
 /// Vectors a row of 32 columns may need: 8 of 4 lanes.
 const MAX_VECTORS: usize = 8;
 
 type Sums<V, const R: usize> = [[V; MAX_VECTORS]; R];
 
-impl<E: Element, const R: usize, const FAST: bool, const HALF: bool> Kernel
-    for Rows<'_, E, R, FAST, HALF>
+impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: usize> Kernel
+    for Rows<'_, E, R, FAST, MASK, W>
 {
     type Output = ();
 
     #[inline(always)]
     unsafe fn call<V: Vector>(self) {
         // A block that the registers of `V` cannot hold is never asked for (`block_rows`).
-        if R > V::TILE_ROWS * if HALF { 2 } else { 1 } {
+        if R > V::TILE_ROWS * NR / W || W < V::LANES {
             return;
         }
         let Block { tile: t, tail, row } = self.0;
@@ -232,7 +253,7 @@ impl<E: Element, const R: usize, const FAST: bool, const HALF: bool> Kernel
                 panel_row: t.panel_row,
                 cols: t.cols,
             };
-            terms.add::<V, R, FAST, HALF>(&mut sums);
+            terms.add::<V, R, FAST, MASK, W>(&mut sums);
             if tail.k > 0 {
                 let terms = Terms {
                     k: tail.k,
@@ -243,9 +264,9 @@ impl<E: Element, const R: usize, const FAST: bool, const HALF: bool> Kernel
                     panel_row: tail.panel_row,
                     cols: t.cols,
                 };
-                terms.add::<V, R, FAST, HALF>(&mut sums);
+                terms.add::<V, R, FAST, MASK, W>(&mut sums);
             }
-            write::<V, R, HALF>(&sums, t.y.add(row * t.y_row), t.y_row, t.cols, t.accumulate);
+            write::<V, R, W>(&sums, t.y.add(row * t.y_row), t.y_row, t.cols, t.accumulate);
         }
     }
 }
@@ -263,14 +284,14 @@ struct Terms<E> {
 
 impl<E: Element> Terms<E> {
     /// # Safety
-    /// The elements named are readable: `R` rows of `x`, and of the panel 32 columns (16 if `HALF`)
-    /// if `FAST`, else `cols`.
+    /// The elements named are readable: `R` rows of `x` (rows 1 apart if `FAST`), and of the panel
+    /// `cols` columns if `MASK`, else `W`.
     #[inline(always)]
-    unsafe fn add<V: Vector, const R: usize, const FAST: bool, const HALF: bool>(
+    unsafe fn add<V: Vector, const R: usize, const FAST: bool, const MASK: bool, const W: usize>(
         &self,
         sums: &mut Sums<V, R>,
     ) {
-        let vectors = if HALF { NR / 2 } else { NR } / V::LANES;
+        let vectors = W / V::LANES;
         let x_row = if FAST { 1 } else { self.x_row };
         let mut x = self.x;
         let mut p = self.panel;
@@ -278,23 +299,55 @@ impl<E: Element> Terms<E> {
         unsafe {
             let masks = masks::<V>(self.cols);
             for _ in 0..self.k {
-                let mut w = [V::zero(); MAX_VECTORS];
-                for j in 0..vectors {
-                    let at = p.wrapping_add(j * V::LANES);
-                    w[j] = if FAST {
-                        E::load(at)
-                    } else {
-                        E::load_mask(at, masks[j], lanes::<V>(self.cols, j))
-                    };
-                }
-                for (i, row) in sums.iter_mut().enumerate() {
-                    let a = V::splat(*x.add(i * x_row));
+                if V::LANES == 16 || W < NR {
+                    // Registers for the panel's vectors; elements of `x` are broadcast operands.
+                    let mut w = [V::zero(); MAX_VECTORS];
+                    for (j, w) in w.iter_mut().enumerate().take(vectors) {
+                        *w = self.vector::<V, MASK>(p, j, masks[j]);
+                    }
+                    for (i, row) in sums.iter_mut().enumerate() {
+                        let a = V::splat(*x.add(i * x_row));
+                        for j in 0..vectors {
+                            row[j] = a.mul_add(w[j], row[j]);
+                        }
+                    }
+                } else {
+                    // Fewer registers: keep the elements of `x`, and one vector of the panel.
+                    let mut a = [V::zero(); R];
+                    for (i, a) in a.iter_mut().enumerate() {
+                        *a = V::splat(*x.add(i * x_row));
+                    }
                     for j in 0..vectors {
-                        row[j] = a.mul_add(w[j], row[j]);
+                        let w = self.vector::<V, MASK>(p, j, masks[j]);
+                        for (i, row) in sums.iter_mut().enumerate() {
+                            row[j] = a[i].mul_add(w, row[j]);
+                        }
                     }
                 }
                 x = x.wrapping_add(self.x_col);
                 p = p.wrapping_add(self.panel_row);
+            }
+        }
+    }
+
+    /// Vector `j` of the panel row at `p`.
+    ///
+    /// # Safety
+    /// Its lanes (only those in `mask` if `MASK`) are readable.
+    #[inline(always)]
+    unsafe fn vector<V: Vector, const MASK: bool>(
+        &self,
+        p: *const E,
+        j: usize,
+        mask: V::Mask,
+    ) -> V {
+        let at = p.wrapping_add(j * V::LANES);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if MASK {
+                E::load_mask(at, mask, lanes::<V>(self.cols, j))
+            } else {
+                E::load(at)
             }
         }
     }
@@ -325,14 +378,14 @@ unsafe fn masks<V: Vector>(cols: usize) -> [V::Mask; MAX_VECTORS] {
 /// # Safety
 /// `cols` elements of `R` rows, `y_row` apart, are writable (and readable if `accumulate`).
 #[inline(always)]
-unsafe fn write<V: Vector, const R: usize, const HALF: bool>(
+unsafe fn write<V: Vector, const R: usize, const W: usize>(
     sums: &Sums<V, R>,
     y: *mut f32,
     y_row: usize,
     cols: usize,
     accumulate: bool,
 ) {
-    let vectors = if HALF { NR / 2 } else { NR } / V::LANES;
+    let vectors = W / V::LANES;
     // SAFETY: the caller's promise; lanes beyond `cols` are masked off.
     unsafe {
         let masks = masks::<V>(cols);

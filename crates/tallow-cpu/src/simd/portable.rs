@@ -12,11 +12,7 @@ pub struct F32x8([f32; 8]);
 impl F32x8 {
     #[inline(always)]
     fn zip(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
-        let mut out = self.0;
-        for (o, b) in out.iter_mut().zip(b.0) {
-            *o = f(*o, b);
-        }
-        Self(out)
+        Self(std::array::from_fn(|i| f(self.0[i], b.0[i])))
     }
 
     #[inline(always)]
@@ -28,7 +24,7 @@ impl F32x8 {
 // SAFETY: loads and stores go through unaligned reads and writes of exactly the named elements.
 unsafe impl Vector for F32x8 {
     const LANES: usize = 8;
-    const TILE_ROWS: usize = 2;
+    const TILE_ROWS: usize = 1;
     type Mask = usize;
 
     #[inline(always)]
@@ -97,7 +93,7 @@ unsafe impl Vector for F32x8 {
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        self.zip(b, |a, b| a * b).zip(c, |a, c| a + c)
+        Self(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
     }
     #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
@@ -124,9 +120,9 @@ unsafe impl Vector for F32x8 {
     #[inline(always)]
     unsafe fn lt_select(self, b: Self, x: Self, y: Self) -> Self {
         let mut out = y.0;
-        for i in 0..8 {
+        for (i, o) in out.iter_mut().enumerate() {
             if self.0[i] < b.0[i] {
-                out[i] = x.0[i];
+                *o = x.0[i];
             }
         }
         Self(out)

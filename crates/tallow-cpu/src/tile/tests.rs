@@ -2,6 +2,8 @@
 //! Invariant: outputs are poisoned beforehand and nothing outside `m` x `cols` may change.
 //! Absent on purpose: speed (see `benches/linear.rs`).
 
+use half::bf16;
+
 use super::*;
 use crate::testing::{Rng, close};
 
@@ -102,7 +104,7 @@ fn every_shape_on_every_isa() {
         for m in [1, 2, 3, 5, 7, 11, 12, 13, 25, 31] {
             for k in [0, 1, 2, 5, 33, 127] {
                 for cols in [1, 2, 7, 8, 15, 16, 17, 31, 32] {
-                    let bit = |n: usize| (m + k + cols) / n % 2 == 0;
+                    let bit = |n: usize| ((m + k + cols) / n).is_multiple_of(2);
                     let tail = [0, 1, 8, 3][(m + cols) % 4];
                     for packed_x in [false, true] {
                         let (padded, accumulate) = (bit(1), bit(2));
@@ -190,15 +192,8 @@ fn bf16_panels_are_widened_exactly() {
         for (m, k, cols, padded) in [(1, 64, 32, true), (13, 31, 9, true), (7, 33, 19, false)] {
             let x = rng.vec(m * k);
             let ld = if padded { NR } else { cols };
-            let panel: Vec<Bf16> = rng
-                .vec(k * ld)
-                .iter()
-                .map(|v| Bf16((v.to_bits() >> 16) as u16))
-                .collect();
-            let wide: Vec<f32> = panel
-                .iter()
-                .map(|b| f32::from_bits(u32::from(b.0) << 16))
-                .collect();
+            let panel: Vec<bf16> = rng.vec(k * ld).iter().map(|v| bf16::from_f32(*v)).collect();
+            let wide: Vec<f32> = panel.iter().map(|b| b.to_f32()).collect();
             let mut y = [vec![POISON; m * cols], vec![POISON; m * cols]];
             let narrow = Tile {
                 m,
