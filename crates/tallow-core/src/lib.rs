@@ -5,6 +5,9 @@
 pub mod error;
 pub mod graph;
 pub mod op;
+pub mod oracle;
+pub mod pass;
+pub mod philox;
 pub mod scalar;
 pub mod types;
 pub use error::{Error, Result};
