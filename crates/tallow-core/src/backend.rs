@@ -1,0 +1,121 @@
+//! The device contract. A backend answers four questions: where does memory live, what placement
+//! rules does it impose, which kernels can run a spec, and how is a finished plan recorded for replay.
+//! Invariant: a backend never sees a graph; the core never names a device. They meet in [`KernelSpec`].
+use crate::{
+    Result,
+    kernel::{Candidate, Format, KernelSpec, Operand},
+    plan::Plan,
+};
+use std::{any::Any, ops::Range, sync::Arc};
+
+/// Device memory. `raw` means something only to the backend that made it; dropping the last clone frees it.
+#[derive(Clone)]
+pub struct Buffer {
+    /// Address or table index.
+    pub raw: u64,
+    /// Size in bytes.
+    pub bytes: usize,
+    /// Owner of the memory.
+    pub keep: Arc<dyn Any + Send + Sync>,
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes)", self.bytes)
+    }
+}
+
+/// Host memory that a device may read in place: a mapped file.
+pub type HostBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Placement rules the planner must respect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArenaRules {
+    /// Every offset is a multiple of this, in bytes (256 on WebGPU).
+    pub align: usize,
+}
+
+/// What a device is.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// `cpu`, `cuda:0`.
+    pub name: String,
+    /// Placement rules.
+    pub arena: ArenaRules,
+}
+
+/// A device. New ones implement this trait and nothing else.
+pub trait Backend: Send + Sync {
+    /// Name and rules.
+    fn info(&self) -> &DeviceInfo;
+    /// Zeroed memory.
+    fn alloc(&self, bytes: usize) -> Result<Buffer>;
+    /// Memory with the contents of `host[range]`: shared where the device can read it in place
+    /// and its start is a multiple of `align` bytes, else a copy.
+    fn adopt(&self, host: HostBytes, range: Range<usize>, align: usize) -> Result<Buffer> {
+        let _ = align;
+        let bytes = &(*host).as_ref()[range];
+        let b = self.alloc(bytes.len())?;
+        self.upload(&b, 0, bytes)?;
+        Ok(b)
+    }
+    /// Copies `src` to `dst` from byte `at` on, after all replays already started.
+    fn upload(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()>;
+    /// Waits for all replays already started, then copies bytes from `at` on out of `src`.
+    fn download(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()>;
+    /// All ways to run `spec`, for exactly these shapes and layouts. Empty: the planner makes
+    /// operands dense and asks again; a composite is decomposed.
+    fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>>;
+    /// Writes a frozen operand into `dst` in a format named by one of this backend's candidates.
+    /// `src` holds the operand, strides as in `op`, from byte `at` on.
+    fn prepare(
+        &self,
+        format: Format,
+        src: &Buffer,
+        at: usize,
+        op: &Operand,
+        dst: &Buffer,
+    ) -> Result<()>;
+    /// Freezes plan and buffers into the cheapest thing this device can run again and again.
+    fn record(&self, plan: Arc<Plan>, bind: Bindings) -> Result<Box<dyn Recording>>;
+}
+
+/// Buffers for a plan's slots, fixed for the life of a recording.
+#[derive(Clone, Debug, Default)]
+pub struct Bindings {
+    /// By input slot.
+    pub inputs: Vec<Buffer>,
+    /// By entry of [`Plan::prepared`].
+    pub prepared: Vec<Buffer>,
+    /// By output.
+    pub outputs: Vec<Buffer>,
+}
+
+/// Takes no arguments on purpose: what changes between replays is uploaded into a bound buffer.
+pub trait Recording: Send {
+    /// Runs the plan once. May return before the device is done; downloads wait.
+    fn replay(&mut self) -> Result<()>;
+    /// Runs step by step and reports seconds for each; for `explain --time`.
+    fn replay_timed(&mut self) -> Result<Vec<f64>>;
+}
+
+/// Picks among candidates: by model cost, or by timing them once and remembering.
+pub trait Chooser: Send + Sync {
+    /// Index of the winner and why it won.
+    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> (usize, String);
+}
+
+/// The cheapest by the backend's own estimate.
+pub struct ByCost;
+impl Chooser for ByCost {
+    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> (usize, String) {
+        let best = (0..c.len())
+            .min_by(|a, b| c[*a].cost.total_cmp(&c[*b].cost))
+            .unwrap_or(0);
+        let why = match c.len() {
+            0 | 1 => "only candidate".into(),
+            n => format!("lowest estimate of {n}"),
+        };
+        (best, why)
+    }
+}

@@ -1,0 +1,272 @@
+//! Decides where every root lives: in a bound buffer, in the place of an operand that dies, or in the arena.
+use super::{Draft, Place, Plan, Prepared, Span, Step, arena};
+use crate::{
+    backend::ArenaRules,
+    kernel::Body,
+    op::Role,
+    pass::fuse::{Root, RootId, RootKind, View},
+};
+
+/// How each update of state reaches its slot.
+pub(super) struct Pending {
+    /// Roots computed straight into an input's buffer: root and slot.
+    pub(super) in_place: Vec<(RootId, u32)>,
+    /// Values to be copied at the end.
+    pub(super) copies: Vec<(View, u32)>,
+}
+
+/// Does `v` cover all of its root, in order?
+fn whole(roots: &[Root], v: &View) -> bool {
+    let full = v.layout.shape.numel() == roots[v.root.index()].elems;
+    full && v.layout.offset == 0 && v.layout.is_contiguous()
+}
+
+fn writer(drafts: &[Draft], root: RootId) -> Option<(usize, usize)> {
+    let mut found = None;
+    for (t, d) in drafts.iter().enumerate() {
+        for (k, w) in d.writes.iter().enumerate() {
+            if w.as_ref().is_some_and(|w| w.root == root) {
+                if found.is_some() {
+                    return None; // several writers
+                }
+                found = Some((t, k));
+            }
+        }
+    }
+    found
+}
+
+/// May result `k` of `d` be written over operand root `old`?
+fn elementwise(roots: &[Root], d: &Draft, k: usize, old: RootId) -> bool {
+    let mut reads = d.reads.iter().enumerate().filter(|(_, v)| v.root == old);
+    match &d.spec.body {
+        Body::Map(_) => reads.all(|(_, v)| whole(roots, v)),
+        Body::Composite(c) => reads.all(|(j, v)| c.in_place(k) == Some(j) && whole(roots, v)),
+        _ => reads.next().is_none(),
+    }
+}
+
+/// Decides for every update whether its value can be computed in the state's own buffer:
+/// nobody may read the old value after the step that writes the new one.
+pub(super) fn pending_updates(
+    roots: &[Root],
+    drafts: &[Draft],
+    updates: &[(u32, View)],
+) -> Pending {
+    let mut out = Pending {
+        in_place: vec![],
+        copies: vec![],
+    };
+    let input = |slot: u32| {
+        let is = |r: &Root| matches!(r.kind, RootKind::Input(s, _) if s == slot);
+        roots.iter().position(is).map(|i| RootId(i as u32))
+    };
+    for (slot, v) in updates {
+        let fits = input(*slot)
+            .zip(writer(drafts, v.root))
+            .is_some_and(|(old, (t, k))| {
+                let late = |d: &Draft| d.reads.iter().any(|r| r.root == old);
+                let same_size = roots[old.index()].elems == roots[v.root.index()].elems;
+                let wanted_later = updates.iter().any(|(_, w)| w.root == old);
+                let taken = out.in_place.iter().any(|(r, _)| *r == v.root);
+                same_size
+                    && !taken
+                    && !wanted_later
+                    && whole(roots, v)
+                    && !drafts[t + 1..].iter().any(late)
+                    && elementwise(roots, &drafts[t], k, old)
+            });
+        if fits {
+            out.in_place.push((v.root, *slot));
+        } else {
+            out.copies.push((v.clone(), *slot));
+        }
+    }
+    out
+}
+
+/// First and last step that touches each root, following roots that share storage.
+fn lifetimes(
+    drafts: &[Draft],
+    n: usize,
+    rep: impl Fn(RootId) -> RootId,
+) -> Vec<Option<(usize, usize)>> {
+    let mut lives: Vec<Option<(usize, usize)>> = vec![None; n];
+    for (t, d) in drafts.iter().enumerate() {
+        for v in d.reads.iter().chain(d.writes.iter().flatten()) {
+            let l = lives[rep(v.root).index()].get_or_insert((t, t));
+            l.1 = t;
+        }
+    }
+    lives
+}
+
+/// Turns drafts into steps with memory.
+pub(super) fn place(
+    roots: Vec<Root>,
+    drafts: Vec<Draft>,
+    outputs: &[RootId],
+    in_state: &[(RootId, u32)],
+    rules: ArenaRules,
+) -> Plan {
+    let mut fixed: Vec<Option<Place>> = roots
+        .iter()
+        .map(|r| match r.kind {
+            RootKind::Input(slot, _) => Some(Place::Input(slot)),
+            RootKind::Computed => None,
+        })
+        .collect();
+    for (r, slot) in in_state {
+        fixed[r.index()] = Some(Place::Input(*slot));
+    }
+    for (k, r) in outputs.iter().enumerate() {
+        fixed[r.index()] = Some(Place::Output(k as u32));
+    }
+    let share = share_dying(&roots, &drafts, &fixed);
+    let rep = |mut r: RootId| {
+        while let Some(next) = share[r.index()] {
+            r = next;
+        }
+        r
+    };
+    let lives = lifetimes(&drafts, roots.len(), rep);
+    let bytes = |r: &Root| r.elems * r.dtype.bytes();
+    let mut wants: Vec<arena::Life> = vec![];
+    let mut slot_of = vec![usize::MAX; roots.len()];
+    for (i, r) in roots.iter().enumerate() {
+        if let (None, Some((first, last))) = (fixed[i], lives[i]) {
+            slot_of[i] = wants.len();
+            let bytes = bytes(r);
+            wants.push(arena::Life { bytes, first, last });
+        }
+    }
+    let naive_bytes = wants.iter().map(|l| l.bytes).sum();
+    let scratch_at = wants.len();
+    for (t, d) in drafts.iter().enumerate() {
+        let bytes = d.chosen.workspace;
+        wants.push(arena::Life {
+            bytes,
+            first: t,
+            last: t,
+        });
+    }
+    let (offsets, arena_bytes) = arena::pack(&wants, rules);
+    let span = |v: &View| {
+        let (r, size) = (rep(v.root), roots[v.root.index()].dtype.bytes());
+        let (place, base) = match fixed[r.index()] {
+            Some(p) => (p, 0),
+            None => (Place::Arena, offsets[slot_of[r.index()]]),
+        };
+        Span {
+            place,
+            offset: base + v.layout.offset * size,
+            bytes: (v.layout.end() - v.layout.offset) * size,
+            root: v.root.0,
+        }
+    };
+    let mut plan = Plan {
+        steps: vec![],
+        prepared: vec![],
+        arena_bytes,
+        naive_bytes,
+        inputs: input_sizes(&roots),
+        outputs: outputs.iter().map(|r| bytes(&roots[r.index()])).collect(),
+    };
+    for (t, d) in drafts.into_iter().enumerate() {
+        let mut reads: Vec<Span> = d.reads.iter().map(span).collect();
+        for (k, format) in &d.chosen.prepare {
+            let Place::Input(slot) = reads[*k].place else {
+                continue;
+            };
+            let p = Prepared {
+                slot,
+                offset: reads[*k].offset,
+                operand: d.spec.inputs[*k].clone(),
+                format: *format,
+            };
+            let at = plan
+                .prepared
+                .iter()
+                .position(|q| *q == p)
+                .unwrap_or_else(|| {
+                    plan.prepared.push(p);
+                    plan.prepared.len() - 1
+                });
+            reads[*k] = Span {
+                place: Place::Prepared(at as u32),
+                offset: 0,
+                bytes: format.bytes,
+                ..reads[*k]
+            };
+        }
+        let workspace = (d.chosen.workspace > 0).then(|| Span {
+            place: Place::Arena,
+            offset: offsets[scratch_at + t],
+            bytes: d.chosen.workspace,
+            root: u32::MAX,
+        });
+        plan.steps.push(Step {
+            kernel: d.chosen.kernel,
+            kernel_name: d.chosen.name,
+            cost: d.chosen.cost,
+            why: d.chosen.why,
+            rejected: d.chosen.rejected,
+            reads,
+            writes: d.writes.iter().map(|w| w.as_ref().map(span)).collect(),
+            workspace,
+            spec: d.spec,
+            note: d.note,
+        });
+    }
+    plan
+}
+
+fn input_sizes(roots: &[Root]) -> Vec<(Role, usize)> {
+    let mut v: Vec<(u32, Role, usize)> = roots
+        .iter()
+        .filter_map(|r| match r.kind {
+            RootKind::Input(slot, role) => Some((slot, role, r.elems * r.dtype.bytes())),
+            RootKind::Computed => None,
+        })
+        .collect();
+    v.sort_by_key(|x| x.0);
+    v.into_iter()
+        .map(|(_, role, bytes)| (role, bytes))
+        .collect()
+}
+
+/// Elementwise results that take over an operand nobody reads afterwards: result root to operand root.
+fn share_dying(roots: &[Root], drafts: &[Draft], fixed: &[Option<Place>]) -> Vec<Option<RootId>> {
+    let mut share: Vec<Option<RootId>> = vec![None; roots.len()];
+    let lives = lifetimes(drafts, roots.len(), |r| r);
+    for (t, d) in drafts.iter().enumerate() {
+        let mut given: Vec<RootId> = vec![];
+        for (k, w) in d.writes.iter().enumerate() {
+            let Some(w) = w else { continue };
+            let born_here = lives[w.root.index()].is_some_and(|l| l.0 == t);
+            if fixed[w.root.index()].is_some() || !born_here || !whole(roots, w) {
+                continue;
+            }
+            let dies = |v: &&View| {
+                let (a, b) = (&roots[v.root.index()], &roots[w.root.index()]);
+                let last = lives[v.root.index()].is_some_and(|l| l.1 == t);
+                last && fixed[v.root.index()].is_none()
+                    && !given.contains(&v.root)
+                    && v.root != w.root
+                    && (a.elems, a.dtype) == (b.elems, b.dtype)
+                    && whole(roots, v)
+                    && takes_over(roots, d, k, v.root)
+            };
+            if let Some(v) = d.reads.iter().find(dies) {
+                share[w.root.index()] = Some(v.root);
+                given.push(v.root);
+            }
+        }
+    }
+    share
+}
+
+/// Like [`elementwise`], but only bodies that are known to read an element before writing it.
+fn takes_over(roots: &[Root], d: &Draft, k: usize, old: RootId) -> bool {
+    matches!(d.spec.body, Body::Map(_) | Body::Composite(_)) && elementwise(roots, d, k, old)
+}

@@ -1,0 +1,344 @@
+//! Entry point: compiles lazy tensors, keeps plans and prepared weights, makes recordings.
+//! Invariant: a hot loop holds a [`Program`] and calls only `write`, `replay` and `read`.
+//! Absent on purpose: graph passes and device code.
+use crate::{
+    Error, Result,
+    backend::*,
+    graph::Graph,
+    kernel::{Format, KernelSpec, Operand},
+    op::{Composite, Role},
+    pass::{self, expand, fuse},
+    plan::{self, Plan},
+    tensor::{self, Tensor},
+    types::{DType, Shape, TensorType},
+};
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{Arc, Mutex},
+};
+
+/// A plan with what the passes did, without buffers.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// Launches and memory.
+    pub plan: Arc<Plan>,
+    /// Types of the outputs.
+    pub outputs: Vec<TensorType>,
+    /// Rewrites made on the way, in order.
+    pub notes: Vec<String>,
+}
+
+/// Compiles and runs on one device. Cheap to clone; clones share caches.
+#[derive(Clone)]
+pub struct Session(Arc<Shared>);
+
+struct Shared {
+    backend: Arc<dyn Backend>,
+    chooser: Box<dyn Chooser>,
+    plans: Mutex<PlanCache>,
+    prepared: Mutex<HashMap<PreparedKey, Buffer>>,
+}
+
+/// Most recently used plans; older ones are dropped.
+#[derive(Default)]
+struct PlanCache {
+    plans: HashMap<Graph, (u64, Compiled)>,
+    clock: u64,
+}
+
+/// Plans kept by a session.
+pub const MAX_PLANS: usize = 64;
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct PreparedKey {
+    raw: u64,
+    offset: usize,
+    operand: Operand,
+    format: Format,
+}
+
+impl Session {
+    /// A session on `backend`, choosing kernels by the backend's estimates.
+    pub fn new(backend: Arc<dyn Backend>) -> Self {
+        Self::with_chooser(backend, Box::new(ByCost))
+    }
+    /// A session with another way to choose kernels.
+    pub fn with_chooser(backend: Arc<dyn Backend>, chooser: Box<dyn Chooser>) -> Self {
+        Session(Arc::new(Shared {
+            backend,
+            chooser,
+            plans: Mutex::default(),
+            prepared: Mutex::default(),
+        }))
+    }
+    /// The device.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.0.backend
+    }
+    /// Number of plans kept.
+    pub fn cached_plans(&self) -> usize {
+        self.lock_plans().plans.len()
+    }
+    fn lock_plans(&self) -> std::sync::MutexGuard<'_, PlanCache> {
+        self.0.plans.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Zeroed memory as a leaf.
+    pub fn zeros(&self, ty: TensorType, role: Role) -> Result<Tensor> {
+        let buf = self.0.backend.alloc(ty.bytes())?;
+        Ok(Tensor::leaf(buf, ty, role))
+    }
+    /// A leaf with the given f32 values.
+    pub fn tensor(&self, values: &[f32], shape: impl Into<Shape>, role: Role) -> Result<Tensor> {
+        let t = self.zeros(TensorType::f32(shape), role)?;
+        self.write(&t, values)?;
+        Ok(t)
+    }
+    /// A leaf with the given u32 values.
+    pub fn tensor_u32(
+        &self,
+        values: &[u32],
+        shape: impl Into<Shape>,
+        role: Role,
+    ) -> Result<Tensor> {
+        let t = self.zeros(TensorType::u32(shape), role)?;
+        self.write_u32(&t, values)?;
+        Ok(t)
+    }
+    /// A frozen leaf over host memory, read in place where the device can.
+    pub fn adopt(&self, host: HostBytes, range: Range<usize>, ty: TensorType) -> Result<Tensor> {
+        if range.len() != ty.bytes() {
+            return Err(Error::size(
+                "tensor in a file",
+                ty.bytes(),
+                range.len(),
+                "bytes",
+            ));
+        }
+        let buf = self.0.backend.adopt(host, range, ty.dtype.bytes())?;
+        Ok(Tensor::leaf(buf, ty, Role::Frozen))
+    }
+    /// Uploads f32 values into a leaf.
+    pub fn write(&self, t: &Tensor, values: &[f32]) -> Result<()> {
+        self.write_bytes(
+            t,
+            DType::F32,
+            &le_bytes(values.iter().map(|v| v.to_le_bytes())),
+        )
+    }
+    /// Uploads u32 values into a leaf.
+    pub fn write_u32(&self, t: &Tensor, values: &[u32]) -> Result<()> {
+        self.write_bytes(
+            t,
+            DType::U32,
+            &le_bytes(values.iter().map(|v| v.to_le_bytes())),
+        )
+    }
+    fn write_bytes(&self, t: &Tensor, dtype: DType, bytes: &[u8]) -> Result<()> {
+        let what = "write to a tensor";
+        if t.dtype() != dtype {
+            return Err(Error::DType {
+                what,
+                want: t.dtype(),
+                got: dtype,
+            });
+        }
+        let buf = leaf(t)?;
+        if bytes.len() != t.ty().bytes() {
+            return Err(Error::size(what, t.ty().bytes(), bytes.len(), "bytes"));
+        }
+        self.0.backend.upload(buf, 0, bytes)
+    }
+    /// Reads an f32 tensor, computing it first if it is not a leaf. Waits.
+    pub fn read(&self, t: &Tensor) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; t.shape().numel()];
+        self.read_into(t, &mut out)?;
+        Ok(out)
+    }
+    /// Reads an f32 leaf into `out` without allocating; computes anything else first. Waits.
+    pub fn read_into(&self, t: &Tensor, out: &mut [f32]) -> Result<()> {
+        if t.dtype() != DType::F32 {
+            return Err(Error::DType {
+                what: "read of a tensor",
+                want: DType::F32,
+                got: t.dtype(),
+            });
+        }
+        if out.len() != t.shape().numel() {
+            return Err(Error::size(
+                "read of a tensor",
+                t.shape().numel(),
+                out.len(),
+                "elements",
+            ));
+        }
+        if t.buffer().is_none() {
+            let done = self.eval(std::slice::from_ref(t))?.remove(0);
+            return self.read_into(&done, out);
+        }
+        let mut chunk = [0u8; 4096];
+        for (i, part) in out.chunks_mut(chunk.len() / 4).enumerate() {
+            let bytes = &mut chunk[..part.len() * 4];
+            self.0.backend.download(leaf(t)?, i * 4096, bytes)?;
+            for (v, b) in part.iter_mut().zip(bytes.chunks_exact(4)) {
+                *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+        Ok(())
+    }
+
+    /// canonical → expand → fuse → plan: the whole compiler, in order.
+    pub fn compile(&self, g: &Graph) -> Result<Compiled> {
+        if let Some(c) = self.lock_plans().get(g) {
+            return Ok(c);
+        }
+        let be = &*self.0.backend;
+        let (canon, notes) = pass::canonical(g)?;
+        let keep = |c: &Composite, ins: &[&TensorType], live: &[bool]| {
+            let spec = KernelSpec::composite(c, ins, live)?;
+            Ok(!be.candidates(&spec)?.is_empty())
+        };
+        let expanded = expand::expand(&canon, keep)?;
+        let fused = fuse::fuse(&expanded)?;
+        let plan = Arc::new(plan::plan(fused, be, &*self.0.chooser)?);
+        let outputs = g.outputs.iter().map(|o| g.ty(*o).clone()).collect();
+        let c = Compiled {
+            plan,
+            outputs,
+            notes,
+        };
+        self.lock_plans().put(g.clone(), c.clone());
+        Ok(c)
+    }
+    /// The plan of these tensors, without running anything.
+    pub fn explain(&self, outs: &[&Tensor], updates: &[(Tensor, Tensor)]) -> Result<Compiled> {
+        let outs: Vec<Tensor> = outs.iter().map(|t| (*t).clone()).collect();
+        self.compile(&tensor::lower(&outs, updates)?.graph)
+    }
+    /// Computes tensors now; the results are leaves.
+    pub fn eval(&self, outs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let refs: Vec<&Tensor> = outs.iter().collect();
+        let mut p = self.record(&refs, &[])?;
+        p.replay()?;
+        Ok(p.outputs)
+    }
+    /// Plans, allocates, prepares weights and binds everything: after this, a replay does only arithmetic.
+    /// `updates`: state leaves and the values they hold after each replay.
+    pub fn record(&self, outs: &[&Tensor], updates: &[(Tensor, Tensor)]) -> Result<Program> {
+        let outs: Vec<Tensor> = outs.iter().map(|t| (*t).clone()).collect();
+        let low = tensor::lower(&outs, updates)?;
+        let compiled = self.compile(&low.graph)?;
+        let mut inputs = vec![];
+        for t in &low.leaves {
+            inputs.push(leaf(t)?.clone());
+        }
+        let mut outputs = vec![];
+        for ty in &compiled.outputs {
+            outputs.push(self.zeros(ty.clone(), Role::Data)?);
+        }
+        let mut prepared = vec![];
+        for p in &compiled.plan.prepared {
+            prepared.push(self.prepare(p, &inputs[p.slot as usize])?);
+        }
+        let mut bound = vec![];
+        for t in &outputs {
+            bound.push(leaf(t)?.clone());
+        }
+        let bind = Bindings {
+            inputs,
+            prepared,
+            outputs: bound,
+        };
+        let recording = self.0.backend.record(compiled.plan.clone(), bind)?;
+        Ok(Program {
+            compiled,
+            outputs,
+            recording,
+            _leaves: low.leaves,
+        })
+    }
+    /// A frozen operand in the backend's format, made once for all recordings of this session.
+    fn prepare(&self, p: &plan::Prepared, src: &Buffer) -> Result<Buffer> {
+        let key = PreparedKey {
+            raw: src.raw,
+            offset: p.offset,
+            operand: p.operand.clone(),
+            format: p.format,
+        };
+        let mut cache = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(b) = cache.get(&key) {
+            return Ok(b.clone());
+        }
+        let b = self.0.backend.alloc(p.format.bytes)?;
+        self.0
+            .backend
+            .prepare(p.format, src, p.offset, &p.operand, &b)?;
+        // The source is kept alive with its copy, so that its address cannot be reused.
+        let kept = Buffer {
+            keep: Arc::new((b.keep.clone(), src.keep.clone())),
+            ..b
+        };
+        cache.insert(key, kept.clone());
+        Ok(kept)
+    }
+    /// Forgets prepared weights that no recording uses.
+    pub fn forget_prepared(&self) {
+        let mut cache = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
+        cache.retain(|_, b| Arc::strong_count(&b.keep) > 1);
+    }
+}
+
+fn leaf(t: &Tensor) -> Result<&Buffer> {
+    t.buffer().ok_or_else(|| Error::Size {
+        what: "tensor with memory",
+        want: "a leaf".into(),
+        got: format!("{t:?}, which is still to be computed"),
+    })
+}
+
+fn le_bytes(v: impl Iterator<Item = [u8; 4]>) -> Vec<u8> {
+    v.flatten().collect()
+}
+
+impl PlanCache {
+    fn get(&mut self, g: &Graph) -> Option<Compiled> {
+        self.clock += 1;
+        let clock = self.clock;
+        let (used, c) = self.plans.get_mut(g)?;
+        *used = clock;
+        Some(c.clone())
+    }
+    fn put(&mut self, g: Graph, c: Compiled) {
+        self.clock += 1;
+        if self.plans.len() >= MAX_PLANS {
+            let oldest = self.plans.iter().min_by_key(|(_, (used, _))| *used);
+            if let Some(g) = oldest.map(|(g, _)| g.clone()) {
+                self.plans.remove(&g);
+            }
+        }
+        self.plans.insert(g, (self.clock, c));
+    }
+}
+
+/// A recording with its outputs: what a hot loop holds.
+pub struct Program {
+    /// The plan and what the passes did.
+    pub compiled: Compiled,
+    /// Leaves that each replay overwrites.
+    pub outputs: Vec<Tensor>,
+    recording: Box<dyn Recording>,
+    /// Keeps bound buffers alive.
+    _leaves: Vec<Tensor>,
+}
+
+impl Program {
+    /// Runs the plan once. May return before the device is done; reading waits.
+    pub fn replay(&mut self) -> Result<()> {
+        self.recording.replay()
+    }
+    /// Runs step by step; seconds of each.
+    pub fn replay_timed(&mut self) -> Result<Vec<f64>> {
+        self.recording.replay_timed()
+    }
+}
