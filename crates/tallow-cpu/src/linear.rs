@@ -1,0 +1,187 @@
+//! The LoRA linear: the adapter rides in the matrix product, forward and backward; and its gradients.
+//! Invariant: an output's bits depend on the instruction set and on the sizes it is a sum over, not
+//! on the number of rows, the threads, or which other projections share the call.
+//! Absent on purpose: gradients of frozen weights, dropout, merging an adapter into a weight.
+//!
+//! A *linear* has one input `x: [m, k]` and blocks (projections that share `x`: q, k, v). Block `i`
+//! has `n_i` outputs, weights `W_i: [n_i, k]` in panels (see [`pack_nk`]), and optionally an adapter
+//! `A_i: [r_i, k]`, `B_i: [n_i, r_i]`, scale `s_i`. Outputs of all blocks lie side by side.
+//!
+//! Forward: `h_i = x A_iᵀ` for a block of rows, then for each panel of `W_i` the sum runs over `k`
+//! and on over `r_i` in the same registers: `y_i = [x | h_i] [W_i | s_i B_i]ᵀ`. Backward:
+//! `dh_i = s_i dy_i B_i`, then `dx = sum_i [dy_i | dh_i] [W_i ; A_i]`, again one sum a register.
+
+mod backward;
+mod dots;
+mod forward;
+mod gemm;
+mod outer;
+mod pack;
+mod split;
+
+pub use backward::{Backward, backward, backward_workspace};
+pub use forward::{Forward, forward, forward_workspace};
+pub use gemm::{Gemm, Strided, gemm, gemm_workspace};
+pub use outer::{Outer, outer};
+pub use pack::{Packed, Source, pack_kn, pack_nk, pack_tail, packed_len};
+
+use crate::simd::Isa;
+use crate::tile::{self, Element, Tail, Tile};
+
+/// An adapter of one block. Matrices are row-major and dense.
+#[derive(Clone, Copy, Debug)]
+pub struct Adapter {
+    /// `r`, at least 1.
+    pub rank: usize,
+    /// `s`: what the branch is multiplied by.
+    pub scale: f32,
+    /// `A: [r, k]`.
+    pub a: *const f32,
+    /// `B: [n, r]`. May be null in a forward product with `tail`.
+    pub b: *const f32,
+    /// `s B` packed by [`pack_tail`], or null: then the forward product packs `b` as it goes.
+    pub tail: *const f32,
+}
+
+/// One projection of a linear. `E` is what its panels are made of: `f32` or `bf16`.
+#[derive(Clone, Copy, Debug)]
+pub struct Block<E = f32> {
+    /// Outputs.
+    pub n: usize,
+    /// Panels: from [`pack_nk`] in a forward product, from [`pack_kn`] in a backward one.
+    pub weights: *const E,
+    /// `[n]`, or null. The backward product ignores it.
+    pub bias: *const f32,
+    /// The adapter, if this projection has one.
+    pub adapter: Option<Adapter>,
+}
+
+impl<E> Block<E> {
+    fn rank(&self) -> usize {
+        self.adapter.map_or(0, |a| a.rank)
+    }
+}
+
+/// A matrix that is added to the result, or that it is written to: rows `row` elements apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<P> {
+    /// Element `(0, 0)`.
+    pub at: P,
+    /// Distance between rows.
+    pub row: usize,
+}
+
+impl Rows<*const f32> {
+    /// No matrix.
+    pub const NONE: Self = Self {
+        at: std::ptr::null(),
+        row: 0,
+    };
+
+    /// Is it the same matrix as `y`?
+    fn is(self, y: Rows<*mut f32>) -> bool {
+        !self.at.is_null() && self.at == y.at.cast_const()
+    }
+
+    /// Itself, or no matrix if it is `y`.
+    fn other_than(self, y: Rows<*mut f32>) -> Self {
+        if self.is(y) { Self::NONE } else { self }
+    }
+
+    /// The matrix from `row` and `column` on; no matrix if it is none.
+    fn from(self, row: usize, column: usize) -> Self {
+        let skip = if self.at.is_null() {
+            0
+        } else {
+            row * self.row + column
+        };
+        Self {
+            at: self.at.wrapping_add(skip),
+            ..self
+        }
+    }
+}
+
+impl Rows<*mut f32> {
+    /// No matrix.
+    pub const NONE: Self = Self {
+        at: std::ptr::null_mut(),
+        row: 0,
+    };
+}
+
+/// Sums longer than this are cut into even pieces that are added up in order: the piece of a panel
+/// stays in the second-level cache, and rounding errors grow slower.
+const PIECE: usize = 2048;
+
+/// A tile product with a sum of any length.
+///
+/// # Safety
+/// As for [`tile::run_with_tail`].
+unsafe fn long_tile<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
+    let pieces = tile.k.div_ceil(PIECE).max(1);
+    let mut from = 0;
+    for piece in 0..pieces {
+        let k = (tile.k - from).div_ceil(pieces - piece);
+        let part = Tile {
+            k,
+            x: tile.x.wrapping_add(from * tile.x_col),
+            panel: tile.panel.wrapping_add(from * tile.panel_row),
+            accumulate: tile.accumulate || piece > 0,
+            ..*tile
+        };
+        let tail = if piece + 1 == pieces {
+            tail
+        } else {
+            &Tail::NONE
+        };
+        // SAFETY: terms `from..from + k` of the tile, the tail with the last of them.
+        unsafe { tile::run_with_tail(isa, &part, tail) };
+        from += k;
+    }
+}
+
+/// Adds a row vector and a matrix, either of which may be null, to `y: [m, cols]`.
+///
+/// # Safety
+/// The elements are readable and those of `y` writable.
+unsafe fn add_to(
+    m: usize,
+    cols: usize,
+    y: Rows<*mut f32>,
+    bias: *const f32,
+    residual: Rows<*const f32>,
+) {
+    for i in 0..m {
+        // SAFETY: `i < m` and `j < cols`; null pointers are not followed.
+        unsafe {
+            let y = std::slice::from_raw_parts_mut(y.at.add(i * y.row), cols);
+            if !bias.is_null() {
+                let bias = std::slice::from_raw_parts(bias, cols);
+                y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            }
+            if !residual.at.is_null() {
+                let more = std::slice::from_raw_parts(residual.at.add(i * residual.row), cols);
+                y.iter_mut().zip(more).for_each(|(y, r)| *y += r);
+            }
+        }
+    }
+}
+
+/// A pointer (or a struct of them) that tasks share. Each kernel says why its tasks may.
+#[derive(Clone, Copy)]
+struct Raw<T>(T);
+
+impl<T: Copy> Raw<T> {
+    fn get(&self) -> T {
+        self.0
+    }
+}
+
+// SAFETY: moving a pointer between threads is harmless; what is done with it is the kernel's promise.
+unsafe impl<T> Send for Raw<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Raw<T> {}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,212 @@
+//! The backward product of a linear: `dh_i = s_i dy_i B_i` and `dx = sum_i dy_i W_i + dh_i A_i`.
+//! Invariant: the frozen weights get no gradient; a block without an adapter does no work for one.
+//! Absent on purpose: `dA` and `dB`; they are [`super::outer`] of what is computed here.
+
+use super::split::{MAX_ROWS, Split};
+use super::{Block, Raw, Rows, add_to, long_tile};
+use crate::exec::Exec;
+use crate::tile::{Element, NR, Tail, Tile};
+
+/// A backward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct Backward<'a, E = f32> {
+    /// Rows.
+    pub m: usize,
+    /// Inputs of the linear.
+    pub k: usize,
+    /// `[m, n]`: the gradient of the outputs.
+    pub dy: Rows<*const f32>,
+    /// The projections, with panels from [`super::pack_kn`] (unused if `dx` is null) and adapters
+    /// with `b`.
+    pub blocks: &'a [Block<E>],
+    /// `[m, k]`, written; null if nothing below the linear needs it.
+    pub dx: Rows<*mut f32>,
+    /// `[m, k]`, added to `dx`; null if there is none. It may be `dx` itself (the same pointer and
+    /// stride): then the product is added in place.
+    pub residual: Rows<*const f32>,
+    /// `[m, r]`, written with `s dy B`; may be null if no block has an adapter.
+    pub dh: Rows<*mut f32>,
+}
+
+/// Floats of workspace that [`backward`] needs, for any number of rows.
+#[must_use]
+pub fn backward_workspace<E>(blocks: &[Block<E>], threads: usize) -> usize {
+    threads * scratch(blocks)
+}
+
+/// Floats of one worker: which rows its `dh` is of, and that.
+fn scratch<E>(blocks: &[Block<E>]) -> usize {
+    let total: usize = blocks.iter().map(Block::rank).sum();
+    if total == 0 { 0 } else { 1 + MAX_ROWS * total }
+}
+
+/// Computes `job` on the threads of `exec`.
+///
+/// # Safety
+/// The machine has `exec.isa`; the matrices are readable and writable as [`Backward`] and [`Block`]
+/// say, and what is written overlaps nothing that is read except as said of `residual`.
+///
+/// # Panics
+/// If `workspace` is shorter than [`backward_workspace`].
+pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, workspace: &mut [f32]) {
+    let (threads, per) = (exec.pool.threads(), scratch(job.blocks));
+    assert!(
+        workspace.len() >= threads * per,
+        "bug in tallow: backward: workspace too small"
+    );
+    let n: usize = job.blocks.iter().map(|b| b.n).sum();
+    let panels = if job.dx.at.is_null() {
+        0
+    } else {
+        job.k.div_ceil(NR)
+    };
+    let split = Split::new(job.m, panels, n, threads);
+    if per > 0 {
+        for scratch in workspace.chunks_exact_mut(per).take(threads) {
+            scratch[0] = f32::from_bits(u32::MAX);
+        }
+    }
+    let shared = Raw((job, workspace.as_mut_ptr()));
+    exec.pool.run(split.tasks(), &|task, worker| {
+        let (job, workspace) = shared.get();
+        let (key, rows, panels) = split.task(task);
+        let part = Part {
+            exec,
+            job,
+            scratch: workspace.wrapping_add(worker * per),
+            row: rows.start,
+            m: rows.len(),
+        };
+        // SAFETY: the caller's promise; each task writes rows and columns of its own (`dh` the first
+        // task of a row block), and each worker scratch of its own, `per` floats long.
+        unsafe {
+            if per > 0 {
+                part.hidden(key as u32, panels.start == 0);
+            }
+            for p in panels {
+                part.panel(p);
+            }
+        }
+    });
+}
+
+/// Rows `row..row + m` of a job on one worker.
+struct Part<'a, E> {
+    exec: Exec<'a>,
+    job: &'a Backward<'a, E>,
+    scratch: *mut f32,
+    row: usize,
+    m: usize,
+}
+
+impl<E: Element> Part<'_, E> {
+    /// `dh` of these rows in scratch, computed unless this worker has it; written out if `keep`.
+    ///
+    /// # Safety
+    /// As for [`backward`], for these rows and this worker's scratch, which holds `dh`.
+    unsafe fn hidden(&self, key: u32, keep: bool) {
+        let job = self.job;
+        let (mut column, mut rank) = (0, 0);
+        // SAFETY: the scratch holds a key and then `MAX_ROWS` rows of every rank.
+        unsafe {
+            let fresh = (*self.scratch).to_bits() == key;
+            for block in job.blocks {
+                if let Some(adapter) = block.adapter {
+                    let dh = self.scratch.add(1 + MAX_ROWS * rank);
+                    if !fresh {
+                        self.down(block, column, dh);
+                    }
+                    if keep {
+                        for row in 0..self.m {
+                            let to = job.dh.at.add((self.row + row) * job.dh.row + rank);
+                            let from = dh.add(row * adapter.rank);
+                            std::ptr::copy_nonoverlapping(from, to, adapter.rank);
+                        }
+                    }
+                    rank += adapter.rank;
+                }
+                column += block.n;
+            }
+            *self.scratch = f32::from_bits(key);
+        }
+    }
+
+    /// `dh = s dy B` of one block whose outputs begin at `column`.
+    ///
+    /// # Safety
+    /// As for [`Part::hidden`]; `dh` has room for these rows.
+    unsafe fn down(&self, block: &Block<E>, column: usize, dh: *mut f32) {
+        let Some(adapter) = block.adapter else { return };
+        let (job, r) = (self.job, adapter.rank);
+        // SAFETY: the caller's promise; `B` is `[n, r]`, read a panel of columns at a time.
+        unsafe {
+            for j in (0..r).step_by(NR) {
+                let tile = Tile {
+                    m: self.m,
+                    k: block.n,
+                    x: job.dy.at.add(self.row * job.dy.row + column),
+                    x_row: job.dy.row,
+                    x_col: 1,
+                    panel: adapter.b.add(j),
+                    panel_row: r,
+                    padded: false,
+                    y: dh.add(j),
+                    y_row: r,
+                    cols: (r - j).min(NR),
+                    accumulate: false,
+                };
+                long_tile(self.exec.isa, &tile, &Tail::NONE);
+            }
+            let dh = std::slice::from_raw_parts_mut(dh, self.m * r);
+            dh.iter_mut().for_each(|v| *v *= adapter.scale);
+        }
+    }
+
+    /// Panel `p` of `dx`, over all blocks.
+    ///
+    /// # Safety
+    /// As for [`Part::hidden`]; `dh` of these rows is in scratch.
+    unsafe fn panel(&self, p: usize) {
+        let job = self.job;
+        let cols = (job.k - p * NR).min(NR);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let y = Rows {
+                at: job.dx.at.add(self.row * job.dx.row + p * NR),
+                row: job.dx.row,
+            };
+            let in_place = job.residual.is(job.dx);
+            let (mut column, mut rank) = (0, 0);
+            for (i, block) in job.blocks.iter().enumerate() {
+                let tail = block.adapter.map_or(Tail::NONE, |adapter| Tail {
+                    k: adapter.rank,
+                    x: self.scratch.wrapping_add(1 + MAX_ROWS * rank),
+                    x_row: adapter.rank,
+                    x_col: 1,
+                    panel: adapter.a.wrapping_add(p * NR),
+                    panel_row: job.k,
+                });
+                let tile = Tile {
+                    m: self.m,
+                    k: block.n,
+                    x: job.dy.at.add(self.row * job.dy.row + column),
+                    x_row: job.dy.row,
+                    x_col: 1,
+                    panel: block.weights.add(p * NR * block.n),
+                    panel_row: NR,
+                    // The rows of `A` are not padded.
+                    padded: tail.k == 0,
+                    y: y.at,
+                    y_row: y.row,
+                    cols,
+                    accumulate: i > 0 || in_place,
+                };
+                long_tile(self.exec.isa, &tile, &tail);
+                column += block.n;
+                rank += block.rank();
+            }
+            let residual = job.residual.other_than(job.dx).from(self.row, p * NR);
+            add_to(self.m, cols, y, std::ptr::null(), residual);
+        }
+    }
+}

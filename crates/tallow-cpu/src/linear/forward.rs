@@ -1,0 +1,234 @@
+//! The forward product of a linear: `y = x Wᵀ + bias + s (x Aᵀ) Bᵀ + residual`, block by block.
+//! Invariant: a block without an adapter does no work for one; nothing outside `y` and `h` is written.
+//! Absent on purpose: a phase of its own for `h`. Each thread computes the rows it needs, once.
+
+use super::dots::{self, Dots};
+use super::pack::tail_panel;
+use super::split::{MAX_ROWS, Split};
+use super::{Block, Raw, Rows, add_to, long_tile};
+use crate::exec::Exec;
+use crate::tile::{Element, NR, Tail, Tile};
+
+/// A forward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct Forward<'a, E = f32> {
+    /// Rows.
+    pub m: usize,
+    /// Inputs.
+    pub k: usize,
+    /// `[m, k]`
+    pub x: Rows<*const f32>,
+    /// The projections of `x`.
+    pub blocks: &'a [Block<E>],
+    /// `[m, n]`, written.
+    pub y: Rows<*mut f32>,
+    /// `[m, n]`, added to the result; null if there is none. It may be `y` itself (the same pointer
+    /// and stride): then the product is added in place.
+    pub residual: Rows<*const f32>,
+    /// `[m, r]`, written with `x Aᵀ` (not scaled) for the backward product; may be null.
+    pub h: Rows<*mut f32>,
+}
+
+/// Floats of workspace that [`forward`] needs, for any number of rows.
+#[must_use]
+pub fn forward_workspace<E>(blocks: &[Block<E>], threads: usize) -> usize {
+    threads * scratch(blocks)
+}
+
+/// Floats of one worker: which rows each `h` is of, the `h`s, one panel of a tail.
+fn scratch<E>(blocks: &[Block<E>]) -> usize {
+    let total: usize = blocks.iter().map(Block::rank).sum();
+    let largest = blocks.iter().map(Block::rank).max().unwrap_or(0);
+    if total == 0 {
+        0
+    } else {
+        blocks.len() + MAX_ROWS * total + NR * largest
+    }
+}
+
+/// Computes `job` on the threads of `exec`.
+///
+/// # Safety
+/// The machine has `exec.isa`; the matrices are readable and writable as [`Forward`] and [`Block`]
+/// say, and what is written overlaps nothing that is read except as said of `residual`.
+///
+/// # Panics
+/// If `workspace` is shorter than [`forward_workspace`].
+pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspace: &mut [f32]) {
+    let (threads, per) = (exec.pool.threads(), scratch(job.blocks));
+    assert!(
+        workspace.len() >= threads * per,
+        "bug in tallow: forward: workspace too small"
+    );
+    let panels = job.blocks.iter().map(|b| b.n.div_ceil(NR)).sum();
+    let split = Split::new(job.m, panels, job.k, threads);
+    if per > 0 {
+        for scratch in workspace.chunks_exact_mut(per).take(threads) {
+            scratch[..job.blocks.len()].fill(f32::from_bits(u32::MAX));
+        }
+    }
+    let shared = Raw((job, workspace.as_mut_ptr()));
+    exec.pool.run(split.tasks(), &|task, worker| {
+        let (job, workspace) = shared.get();
+        let (key, rows, panels) = split.task(task);
+        let part = Part {
+            exec,
+            job,
+            scratch: workspace.wrapping_add(worker * per),
+            key: key as u32,
+            row: rows.start,
+            m: rows.len(),
+        };
+        // SAFETY: the caller's promise; each task writes rows and columns of its own, and each
+        // worker scratch of its own, `per` floats long.
+        unsafe { part.run(panels) };
+    });
+}
+
+/// Rows `row..row + m` of a job on one worker.
+struct Part<'a, E> {
+    exec: Exec<'a>,
+    job: &'a Forward<'a, E>,
+    scratch: *mut f32,
+    key: u32,
+    row: usize,
+    m: usize,
+}
+
+impl<E: Element> Part<'_, E> {
+    /// Computes the panels of a range, counted over all blocks.
+    ///
+    /// # Safety
+    /// As for [`forward`], for these rows and panels and this worker's scratch.
+    unsafe fn run(&self, panels: std::ops::Range<usize>) {
+        let (mut first, mut column, mut rank) = (0, 0, 0);
+        for (i, block) in self.job.blocks.iter().enumerate() {
+            let count = block.n.div_ceil(NR);
+            let from = panels.start.max(first) - first;
+            let to = panels.end.min(first + count).max(first) - first;
+            if from < to {
+                // SAFETY: the caller's promise; `column` and `rank` are where the block's outputs
+                // and its part of `h` begin.
+                unsafe {
+                    let h = self.hidden(i, block, rank, from == 0);
+                    for p in from..to {
+                        self.panel(block, p, column, h);
+                    }
+                }
+            }
+            first += count;
+            column += block.n;
+            rank += block.rank();
+        }
+    }
+
+    /// `h` of a block for these rows, computed unless this worker has it; written out if `keep`.
+    ///
+    /// # Safety
+    /// As for [`Part::run`].
+    unsafe fn hidden(&self, i: usize, block: &Block<E>, rank: usize, keep: bool) -> *const f32 {
+        let Some(adapter) = block.adapter else {
+            return std::ptr::null();
+        };
+        let job = self.job;
+        // SAFETY: the scratch holds a key for each block and then `MAX_ROWS` rows of every rank.
+        unsafe {
+            let key = self.scratch.add(i);
+            let h = self.scratch.add(job.blocks.len() + MAX_ROWS * rank);
+            if (*key).to_bits() != self.key {
+                let dots = Dots {
+                    m: self.m,
+                    n: adapter.rank,
+                    k: job.k,
+                    x: job.x.at.add(self.row * job.x.row),
+                    x_row: job.x.row,
+                    w: adapter.a,
+                    w_row: job.k,
+                    y: h,
+                    y_row: adapter.rank,
+                };
+                dots::run(self.exec.isa, &dots);
+                *key = f32::from_bits(self.key);
+            }
+            if keep && !job.h.at.is_null() {
+                for row in 0..self.m {
+                    let to = job.h.at.add((self.row + row) * job.h.row + rank);
+                    std::ptr::copy_nonoverlapping(h.add(row * adapter.rank), to, adapter.rank);
+                }
+            }
+            h
+        }
+    }
+
+    /// Panel `p` of a block whose outputs begin at `column`.
+    ///
+    /// # Safety
+    /// As for [`Part::run`]; `h` is the block's.
+    unsafe fn panel(&self, block: &Block<E>, p: usize, column: usize, h: *const f32) {
+        let job = self.job;
+        let cols = (block.n - p * NR).min(NR);
+        let column = column + p * NR;
+        // SAFETY: the caller's promise; the tail's panel is the last part of the scratch.
+        unsafe {
+            let y = Rows {
+                at: job.y.at.add(self.row * job.y.row + column),
+                row: job.y.row,
+            };
+            let tile = Tile {
+                m: self.m,
+                k: job.k,
+                x: job.x.at.add(self.row * job.x.row),
+                x_row: job.x.row,
+                x_col: 1,
+                panel: block.weights.add(p * NR * job.k),
+                panel_row: NR,
+                padded: true,
+                y: y.at,
+                y_row: y.row,
+                cols,
+                accumulate: job.residual.is(job.y),
+            };
+            long_tile(self.exec.isa, &tile, &self.tail(block, p, cols, h));
+            let residual = job.residual.other_than(job.y).from(self.row, column);
+            let bias = block.bias;
+            let bias = if bias.is_null() {
+                bias
+            } else {
+                bias.add(p * NR)
+            };
+            add_to(self.m, cols, y, bias, residual);
+        }
+    }
+
+    /// The adapter's part of panel `p`.
+    ///
+    /// # Safety
+    /// As for [`Part::panel`].
+    unsafe fn tail(&self, block: &Block<E>, p: usize, cols: usize, h: *const f32) -> Tail {
+        let Some(adapter) = block.adapter else {
+            return Tail::NONE;
+        };
+        let r = adapter.rank;
+        // SAFETY: `tail` has a panel of `32 * r` floats for each of the block's; else row `p * 32`
+        // of `b` and the `cols` after it exist, and the scratch ends with `32 * r` floats or more.
+        let panel = unsafe {
+            if adapter.tail.is_null() {
+                let blocks = self.job.blocks;
+                let total: usize = blocks.iter().map(Block::rank).sum();
+                let panel = self.scratch.add(blocks.len() + MAX_ROWS * total);
+                tail_panel(adapter.b.add(p * NR * r), cols, r, adapter.scale, panel);
+                panel.cast_const()
+            } else {
+                adapter.tail.add(p * NR * r)
+            }
+        };
+        Tail {
+            k: r,
+            x: h,
+            x_row: r,
+            x_col: 1,
+            panel,
+            panel_row: NR,
+        }
+    }
+}

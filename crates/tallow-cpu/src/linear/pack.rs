@@ -1,0 +1,186 @@
+//! Weights in the layout that the tile product reads: panels of 32 columns, done once at load.
+//! Invariant: columns beyond the matrix are zero, so a panel may always be read in full.
+//! Absent on purpose: quantised weights, and unpacking. The checkpoint on disk stays what it is.
+
+use half::{bf16, f16};
+
+use super::Raw;
+use crate::pool::Pool;
+use crate::tile::{Element, NR};
+
+/// A number that weights are stored as in a checkpoint.
+pub trait Source: Copy + Send + Sync + 'static {
+    /// The value in f32; exact.
+    fn widen(self) -> f32;
+}
+
+/// A number that panels are made of: `f32`, or `bf16` (half the bytes, sums still in f32).
+pub trait Packed: Element {
+    /// The nearest value, ties to even. Exact for `f32`.
+    fn narrow(value: f32) -> Self;
+}
+
+impl Source for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Source for bf16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Source for f16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Packed for f32 {
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Packed for bf16 {
+    fn narrow(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+}
+
+/// Elements of `columns` columns in panels of `rows` rows each.
+#[must_use]
+pub fn packed_len(columns: usize, rows: usize) -> usize {
+    columns.div_ceil(NR) * NR * rows
+}
+
+/// Packs `w: [n, k]`, row-major, for the forward product: `out: [ceil(n / 32)][k][32]`.
+///
+/// # Panics
+/// If `w` has not `n * k` elements or `out` not `packed_len(n, k)`.
+pub fn pack_nk<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize), out: &mut [E]) {
+    assert_eq!(
+        w.len(),
+        n * k,
+        "bug in tallow: pack_nk: weights want n * k elements"
+    );
+    assert_eq!(
+        out.len(),
+        packed_len(n, k),
+        "bug in tallow: pack_nk: panels want packed_len(n, k)"
+    );
+    each_panel(pool, out, k, &|p, panel| {
+        let columns = (n - p * NR).min(NR);
+        for (l, row) in panel.chunks_exact_mut(NR).enumerate() {
+            for (j, o) in row.iter_mut().enumerate() {
+                *o = E::narrow(if j < columns {
+                    w[(p * NR + j) * k + l].widen()
+                } else {
+                    0.0
+                });
+            }
+        }
+    });
+}
+
+/// Packs `w: [n, k]`, row-major, for the backward product: `out: [ceil(k / 32)][n][32]`.
+///
+/// # Panics
+/// If `w` has not `n * k` elements or `out` not `packed_len(k, n)`.
+pub fn pack_kn<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize), out: &mut [E]) {
+    assert_eq!(
+        w.len(),
+        n * k,
+        "bug in tallow: pack_kn: weights want n * k elements"
+    );
+    assert_eq!(
+        out.len(),
+        packed_len(k, n),
+        "bug in tallow: pack_kn: panels want packed_len(k, n)"
+    );
+    each_panel(pool, out, n, &|p, panel| {
+        let columns = (k - p * NR).min(NR);
+        for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
+            let from = &w[i * k + p * NR..][..columns];
+            for (o, v) in row.iter_mut().zip(from) {
+                *o = E::narrow(v.widen());
+            }
+            row[columns..].fill(E::narrow(0.0));
+        }
+    });
+}
+
+/// Packs `b: [n, r]`, row-major, times `scale`, for the tail of the forward product:
+/// `out: [ceil(n / 32)][r][32]`. For an adapter that does not change; otherwise each call of the
+/// forward product does this for itself.
+///
+/// # Panics
+/// If `b` has not `n * r` elements or `out` not `packed_len(n, r)`.
+pub fn pack_tail(b: &[f32], (n, r): (usize, usize), scale: f32, out: &mut [f32]) {
+    assert_eq!(
+        b.len(),
+        n * r,
+        "bug in tallow: pack_tail: want n * r elements"
+    );
+    assert_eq!(
+        out.len(),
+        packed_len(n, r),
+        "bug in tallow: pack_tail: want packed_len(n, r)"
+    );
+    if r == 0 {
+        return;
+    }
+    for (p, panel) in out.chunks_exact_mut(r * NR).enumerate() {
+        let rows = &b[p * NR * r..n.min((p + 1) * NR) * r];
+        // SAFETY: `rows` has `columns * r` elements and `panel` `r * 32`.
+        unsafe { tail_panel(rows.as_ptr(), rows.len() / r, r, scale, panel.as_mut_ptr()) };
+    }
+}
+
+/// One panel of [`pack_tail`]: `columns <= 32` rows of `r` elements.
+///
+/// # Safety
+/// `columns * r` elements at `b` are readable, `r * 32` at `out` writable, and they do not overlap.
+pub(crate) unsafe fn tail_panel(
+    b: *const f32,
+    columns: usize,
+    r: usize,
+    scale: f32,
+    out: *mut f32,
+) {
+    // SAFETY: `j < columns <= 32` and `i < r`.
+    unsafe {
+        for j in 0..columns {
+            for i in 0..r {
+                *out.add(i * NR + j) = scale * *b.add(j * r + i);
+            }
+        }
+        for i in 0..r {
+            for j in columns..NR {
+                *out.add(i * NR + j) = 0.0;
+            }
+        }
+    }
+}
+
+/// Calls `fill` with each panel of `rows` rows of `out`, on all threads.
+fn each_panel<E: Packed>(
+    pool: &Pool,
+    out: &mut [E],
+    rows: usize,
+    fill: &(dyn Fn(usize, &mut [E]) + Sync),
+) {
+    if rows == 0 {
+        return;
+    }
+    let len = rows * NR;
+    let panels = out.len() / len;
+    let out = Raw(out.as_mut_ptr());
+    pool.run(panels, &|p, _| {
+        // SAFETY: panel `p` lies inside `out`, and each task has a panel of its own.
+        let panel = unsafe { std::slice::from_raw_parts_mut(out.get().add(p * len), len) };
+        fill(p, panel);
+    });
+}

@@ -1,0 +1,607 @@
+//! Forward and backward of a linear with any mix of blocks.
+//! Invariant: each case runs on one, two and three threads, which must agree bit for bit.
+//! Absent on purpose: tolerance tuning. An adapter is also tested alone, on the difference it makes.
+
+use half::bf16;
+
+use super::*;
+
+#[derive(Clone, Debug)]
+struct Case {
+    m: usize,
+    k: usize,
+    /// Outputs and rank of each block; rank 0 is no adapter.
+    blocks: Vec<(usize, usize)>,
+    bias: bool,
+    residual: bool,
+    packed_tail: bool,
+}
+
+impl Case {
+    fn n(&self) -> usize {
+        self.blocks.iter().map(|b| b.0).sum()
+    }
+    fn r(&self) -> usize {
+        self.blocks.iter().map(|b| b.1).sum()
+    }
+    /// Block, row inside the block, and first rank of the block, of output `j`.
+    fn owner(&self, j: usize) -> (usize, usize, usize) {
+        let (mut first, mut rank) = (0, 0);
+        for (i, &(n, r)) in self.blocks.iter().enumerate() {
+            if j < first + n {
+                return (i, j - first, rank);
+            }
+            first += n;
+            rank += r;
+        }
+        unreachable!("output {j} is beyond the blocks")
+    }
+}
+
+/// The numbers of a case.
+struct World {
+    x: Matrix,
+    dy: Matrix,
+    residual: Matrix,
+    w: Vec<Vec<f32>>,
+    bias: Vec<Vec<f32>>,
+    a: Vec<Vec<f32>>,
+    b: Vec<Vec<f32>>,
+    scale: Vec<f32>,
+}
+
+impl World {
+    fn new(case: &Case, rng: &mut Rng) -> Self {
+        let Case {
+            m, k, ref blocks, ..
+        } = *case;
+        Self {
+            x: Matrix::random(rng, m, k),
+            dy: Matrix::random(rng, m, case.n()),
+            residual: Matrix::random(rng, m, case.n().max(k)),
+            w: blocks.iter().map(|b| rng.vec(b.0 * k)).collect(),
+            bias: blocks.iter().map(|b| rng.vec(b.0)).collect(),
+            a: blocks.iter().map(|b| rng.vec(b.1 * k)).collect(),
+            b: blocks.iter().map(|b| rng.vec(b.0 * b.1)).collect(),
+            scale: blocks.iter().map(|_| 0.5 + rng.f32().abs()).collect(),
+        }
+    }
+
+    fn blocks<'a, E>(
+        &'a self,
+        case: &Case,
+        panels: &'a [Vec<E>],
+        tails: &'a [Vec<f32>],
+    ) -> Vec<Block<E>> {
+        let block = |i: usize| Block {
+            n: case.blocks[i].0,
+            weights: panels[i].as_ptr(),
+            bias: if case.bias {
+                self.bias[i].as_ptr()
+            } else {
+                std::ptr::null()
+            },
+            adapter: (case.blocks[i].1 > 0).then(|| Adapter {
+                rank: case.blocks[i].1,
+                scale: self.scale[i],
+                a: self.a[i].as_ptr(),
+                b: if case.packed_tail && !tails.is_empty() {
+                    std::ptr::null()
+                } else {
+                    self.b[i].as_ptr()
+                },
+                tail: if case.packed_tail && !tails.is_empty() {
+                    tails[i].as_ptr()
+                } else {
+                    std::ptr::null()
+                },
+            }),
+        };
+        (0..case.blocks.len()).map(block).collect()
+    }
+
+    fn tails(&self, case: &Case) -> Vec<Vec<f32>> {
+        let tail = |i: usize| {
+            let (n, r) = case.blocks[i];
+            let mut out = vec![POISON; packed_len(n, r)];
+            pack_tail(&self.b[i][..n * r], (n, r), self.scale[i], &mut out);
+            out
+        };
+        (0..case.blocks.len()).map(tail).collect()
+    }
+
+    fn panels<E: Packed>(&self, case: &Case, forward: bool) -> Vec<Vec<E>> {
+        let pool = Pool::new(1);
+        let pack = |i: usize| {
+            let (n, k) = (case.blocks[i].0, case.k);
+            let len = if forward {
+                packed_len(n, k)
+            } else {
+                packed_len(k, n)
+            };
+            let mut out = vec![E::narrow(POISON); len];
+            match forward {
+                true => pack_nk(&pool, &self.w[i], (n, k), &mut out),
+                false => pack_kn(&pool, &self.w[i], (n, k), &mut out),
+            }
+            out
+        };
+        (0..case.blocks.len()).map(pack).collect()
+    }
+
+    /// Terms of `x A` for rank `c` of block `i`.
+    fn hidden(&self, case: &Case, row: usize, i: usize, c: usize) -> Vec<f64> {
+        (0..case.k)
+            .map(|l| product(self.x.at(row, l), self.a[i][c * case.k + l]))
+            .collect()
+    }
+
+    /// Terms of `dy B` for rank `c` of block `i`, not scaled.
+    fn down(&self, case: &Case, row: usize, i: usize, c: usize) -> Vec<f64> {
+        let (n, r) = case.blocks[i];
+        let first: usize = case.blocks[..i].iter().map(|b| b.0).sum();
+        (0..n)
+            .map(|j| product(self.dy.at(row, first + j), self.b[i][j * r + c]))
+            .collect()
+    }
+}
+
+fn run_forward<E: Packed>(
+    isa: Isa,
+    pool: &Pool,
+    case: &Case,
+    world: &World,
+    panels: &[Vec<E>],
+) -> (Matrix, Matrix) {
+    let tails = world.tails(case);
+    let blocks = world.blocks(case, panels, &tails);
+    let mut y = Matrix::poisoned(case.m, case.n());
+    let mut h = Matrix::poisoned(case.m, case.r());
+    let mut workspace = vec![POISON; forward_workspace(&blocks, pool.threads())];
+    let job = Forward {
+        m: case.m,
+        k: case.k,
+        x: world.x.input(),
+        blocks: &blocks,
+        y: y.output(),
+        residual: if case.residual {
+            world.residual.input()
+        } else {
+            Rows::<*const f32>::NONE
+        },
+        h: h.output(),
+    };
+    // SAFETY: every matrix has the size that the case asks for.
+    unsafe { forward(Exec { isa, pool }, &job, &mut workspace) };
+    (y, h)
+}
+
+fn check_forward(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut Rng) {
+    let world = World::new(case, rng);
+    let panels = world.panels::<f32>(case, true);
+    let (y, h) = run_forward(isa, &pools[0], case, &world, &panels);
+    y.check(&format!("{name} y {case:?}"), &|row, j| {
+        let (i, jj, _) = case.owner(j);
+        let mut terms: Vec<f64> = (0..case.k)
+            .map(|l| product(world.x.at(row, l), world.w[i][jj * case.k + l]))
+            .collect();
+        let r = case.blocks[i].1;
+        for c in 0..r {
+            let f = f64::from(world.scale[i]) * f64::from(world.b[i][jj * r + c]);
+            terms.extend(world.hidden(case, row, i, c).iter().map(|t| t * f));
+        }
+        if case.bias {
+            terms.push(f64::from(world.bias[i][jj]));
+        }
+        if case.residual {
+            terms.push(f64::from(world.residual.at(row, j)));
+        }
+        terms
+    });
+    h.check(&format!("{name} h {case:?}"), &|row, c| {
+        let (mut i, mut c) = (0, c);
+        while c >= case.blocks[i].1 {
+            c -= case.blocks[i].1;
+            i += 1;
+        }
+        world.hidden(case, row, i, c)
+    });
+    for pool in &pools[1..] {
+        let (y2, h2) = run_forward(isa, pool, case, &world, &panels);
+        assert_eq!(
+            y.bits(),
+            y2.bits(),
+            "{name} {case:?} y on {} threads",
+            pool.threads()
+        );
+        assert_eq!(
+            h.bits(),
+            h2.bits(),
+            "{name} {case:?} h on {} threads",
+            pool.threads()
+        );
+    }
+}
+
+fn run_backward(
+    isa: Isa,
+    pool: &Pool,
+    case: &Case,
+    world: &World,
+    panels: &[Vec<f32>],
+    need_dx: bool,
+) -> (Matrix, Matrix) {
+    let blocks = world.blocks(case, panels, &[]);
+    let mut dx = Matrix::poisoned(case.m, case.k);
+    let mut dh = Matrix::poisoned(case.m, case.r());
+    let mut workspace = vec![POISON; backward_workspace(&blocks, pool.threads())];
+    let job = Backward {
+        m: case.m,
+        k: case.k,
+        dy: world.dy.input(),
+        blocks: &blocks,
+        dx: if need_dx {
+            dx.output()
+        } else {
+            Rows::<*mut f32>::NONE
+        },
+        residual: if case.residual {
+            world.residual.input()
+        } else {
+            Rows::<*const f32>::NONE
+        },
+        dh: dh.output(),
+    };
+    // SAFETY: every matrix has the size that the case asks for.
+    unsafe { backward(Exec { isa, pool }, &job, &mut workspace) };
+    (dx, dh)
+}
+
+fn check_backward(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut Rng) {
+    let world = World::new(case, rng);
+    let panels = world.panels::<f32>(case, false);
+    let (dx, dh) = run_backward(isa, &pools[0], case, &world, &panels, true);
+    dh.check(&format!("{name} dh {case:?}"), &|row, c| {
+        let (mut i, mut c) = (0, c);
+        while c >= case.blocks[i].1 {
+            c -= case.blocks[i].1;
+            i += 1;
+        }
+        let s = f64::from(world.scale[i]);
+        world.down(case, row, i, c).iter().map(|t| t * s).collect()
+    });
+    dx.check(&format!("{name} dx {case:?}"), &|row, l| {
+        let mut terms = Vec::new();
+        let mut first = 0;
+        for (i, &(n, r)) in case.blocks.iter().enumerate() {
+            terms.extend(
+                (0..n).map(|j| product(world.dy.at(row, first + j), world.w[i][j * case.k + l])),
+            );
+            for c in 0..r {
+                let f = f64::from(world.scale[i]) * f64::from(world.a[i][c * case.k + l]);
+                terms.extend(world.down(case, row, i, c).iter().map(|t| t * f));
+            }
+            first += n;
+        }
+        if case.residual {
+            terms.push(f64::from(world.residual.at(row, l)));
+        }
+        terms
+    });
+    let (untouched, alone) = run_backward(isa, &pools[0], case, &world, &panels, false);
+    assert_eq!(alone.bits(), dh.bits(), "{name} {case:?} dh without dx");
+    assert!(untouched.bits().iter().all(|&b| b == POISON.to_bits()));
+    for pool in &pools[1..] {
+        let (dx2, dh2) = run_backward(isa, pool, case, &world, &panels, true);
+        assert_eq!(
+            dx.bits(),
+            dx2.bits(),
+            "{name} {case:?} dx on {} threads",
+            pool.threads()
+        );
+        assert_eq!(
+            dh.bits(),
+            dh2.bits(),
+            "{name} {case:?} dh on {} threads",
+            pool.threads()
+        );
+    }
+}
+
+fn cases(rng: &mut Rng) -> Vec<Case> {
+    const SIZES: [usize; 11] = [1, 2, 3, 5, 7, 13, 31, 32, 33, 64, 127];
+    let mut cases = Vec::new();
+    // Each pair of sizes once for (m, k), the others drawn.
+    for m in SIZES {
+        for k in SIZES {
+            let mut pick = |from: &[usize]| from[rng.next_u64() as usize % from.len()];
+            let ranks = [0, 0, 1, 2, 3, 5, 7, 8, 13, 31, 32, 33, 64];
+            let count = pick(&[1, 1, 2, 3]);
+            let blocks = (0..count).map(|_| (pick(&SIZES), pick(&ranks))).collect();
+            let mut flip = || pick(&[0, 1]) == 1;
+            let (bias, residual, packed_tail) = (flip(), flip(), flip());
+            cases.push(Case {
+                m,
+                k,
+                blocks,
+                bias,
+                residual,
+                packed_tail,
+            });
+        }
+    }
+    let blocks = vec![(96, 8), (40, 0), (33, 16)];
+    cases.push(Case {
+        m: 217,
+        k: 300,
+        blocks,
+        bias: true,
+        residual: true,
+        packed_tail: false,
+    });
+    // Longer than one piece of a sum.
+    let blocks = vec![(70, 4)];
+    cases.push(Case {
+        m: 14,
+        k: 4500,
+        blocks,
+        bias: false,
+        residual: false,
+        packed_tail: true,
+    });
+    let blocks = vec![(4500, 9)];
+    cases.push(Case {
+        m: 3,
+        k: 40,
+        blocks,
+        bias: false,
+        residual: false,
+        packed_tail: true,
+    });
+    cases
+}
+
+#[test]
+fn forward_is_the_sum_it_says() {
+    let (mut rng, pools) = (Rng::fresh(), pools());
+    each_isa(&mut |isa, name| {
+        for case in cases(&mut rng) {
+            check_forward(isa, name, &pools, &case, &mut rng);
+        }
+    });
+}
+
+#[test]
+fn backward_is_the_sum_it_says() {
+    let (mut rng, pools) = (Rng::fresh(), pools());
+    each_isa(&mut |isa, name| {
+        for case in cases(&mut rng) {
+            check_backward(isa, name, &pools, &case, &mut rng);
+        }
+    });
+}
+
+#[test]
+fn no_rows_is_no_work() {
+    let mut rng = Rng::fresh();
+    let case = Case {
+        m: 0,
+        k: 9,
+        blocks: vec![(5, 2)],
+        bias: true,
+        residual: true,
+        packed_tail: false,
+    };
+    for pool in pools() {
+        check_forward(
+            Isa::best(),
+            "empty",
+            std::slice::from_ref(&pool),
+            &case,
+            &mut rng,
+        );
+        check_backward(
+            Isa::best(),
+            "empty",
+            std::slice::from_ref(&pool),
+            &case,
+            &mut rng,
+        );
+    }
+}
+
+/// With weights of zero the result is the adapter alone; without an adapter it is exactly the bare one.
+#[test]
+fn the_adapter_adds_what_it_says_and_costs_a_bare_block_nothing() {
+    let (mut rng, pool) = (Rng::fresh(), Pool::new(2));
+    each_isa(&mut |isa, name| {
+        let adapted = Case {
+            m: 29,
+            k: 67,
+            blocks: vec![(50, 8), (33, 0), (20, 3)],
+            bias: false,
+            residual: false,
+            packed_tail: false,
+        };
+        let mut world = World::new(&adapted, &mut rng);
+        let bare = Case {
+            blocks: adapted.blocks.iter().map(|b| (b.0, 0)).collect(),
+            ..adapted.clone()
+        };
+        let panels = world.panels::<f32>(&adapted, true);
+        let (with, _) = run_forward(isa, &pool, &adapted, &world, &panels);
+        let (without, _) = run_forward(isa, &pool, &bare, &world, &panels);
+        for row in 0..adapted.m {
+            for j in 0..adapted.n() {
+                let (i, _, _) = adapted.owner(j);
+                let same = with.at(row, j).to_bits() == without.at(row, j).to_bits();
+                assert_eq!(same, adapted.blocks[i].1 == 0, "{name} [{row},{j}]");
+            }
+        }
+        world.w.iter_mut().for_each(|w| w.fill(0.0));
+        let panels = world.panels::<f32>(&adapted, true);
+        let (alone, _) = run_forward(isa, &pool, &adapted, &world, &panels);
+        alone.check(&format!("{name} alone"), &|row, j| {
+            let (i, jj, _) = adapted.owner(j);
+            let r = adapted.blocks[i].1;
+            (0..r)
+                .flat_map(|c| {
+                    let f = f64::from(world.scale[i]) * f64::from(world.b[i][jj * r + c]);
+                    world
+                        .hidden(&adapted, row, i, c)
+                        .into_iter()
+                        .map(move |t| t * f)
+                })
+                .collect()
+        });
+        for row in 0..adapted.m {
+            for j in 0..adapted.n() {
+                let difference = with.at(row, j) - without.at(row, j);
+                let off = (difference - alone.at(row, j)).abs();
+                assert!(off < 1e-4, "{name} [{row},{j}]: {off}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_residual_may_be_the_output_itself() {
+    let (mut rng, pool) = (Rng::fresh(), Pool::new(2));
+    let case = Case {
+        m: 31,
+        k: 45,
+        blocks: vec![(45, 4)],
+        bias: true,
+        residual: true,
+        packed_tail: false,
+    };
+    let world = World::new(&case, &mut rng);
+    let panels = [
+        world.panels::<f32>(&case, true),
+        world.panels::<f32>(&case, false),
+    ];
+    each_isa(&mut |isa, name| {
+        let exec = Exec { isa, pool: &pool };
+        let (want_y, mut h) = run_forward(isa, &pool, &case, &world, &panels[0]);
+        let (want_dx, mut dh) = run_backward(isa, &pool, &case, &world, &panels[1], true);
+        let copy = || Matrix {
+            rows: case.m,
+            cols: 45,
+            data: world.residual.data.clone(),
+        };
+        let (mut y, mut dx) = (copy(), copy());
+        let blocks = world.blocks(&case, &panels[0], &[]);
+        let mut workspace =
+            vec![POISON; forward_workspace(&blocks, 2).max(backward_workspace(&blocks, 2))];
+        let job = Forward {
+            m: case.m,
+            k: case.k,
+            x: world.x.input(),
+            blocks: &blocks,
+            residual: y.input(),
+            y: y.output(),
+            h: h.output(),
+        };
+        // SAFETY: every matrix has the size that the case asks for; `residual` is `y`.
+        unsafe { forward(exec, &job, &mut workspace) };
+        let blocks = world.blocks(&case, &panels[1], &[]);
+        let job = Backward {
+            m: case.m,
+            k: case.k,
+            dy: world.dy.input(),
+            blocks: &blocks,
+            residual: dx.input(),
+            dx: dx.output(),
+            dh: dh.output(),
+        };
+        // SAFETY: as above.
+        unsafe { backward(exec, &job, &mut workspace) };
+        for row in 0..case.m {
+            for j in 0..45 {
+                assert!(
+                    (y.at(row, j) - want_y.at(row, j)).abs() < 1e-4,
+                    "{name} y [{row},{j}]"
+                );
+                assert!(
+                    (dx.at(row, j) - want_dx.at(row, j)).abs() < 1e-4,
+                    "{name} dx [{row},{j}]"
+                );
+            }
+        }
+    });
+}
+
+/// bf16 panels give the bits that f32 panels of the same rounded weights give.
+#[test]
+fn bf16_panels_are_the_rounded_weights() {
+    let (mut rng, pool) = (Rng::fresh(), Pool::new(2));
+    each_isa(&mut |isa, name| {
+        for m in [1, 5, 40] {
+            let case = Case {
+                m,
+                k: 77,
+                blocks: vec![(70, 8), (32, 0)],
+                bias: true,
+                residual: false,
+                packed_tail: true,
+            };
+            let mut world = World::new(&case, &mut rng);
+            let (narrow, _) = run_forward(
+                isa,
+                &pool,
+                &case,
+                &world,
+                &world.panels::<bf16>(&case, true),
+            );
+            for w in world.w.iter_mut().flatten() {
+                *w = bf16::from_f32(*w).to_f32();
+            }
+            let (wide, _) =
+                run_forward(isa, &pool, &case, &world, &world.panels::<f32>(&case, true));
+            assert_eq!(narrow.bits(), wide.bits(), "{name} {m} rows");
+        }
+    });
+}
+
+/// A row's bits are the same alone and in a batch.
+#[test]
+fn bits_do_not_depend_on_the_batch() {
+    let (mut rng, pool) = (Rng::fresh(), Pool::new(3));
+    each_isa(&mut |isa, name| {
+        let case = Case {
+            m: 101,
+            k: 130,
+            blocks: vec![(96, 8), (31, 4)],
+            bias: true,
+            residual: false,
+            packed_tail: false,
+        };
+        let world = World::new(&case, &mut rng);
+        let panels = world.panels::<f32>(&case, true);
+        let (all, _) = run_forward(isa, &pool, &case, &world, &panels);
+        let stride = case.n() + GAP;
+        for row in [0, 50, 100] {
+            let one = Case {
+                m: 1,
+                ..case.clone()
+            };
+            let mut alone = World::new(&one, &mut Rng::new(1));
+            alone
+                .x
+                .data
+                .copy_from_slice(&world.x.data[row * (case.k + GAP)..][..case.k + GAP]);
+            (alone.a, alone.b, alone.scale, alone.bias) = (
+                world.a.clone(),
+                world.b.clone(),
+                world.scale.clone(),
+                world.bias.clone(),
+            );
+            let (y, _) = run_forward(isa, &pool, &one, &alone, &panels);
+            assert_eq!(
+                y.bits()[..],
+                all.bits()[row * stride..][..stride],
+                "{name} row {row}"
+            );
+        }
+    });
+}
