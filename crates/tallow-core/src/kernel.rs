@@ -89,13 +89,22 @@ pub enum Body {
 }
 
 impl KernelSpec {
-    /// A composite on dense operands, with the results marked in `live`.
-    pub fn composite(c: &Composite, ins: &[&TensorType], live: &[bool]) -> Result<Self> {
+    /// A composite on dense operands, those marked never changing, with the results marked in `live`.
+    pub fn composite(
+        c: &Composite,
+        ins: &[&TensorType],
+        frozen: &[bool],
+        live: &[bool],
+    ) -> Result<Self> {
         let outs = c.infer(ins)?;
+        let operand = |(t, frozen): (&&TensorType, &bool)| Operand {
+            frozen: *frozen,
+            ..Operand::dense(t)
+        };
         let wanted = |(t, live): (&TensorType, &bool)| live.then(|| Operand::dense(t));
         Ok(KernelSpec {
             body: Body::Composite(c.clone()),
-            inputs: ins.iter().map(|t| Operand::dense(t)).collect(),
+            inputs: ins.iter().zip(frozen).map(operand).collect(),
             outputs: outs.iter().zip(live).map(wanted).collect(),
         })
     }
@@ -181,6 +190,8 @@ pub struct Format {
     pub name: &'static str,
     /// Size of the operand in this format, in bytes.
     pub bytes: usize,
+    /// A factor that goes into it; 1 for most.
+    pub scale: Bits,
 }
 
 /// One way to run a spec: a hand-written kernel, a generated one, or a library call.

@@ -6,7 +6,7 @@ use crate::{
     backend::*,
     graph::Graph,
     kernel::{Format, KernelSpec, Operand},
-    op::{Composite, Role},
+    op::Role,
     pass::{self, expand, fuse},
     plan::{self, Plan},
     tensor::{self, Tensor},
@@ -195,8 +195,8 @@ impl Session {
         }
         let be = &*self.0.backend;
         let (canon, notes) = pass::canonical(g)?;
-        let keep = |c: &Composite, ins: &[&TensorType], live: &[bool]| {
-            let spec = KernelSpec::composite(c, ins, live)?;
+        let keep = |c: &expand::Asked<'_>| {
+            let spec = KernelSpec::composite(c.op, c.ins, c.frozen, c.live)?;
             Ok(!be.candidates(&spec)?.is_empty())
         };
         let expanded = expand::expand(&canon, keep)?;

@@ -4,7 +4,7 @@
 use crate::{
     Result,
     graph::{Builder, Graph, NodeId},
-    op::{Composite, Op},
+    op::{Composite, Op, Role},
     types::TensorType,
 };
 
@@ -23,11 +23,40 @@ pub fn live_results(g: &Graph) -> Vec<Vec<bool>> {
     live
 }
 
+/// A composite and what is known of it where it stands.
+pub struct Asked<'a> {
+    /// Its node.
+    pub id: NodeId,
+    /// The op.
+    pub op: &'a Composite,
+    /// Operand types.
+    pub ins: &'a [&'a TensorType],
+    /// Which operands never change: frozen inputs and views of them.
+    pub frozen: &'a [bool],
+    /// Which results are read.
+    pub live: &'a [bool],
+}
+
+/// Which nodes are frozen inputs or views of them.
+fn frozen(g: &Graph) -> Vec<bool> {
+    let mut frozen: Vec<bool> = Vec::with_capacity(g.nodes.len());
+    for n in &g.nodes {
+        frozen.push(match n.op {
+            Op::Input(_, role) => role == Role::Frozen,
+            Op::Reshape(_) | Op::Permute(_) | Op::Slice { .. } | Op::Barrier(_) => {
+                frozen[n.inputs[0].index()]
+            }
+            _ => false,
+        });
+    }
+    frozen
+}
+
 /// `g` with every composite that `keep` refuses replaced by its decomposition, and what appears in
-/// there likewise. `keep` sees the op, its operand types and which of its results are read.
+/// there likewise.
 pub fn expand(
     g: &Graph,
-    mut keep: impl FnMut(&Composite, &[&TensorType], &[bool]) -> Result<bool>,
+    mut keep: impl FnMut(&Asked<'_>) -> Result<bool>,
 ) -> Result<Graph> {
     let mut g = g.clone();
     loop {
@@ -41,14 +70,17 @@ pub fn expand(
 
 /// Everything in structural ops.
 pub fn expand_all(g: &Graph) -> Result<Graph> {
-    expand(g, |_, _, _| Ok(false))
+    expand(g, |_| Ok(false))
 }
 
-fn expand_once(
+/// One round of [`expand`]. Composites that appear are left. True
+/// if anything was replaced.
+pub(crate) fn expand_once(
     g: &Graph,
-    keep: &mut impl FnMut(&Composite, &[&TensorType], &[bool]) -> Result<bool>,
+    mut keep: impl FnMut(&Asked<'_>) -> Result<bool>,
 ) -> Result<(Graph, bool)> {
     let live = live_results(g);
+    let frozen = frozen(g);
     let mut b = Builder::default();
     // Results of each node; empty for the tuple of a composite that is kept.
     let mut made: Vec<Vec<NodeId>> = Vec::with_capacity(g.nodes.len());
@@ -60,7 +92,15 @@ fn expand_once(
             Op::Part(k) => vec![made[n.inputs[0].index()][*k]],
             Op::Composite(c) => {
                 let tys: Vec<&TensorType> = n.inputs.iter().map(|i| g.ty(*i)).collect();
-                if keep(c, &tys, &live[id.index()])? {
+                let still: Vec<bool> = n.inputs.iter().map(|i| frozen[i.index()]).collect();
+                let asked = Asked {
+                    id,
+                    op: c,
+                    ins: &tys,
+                    frozen: &still,
+                    live: &live[id.index()],
+                };
+                if keep(&asked)? {
                     let tuple = b.push(n.op.clone(), &ins)?;
                     b.results(tuple)?
                 } else {
@@ -79,7 +119,7 @@ fn expand_once(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::op::{CompositeOp, Linear, Role};
+    use crate::op::{CompositeOp, Linear};
 
     fn composites(g: &Graph) -> usize {
         let is = |n: &&crate::graph::Node| matches!(n.op, Op::Composite(_));
@@ -118,8 +158,8 @@ mod tests {
         let outs = b.composite(c, &ins).unwrap();
         let g = b.finish(vec![outs[0]], vec![]);
         let mut seen = vec![];
-        let kept = expand(&g, |_, _, live| {
-            seen.push(live.to_vec());
+        let kept = expand(&g, |c| {
+            seen.push(c.live.to_vec());
             Ok(true)
         });
         assert_eq!(kept.unwrap(), g);
