@@ -10,6 +10,8 @@ pub mod files;
 mod json;
 pub mod peft;
 pub mod sample;
+#[cfg(test)]
+mod test_files;
 pub mod tokenizer;
 pub mod weights;
 
