@@ -132,22 +132,23 @@ pub fn log_lane(x: f32) -> f32 {
 }
 
 /// Above this magnitude (radians) the reduction below is no longer exact enough.
-const SIN_COS_MAX: f32 = 1.0e9;
+const SIN_COS_MAX: f32 = 1.0e8;
 
-/// Sine and cosine of one lane of radians, through f64. Free of branches up to 1e9 radians.
+/// Sine and cosine of one lane of radians, through f64. Free of branches up to 1e8 radians.
 #[inline(always)]
 #[must_use]
 pub fn sin_cos_lane(x: f32) -> (f32, f32) {
     // Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
     const SHIFT: f64 = 6_755_399_441_055_744.0;
-    // pi / 2, the first part with 33 bits: `n * HI` is exact.
-    const HI: f64 = 1.570_796_326_734_125_6;
-    const LO: f64 = 6.077_100_506_506_192e-11;
+    // pi / 2 in three parts, two of them with 26 bits: their products with n are exact.
+    const HI: f64 = 1.570_796_310_901_641_8;
+    const MID: f64 = 1.589_325_471_229_585_7e-8;
+    const LO: f64 = 6.123_233_995_736_766e-17;
     let a = f64::from(x);
     let shifted = a * std::f64::consts::FRAC_2_PI + SHIFT;
     let n = shifted - SHIFT;
     let quadrant = shifted.to_bits();
-    let r = (a - n * HI) - n * LO;
+    let r = ((a - n * HI) - n * MID) - n * LO;
     let z = r * r;
     let s = -2.505_210_838_544_172e-8;
     let s = s * z + 2.755_731_922_398_589e-6;
@@ -164,7 +165,11 @@ pub fn sin_cos_lane(x: f32) -> (f32, f32) {
     let swap = quadrant & 1 == 1;
     let (s, c) = if swap { (cos, sin) } else { (sin, cos) };
     let s = if quadrant & 2 == 2 { -s } else { s };
-    let c = if quadrant.wrapping_add(1) & 2 == 2 { -c } else { c };
+    let c = if quadrant.wrapping_add(1) & 2 == 2 {
+        -c
+    } else {
+        c
+    };
     (s as f32, c as f32)
 }
 
