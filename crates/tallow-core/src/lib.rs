@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 pub mod backend;
 pub mod error;
+pub mod grad;
 pub mod graph;
 pub mod kernel;
 pub mod op;

@@ -11,6 +11,8 @@ use crate::{
     types::{DType, Layout, Shape, TensorType},
 };
 
+pub mod sample;
+
 /// A tensor in f64. Integers are exact.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Value {

@@ -54,10 +54,7 @@ fn frozen(g: &Graph) -> Vec<bool> {
 
 /// `g` with every composite that `keep` refuses replaced by its decomposition, and what appears in
 /// there likewise.
-pub fn expand(
-    g: &Graph,
-    mut keep: impl FnMut(&Asked<'_>) -> Result<bool>,
-) -> Result<Graph> {
+pub fn expand(g: &Graph, mut keep: impl FnMut(&Asked<'_>) -> Result<bool>) -> Result<Graph> {
     let mut g = g.clone();
     loop {
         let (next, changed) = expand_once(&g, &mut keep)?;
