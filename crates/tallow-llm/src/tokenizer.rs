@@ -9,6 +9,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 pub use stream::DecodeStream;
@@ -25,6 +26,9 @@ const LIMIT_BYTES: u64 = 512 << 20;
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
+    /// What the tokenizer itself puts before and after a text.
+    before: Vec<u32>,
+    after: Vec<u32>,
     /// `tokenizer_config.json` says in so many words that there is no bos.
     without_bos: bool,
 }
@@ -35,15 +39,12 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let hint = "give a model folder with a fast tokenizer (transformers: save_pretrained)";
         let bytes = files::read_bounded(&path, LIMIT_BYTES, hint)?;
-        let fail = |e: tokenizers::Error| Error::Tokenizer {
+        let fail = |problem: String| Error::Tokenizer {
             path: path.clone(),
-            problem: format!("not a usable tokenizer: {}", quote(&e.to_string())),
+            problem: format!("not a usable tokenizer: {}", quote(&problem)),
             hint: "download the file again",
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(fail)?;
-        inner.set_encode_special_tokens(true);
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(fail)?;
+        let (inner, before, after) = load(&bytes).map_err(fail)?;
         let about = dir.join("tokenizer_config.json");
         let without_bos = about.exists() && {
             let (map, _) = json::read_object(&about, hint)?;
@@ -52,6 +53,8 @@ impl Tokenizer {
         Ok(Self {
             inner,
             path,
+            before,
+            after,
             without_bos,
         })
     }
@@ -78,28 +81,18 @@ impl Tokenizer {
     }
 
     fn encode(&self, text: &str, config: &ModelConfig, with_eos: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, true)
-            .map_err(|e| self.bad(&e))?;
-        let mut ids = encoding.get_ids().to_vec();
-        // What the tokenizer put around the text is marked in the mask.
-        let mask = encoding.get_special_tokens_mask();
-        let before = mask.iter().take_while(|&&m| m == 1).count();
-        let after = mask[before..].iter().rev().take_while(|&&m| m == 1).count();
-        let end = ids.len() - after;
-        let has_eos = ids[end..].iter().any(|id| config.eos.contains(id));
-        if !with_eos {
-            ids.truncate(end);
-        } else if let Some(&eos) = config.eos.first()
-            && !has_eos
-        {
-            ids.push(eos);
-        }
+        let mut ids = Vec::new();
         if let Some(bos) = config.bos.filter(|_| !self.without_bos)
-            && !ids[..before].contains(&bos)
+            && !self.before.contains(&bos)
         {
-            ids.insert(0, bos);
+            ids.push(bos);
+        }
+        ids.extend(&self.before);
+        ids.extend(self.encode_text(text)?);
+        if with_eos {
+            ids.extend(&self.after);
+            let has_eos = self.after.iter().any(|id| config.eos.contains(id));
+            ids.extend(config.eos.first().filter(|_| !has_eos));
         }
         match ids.iter().find(|&&id| id as usize >= config.vocab) {
             None => Ok(ids),
@@ -141,4 +134,35 @@ impl Tokenizer {
             hint: "the tokenizer and the text do not go together, use the model's own tokenizer",
         }
     }
+}
+
+type Loaded = (tokenizers::Tokenizer, Vec<u32>, Vec<u32>);
+
+/// Builds the tokenizer and asks it what it puts around a text.
+fn load(bytes: &[u8]) -> std::result::Result<Loaded, String> {
+    // First the syntax by itself: the library panics on some files that are no JSON.
+    let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
+    serde_json::from_str::<IgnoredAny>(text).map_err(|e| e.to_string())?;
+    let build = || -> tokenizers::Result<Loaded> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+        inner.set_encode_special_tokens(true);
+        inner.with_padding(None);
+        inner.with_truncation(None)?;
+        let (before, after) = around(&inner)?;
+        Ok((inner, before, after))
+    };
+    // It also panics on some values it does not expect, deep in its readers.
+    match std::panic::catch_unwind(build) {
+        Ok(built) => built.map_err(|e| e.to_string()),
+        Err(_) => Err("the tokenizers library cannot read it".to_owned()),
+    }
+}
+
+/// What a tokenizer puts around a text: the tokens marked as special around a letter.
+fn around(inner: &tokenizers::Tokenizer) -> tokenizers::Result<(Vec<u32>, Vec<u32>)> {
+    let encoding = inner.encode_fast("a", true)?;
+    let (ids, mask) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+    let before = mask.iter().take_while(|&&m| m == 1).count();
+    let after = mask[before..].iter().rev().take_while(|&&m| m == 1).count();
+    Ok((ids[..before].to_vec(), ids[ids.len() - after..].to_vec()))
 }

@@ -1,0 +1,215 @@
+//! A model in memory: its weights as frozen leaves, and the graph of its forward pass.
+//! Invariant: every tensor `weights::expected` names is a leaf here, and nothing else is; matrices keep the
+//! type they are stored in unless [`LoadOptions`] rounds them, norms and biases are f32.
+//! Absent on purpose: devices, gradients, a training mode. A step is built from the tensors given back here.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use half::bf16;
+use tallow_core::op::Role;
+use tallow_core::session::Session;
+use tallow_core::tensor::Tensor;
+use tallow_core::types::{DType, TensorType};
+
+use crate::adapter::Adapter;
+use crate::cache::Cache;
+use crate::config::{Family, ModelConfig};
+use crate::error::{Error, Result};
+use crate::layers::Forward;
+use crate::weights::{self, StoredDtype, TensorView, Weights};
+use crate::{llama, mistral, qwen2};
+
+/// The type in which weight matrices are kept. Sums, norms, biases and adapters are f32 in both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ComputeDType {
+    /// Weights as they are stored: nothing is rounded.
+    #[default]
+    F32,
+    /// Weights stored in f32 or f16 are rounded to bf16: half the memory to read.
+    BF16,
+}
+
+impl ComputeDType {
+    /// Lower-case name, as on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::BF16 => "bf16",
+        }
+    }
+}
+
+impl FromStr for ComputeDType {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::BF16),
+            other => Err(Error::Setting {
+                name: "dtype",
+                want: "f32 or bf16",
+                got: crate::error::quote(other),
+            }),
+        }
+    }
+}
+
+/// How a model is loaded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    /// The type in which weight matrices are kept.
+    pub dtype: ComputeDType,
+}
+
+/// A language model on a device. Cheap to clone; clones share the weights.
+#[derive(Clone)]
+pub struct Model {
+    /// What it computes.
+    pub config: ModelConfig,
+    /// Where it computes.
+    pub session: Session,
+    /// Leaves by their names in the checkpoint.
+    pub(crate) weights: Arc<HashMap<String, Tensor>>,
+    /// Radians a token, `[head_dim / 2]`.
+    pub(crate) inv_freq: Tensor,
+}
+
+/// The result of a forward pass.
+pub struct Hidden {
+    /// After the final norm, `[b, t, c]` f32.
+    pub x: Tensor,
+    /// With a cache: its leaves and what they hold after this pass, for `Session::record`.
+    pub updates: Vec<(Tensor, Tensor)>,
+}
+
+impl Model {
+    /// Loads a Hugging Face folder: `config.json` and the weights in one or several safetensors files.
+    /// The files are mapped, not copied, where the device reads host memory.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged, an architecture this version does not compute, no memory.
+    pub fn load(session: &Session, dir: &Path, opts: &LoadOptions) -> Result<Self> {
+        let config = ModelConfig::read(dir)?;
+        let files = Weights::open(dir, &config)?;
+        let mut leaves = HashMap::new();
+        for (name, shape) in weights::expected(&config) {
+            let leaf = leaf(session, files.get(&name)?, &shape, opts.dtype)?;
+            leaves.insert(name, leaf);
+        }
+        let freq = &config.rope.inv_freq;
+        Ok(Self {
+            inv_freq: session.tensor(freq, [freq.len()], Role::Frozen)?,
+            session: session.clone(),
+            weights: Arc::new(leaves),
+            config,
+        })
+    }
+
+    /// The projections an adapter can be on: "model.layers.0.self_attn.q_proj" to `(n, k)`, its values out and in.
+    pub fn module_shapes(&self) -> BTreeMap<String, (usize, usize)> {
+        let all = self.config.projections().into_iter();
+        all.map(|(name, p)| (name, (p.n, p.k))).collect()
+    }
+
+    /// Everything up to and with the final norm. `ids`, `pos: [b, t]` u32, a position of `u32::MAX` is padding:
+    /// it changes no other row, and what comes out in it means nothing.
+    /// Without a cache a token's position must be its index in the row (padding behind the text).
+    /// With one (`b` = 1) the rows may be any further positions; the cache must be updated with the result's `updates`.
+    ///
+    /// # Errors
+    /// An adapter or a cache of another model; shapes that do not fit.
+    pub fn hidden(
+        &self,
+        ids: &Tensor,
+        pos: &Tensor,
+        adapter: Option<&Adapter>,
+        cache: Option<&Cache>,
+    ) -> Result<Hidden> {
+        if let Some(a) = adapter {
+            a.check_fits(&self.config)?;
+        }
+        let layer = match self.config.family {
+            Family::Llama => llama::layer,
+            Family::Qwen2 => qwen2::layer,
+            Family::Mistral => mistral::layer,
+        };
+        let mut forward = Forward::new(self, pos, adapter, cache);
+        let mut x = forward
+            .weight("model.embed_tokens.weight")?
+            .gather(ids, DType::F32)?;
+        for index in 0..self.config.layers {
+            x = layer(&mut forward, index, &x)?;
+        }
+        Ok(Hidden {
+            x: forward.rms_norm(&x, "model.norm")?,
+            updates: forward.updates,
+        })
+    }
+
+    /// Scores of every token: `x [.., c]` (after the final norm) to `[.., vocab]`.
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.linear(self.head()?)?)
+    }
+
+    /// Cross entropy in nats, without ever holding all logits: `x [b, t, c]` (after the final norm) against
+    /// `targets [b, t]` u32 gives `[b * t]`. A target of `u32::MAX` is not counted: 0, and no gradient.
+    pub fn nll(&self, x: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let rows = x.reshape([x.shape().rows(), x.shape().last()])?;
+        let targets = targets.reshape([targets.shape().numel()])?;
+        Ok(rows.cross_entropy(self.head()?, &targets)?)
+    }
+
+    /// The output projection `[vocab, c]`: its own, or the embedding where they are tied.
+    fn head(&self) -> Result<&Tensor> {
+        self.weight(match self.config.tied {
+            true => "model.embed_tokens.weight",
+            false => "lm_head.weight",
+        })
+    }
+
+    /// A leaf by its name in the checkpoint.
+    pub(crate) fn weight(&self, name: &str) -> Result<&Tensor> {
+        self.weights.get(name).ok_or_else(|| Error::Tensors {
+            path: self.config.path.clone(),
+            count: 1,
+            problem: "tensors the family reads but `weights::expected` does not name",
+            names: name.to_owned(),
+            hint: "this is a bug in tallow",
+        })
+    }
+}
+
+/// One tensor of a checkpoint on the device.
+fn leaf(s: &Session, t: &TensorView, shape: &[usize], want: ComputeDType) -> Result<Tensor> {
+    if shape.len() < 2 {
+        return Ok(s.tensor(&t.to_f32()?, shape, Role::Frozen)?);
+    }
+    let dtype = match (t.dtype, want) {
+        (StoredDtype::BF16, _) => DType::BF16,
+        (_, ComputeDType::BF16) => {
+            let round = |v: &f32| bf16::from_f32(*v).to_le_bytes();
+            let bytes: Vec<u8> = t.to_f32()?.iter().flat_map(round).collect();
+            let all = 0..bytes.len();
+            let ty = TensorType::new(shape, DType::BF16);
+            return Ok(s.adopt(Arc::new(bytes), all, ty)?);
+        }
+        (StoredDtype::F32, _) => DType::F32,
+        (StoredDtype::F16, _) => DType::F16,
+        _ => return Err(t.wrong_type("F32, BF16 or F16")),
+    };
+    let host = Arc::new(Mapped(t.clone()));
+    Ok(s.adopt(host, 0..t.bytes.len(), TensorType::new(shape, dtype))?)
+}
+
+/// A tensor's bytes in its mapped file, which it keeps open.
+struct Mapped(TensorView);
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
