@@ -11,7 +11,9 @@ use crate::{
 };
 use std::{collections::HashMap, panic::Location, sync::Arc};
 
+mod grads;
 mod ops;
+pub use grads::{Grads, value_and_grad};
 pub use ops::LoraWeights;
 
 /// A lazy tensor.

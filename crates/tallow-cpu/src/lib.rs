@@ -3,15 +3,25 @@
 //! Absent on purpose: graphs, shapes, dtypes of the core. Kernels see pointers and strides.
 
 pub mod attention;
+pub mod device;
 pub mod error;
 pub mod exec;
+mod glue;
 pub mod linear;
+pub mod loss;
+pub mod norm;
+pub mod optim;
+pub mod philox;
 pub mod pool;
+pub mod rope;
 pub mod simd;
+pub mod swiglu;
 pub mod tile;
+mod transpose;
 pub mod vecmath;
 
 #[cfg(test)]
 mod testing;
 
+pub use device::{Cpu, CpuOptions};
 pub use error::Error;
