@@ -11,6 +11,7 @@ use crate::{
     types::{DType, Layout, Shape, TensorType},
 };
 
+pub mod bound;
 pub mod sample;
 
 /// A tensor in f64. Integers are exact.
