@@ -72,7 +72,7 @@ pub(crate) fn truthy(value: &Value) -> bool {
 pub(crate) fn whole(value: &Value) -> Option<u64> {
     value.as_u64().or_else(|| {
         let f = value.as_f64()?;
-        (f >= 0.0 && f < 9e15 && f.fract() == 0.0).then_some(f as u64)
+        ((0.0..9e15).contains(&f) && f.fract() == 0.0).then_some(f as u64)
     })
 }
 

@@ -118,7 +118,7 @@ impl Sampler {
             }
         }
         self.keep_top_k(s.top_k);
-        self.to_probabilities();
+        self.make_probabilities();
         if s.top_p < 1.0 {
             self.keep_top_p(s.top_p);
         }
@@ -162,7 +162,7 @@ impl Sampler {
     }
 
     /// Scaled logits (the largest is 0) to probabilities.
-    fn to_probabilities(&mut self) {
+    fn make_probabilities(&mut self) {
         let mut sum = 0.0;
         for candidate in &mut self.kept {
             candidate.0 = candidate.0.exp();

@@ -176,11 +176,11 @@ fn plain_and_linear_frequencies_are_those_of_numpy() {
         1.0,
         0.31622776,
         0.1,
-        0.031622779,
+        0.031_622_78,
         0.01,
         0.0031622779,
         0.001,
-        0.00031622779,
+        0.000_316_227_8,
     ];
     assert_eq!(c.rope.inv_freq, plain);
     let scaling = json!({"rope_parameters": "-", "rope_scaling": {"type": "linear", "factor": 4}});
@@ -195,13 +195,13 @@ fn llama3_frequencies_are_those_of_numpy_in_f32() {
     // transformers' formula evaluated step by step on float32 arrays.
     let want: [f32; 8] = [
         1.0,
-        0.07940301299095154,
-        0.004700753837823868,
-        0.0009115831344388425,
-        0.00017677668074611574,
-        3.428102354519069e-05,
-        6.647870577580761e-06,
-        1.289173155782919e-06,
+        0.079_403_01,
+        0.004_700_754,
+        0.000_911_583_13,
+        0.000_176_776_68,
+        3.428_102_4e-5,
+        6.647_870_6e-6,
+        1.289_173_2e-6,
     ];
     for (got, want) in c.rope.inv_freq.iter().zip(want) {
         // Two roundings apart at most: numpy's float32 power is not correctly rounded.
@@ -216,12 +216,12 @@ fn llama3_frequencies_are_those_of_numpy_in_f32() {
     };
     let got = Rope::new(kind, 5e5, 64).inv_freq;
     let want: [(usize, f32); 6] = [
-        (1, 0.6636012196540833),
-        (14, 0.0032114461064338684),
-        (15, 0.0012905480107292533),
-        (16, 0.000429556705057621),
-        (17, 9.708286233944818e-05),
-        (31, 9.41830720080361e-08),
+        (1, 0.663_601_2),
+        (14, 0.003_211_446),
+        (15, 0.001_290_548),
+        (16, 0.000_429_556_7),
+        (17, 9.708_286e-5),
+        (31, 9.418_307e-8),
     ];
     for (i, want) in want {
         assert!(

@@ -54,7 +54,7 @@ pub struct AdapterConfig {
 }
 
 /// Switched on, these change what an adapter computes, and this version does not compute it.
-const REFUSED: [&str; 17] = [
+const REFUSED: [&str; 15] = [
     "alora_invocation_tokens",
     "arrow_config",
     "fan_in_fan_out",
@@ -70,12 +70,10 @@ const REFUSED: [&str; 17] = [
     "use_dora",
     "use_qalora",
     "velora_config",
-    "xlora_config",
-    "layer_indices",
 ];
 
 /// Understood elsewhere in this file, or without effect on a trained adapter.
-const KNOWN: [&str; 30] = [
+const KNOWN: [&str; 27] = [
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -103,9 +101,6 @@ const KNOWN: [&str; 30] = [
     "target_modules",
     "task_type",
     "use_rslora",
-    "enable_lora",
-    "merge_weights",
-    "_name_or_path",
 ];
 
 impl AdapterConfig {

@@ -228,7 +228,7 @@ fn the_first_pattern_of_the_file_counts() {
 fn stored_halves_are_widened() {
     let name = key("0.mlp.up_proj.lora_A");
     let dir = changed(json!({}), |t| {
-        let halves = vec![0x80, 0x3f].repeat(8 * 64);
+        let halves = [0x80, 0x3f].repeat(8 * 64);
         *t.get_mut(&name).unwrap() = (StoredDtype::BF16, vec![8, 64], halves);
     });
     let adapter = Adapter::read(dir.path(), &base()).unwrap();
