@@ -17,6 +17,7 @@ mod forward;
 mod gemm;
 mod outer;
 mod pack;
+mod product;
 mod split;
 
 pub use backward::{Backward, backward, backward_workspace};
@@ -24,9 +25,6 @@ pub use forward::{Forward, forward, forward_workspace};
 pub use gemm::{Gemm, Strided, gemm, gemm_workspace};
 pub use outer::{Outer, outer};
 pub use pack::{Packed, Source, pack_kn, pack_nk, pack_tail, packed_len};
-
-use crate::simd::Isa;
-use crate::tile::{self, Element, Tail, Tile};
 
 /// An adapter of one block. Matrices are row-major and dense.
 #[derive(Clone, Copy, Debug)]
@@ -108,37 +106,6 @@ impl Rows<*mut f32> {
         at: std::ptr::null_mut(),
         row: 0,
     };
-}
-
-/// Sums longer than this are cut into even pieces that are added up in order: the piece of a panel
-/// stays in the second-level cache, and rounding errors grow slower.
-const PIECE: usize = 2048;
-
-/// A tile product with a sum of any length.
-///
-/// # Safety
-/// As for [`tile::run_with_tail`].
-unsafe fn long_tile<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
-    let pieces = tile.k.div_ceil(PIECE).max(1);
-    let mut from = 0;
-    for piece in 0..pieces {
-        let k = (tile.k - from).div_ceil(pieces - piece);
-        let part = Tile {
-            k,
-            x: tile.x.wrapping_add(from * tile.x_col),
-            panel: tile.panel.wrapping_add(from * tile.panel_row),
-            accumulate: tile.accumulate || piece > 0,
-            ..*tile
-        };
-        let tail = if piece + 1 == pieces {
-            tail
-        } else {
-            &Tail::NONE
-        };
-        // SAFETY: terms `from..from + k` of the tile, the tail with the last of them.
-        unsafe { tile::run_with_tail(isa, &part, tail) };
-        from += k;
-    }
 }
 
 /// Adds a row vector and a matrix, either of which may be null, to `y: [m, cols]`.

@@ -4,6 +4,10 @@
 //! instruction set and `k` alone: not on `m`, the row's place, strides, the panel's padding or threads.
 //! Absent on purpose: blocking, packing, threads. Callers choose what stays in cache.
 
+mod strip;
+
+pub use strip::{Strip, run_strip};
+
 use half::bf16;
 
 use crate::simd::{Isa, Kernel, Vector};

@@ -2,10 +2,13 @@
 //! Invariant: the frozen weights get no gradient; a block without an adapter does no work for one.
 //! Absent on purpose: `dA` and `dB`; they are [`super::outer`] of what is computed here.
 
+use std::ops::Range;
+
+use super::product::{PIECE, Product, Tails, copy_len};
 use super::split::{MAX_ROWS, Split};
-use super::{Block, Raw, Rows, add_to, long_tile};
+use super::{Block, Raw, Rows, add_to};
 use crate::exec::Exec;
-use crate::tile::{Element, NR, Tail, Tile};
+use crate::tile::{self, Element, NR, Tail, Tile};
 
 /// A backward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +27,7 @@ pub struct Backward<'a, E = f32> {
     /// `[m, k]`, added to `dx`; null if there is none. It may be `dx` itself (the same pointer and
     /// stride): then the product is added in place.
     pub residual: Rows<*const f32>,
-    /// `[m, r]`, written with `s dy B`; may be null if no block has an adapter.
+    /// `[m, r]`, written with `s dy B`; may be null.
     pub dh: Rows<*mut f32>,
 }
 
@@ -34,10 +37,13 @@ pub fn backward_workspace<E>(blocks: &[Block<E>], threads: usize) -> usize {
     threads * scratch(blocks)
 }
 
-/// Floats of one worker: which rows its `dh` is of, and that.
+/// Floats of one worker: which rows its `dh` is of, that, and a copy of rows of `dy`.
 fn scratch<E>(blocks: &[Block<E>]) -> usize {
-    let total: usize = blocks.iter().map(Block::rank).sum();
-    if total == 0 { 0 } else { 1 + MAX_ROWS * total }
+    copy_at(blocks) + copy_len(blocks.iter().map(|b| b.n).max().unwrap_or(0))
+}
+
+fn copy_at<E>(blocks: &[Block<E>]) -> usize {
+    1 + MAX_ROWS * blocks.iter().map(Block::rank).sum::<usize>()
 }
 
 /// Computes `job` on the threads of `exec`.
@@ -61,10 +67,8 @@ pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, worksp
         job.k.div_ceil(NR)
     };
     let split = Split::new(job.m, panels, n, threads);
-    if per > 0 {
-        for scratch in workspace.chunks_exact_mut(per).take(threads) {
-            scratch[0] = f32::from_bits(u32::MAX);
-        }
+    for scratch in workspace.chunks_exact_mut(per).take(threads) {
+        scratch[0] = f32::from_bits(u32::MAX);
     }
     let shared = Raw((job, workspace.as_mut_ptr()));
     exec.pool.run(split.tasks(), &|task, worker| {
@@ -80,11 +84,9 @@ pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, worksp
         // SAFETY: the caller's promise; each task writes rows and columns of its own (`dh` the first
         // task of a row block), and each worker scratch of its own, `per` floats long.
         unsafe {
-            if per > 0 {
-                part.hidden(key as u32, panels.start == 0);
-            }
-            for p in panels {
-                part.panel(p);
+            part.hidden(key as u32, panels.start == 0);
+            if !panels.is_empty() {
+                part.panels(panels);
             }
         }
     });
@@ -116,7 +118,7 @@ impl<E: Element> Part<'_, E> {
                     if !fresh {
                         self.down(block, column, dh);
                     }
-                    if keep {
+                    if keep && !job.dh.at.is_null() {
                         for row in 0..self.m {
                             let to = job.dh.at.add((self.row + row) * job.dh.row + rank);
                             let from = dh.add(row * adapter.rank);
@@ -141,72 +143,83 @@ impl<E: Element> Part<'_, E> {
         // SAFETY: the caller's promise; `B` is `[n, r]`, read a panel of columns at a time.
         unsafe {
             for j in (0..r).step_by(NR) {
-                let tile = Tile {
-                    m: self.m,
-                    k: block.n,
-                    x: job.dy.at.add(self.row * job.dy.row + column),
-                    x_row: job.dy.row,
-                    x_col: 1,
-                    panel: adapter.b.add(j),
-                    panel_row: r,
-                    padded: false,
-                    y: dh.add(j),
-                    y_row: r,
-                    cols: (r - j).min(NR),
-                    accumulate: false,
-                };
-                long_tile(self.exec.isa, &tile, &Tail::NONE);
+                for i in (0..block.n.max(1)).step_by(PIECE) {
+                    let tile = Tile {
+                        m: self.m,
+                        k: (block.n - i).min(PIECE),
+                        x: job.dy.at.add(self.row * job.dy.row + column + i),
+                        x_row: job.dy.row,
+                        x_col: 1,
+                        panel: adapter.b.add(i * r + j),
+                        panel_row: r,
+                        padded: false,
+                        y: dh.add(j),
+                        y_row: r,
+                        cols: (r - j).min(NR),
+                        accumulate: i > 0,
+                    };
+                    tile::run(self.exec.isa, &tile);
+                }
             }
             let dh = std::slice::from_raw_parts_mut(dh, self.m * r);
             dh.iter_mut().for_each(|v| *v *= adapter.scale);
         }
     }
 
-    /// Panel `p` of `dx`, over all blocks.
+    /// Panels of `dx`, over all blocks.
     ///
     /// # Safety
     /// As for [`Part::hidden`]; `dh` of these rows is in scratch.
-    unsafe fn panel(&self, p: usize) {
+    unsafe fn panels(&self, panels: Range<usize>) {
         let job = self.job;
-        let cols = (job.k - p * NR).min(NR);
-        // SAFETY: the caller's promise.
-        unsafe {
-            let y = Rows {
-                at: job.dx.at.add(self.row * job.dx.row + p * NR),
-                row: job.dx.row,
+        let y = job.dx.at.wrapping_add(self.row * job.dx.row);
+        let (mut column, mut rank) = (0, 0);
+        for (i, block) in job.blocks.iter().enumerate() {
+            let product = Product {
+                isa: self.exec.isa,
+                m: self.m,
+                k: block.n,
+                n: job.k,
+                x: job.dy.at.wrapping_add(self.row * job.dy.row + column),
+                x_row: job.dy.row,
+                panels: block.weights,
+                y,
+                y_row: job.dx.row,
+                accumulate: i > 0 || job.residual.is(job.dx),
+                scratch: self.scratch.wrapping_add(copy_at(job.blocks)),
             };
-            let in_place = job.residual.is(job.dx);
-            let (mut column, mut rank) = (0, 0);
-            for (i, block) in job.blocks.iter().enumerate() {
-                let tail = block.adapter.map_or(Tail::NONE, |adapter| Tail {
+            let dh = self.scratch.wrapping_add(1 + MAX_ROWS * rank).cast_const();
+            let each = |p: usize| {
+                block.adapter.map_or(Tail::NONE, |adapter| Tail {
                     k: adapter.rank,
-                    x: self.scratch.wrapping_add(1 + MAX_ROWS * rank),
+                    x: dh,
                     x_row: adapter.rank,
                     x_col: 1,
                     panel: adapter.a.wrapping_add(p * NR),
                     panel_row: job.k,
-                });
-                let tile = Tile {
-                    m: self.m,
-                    k: block.n,
-                    x: job.dy.at.add(self.row * job.dy.row + column),
-                    x_row: job.dy.row,
-                    x_col: 1,
-                    panel: block.weights.add(p * NR * block.n),
-                    panel_row: NR,
-                    // The rows of `A` are not padded.
-                    padded: tail.k == 0,
-                    y: y.at,
-                    y_row: y.row,
-                    cols,
-                    accumulate: i > 0 || in_place,
-                };
-                long_tile(self.exec.isa, &tile, &tail);
-                column += block.n;
-                rank += block.rank();
-            }
-            let residual = job.residual.other_than(job.dx).from(self.row, p * NR);
-            add_to(self.m, cols, y, std::ptr::null(), residual);
+                })
+            };
+            let tails = match block.adapter {
+                None => Tails::None,
+                // The rows of `A` are not padded.
+                Some(_) => Tails::Each {
+                    padded: false,
+                    tail: &each,
+                },
+            };
+            // SAFETY: the caller's promise.
+            unsafe { product.run(panels.clone(), &tails) };
+            column += block.n;
+            rank += block.rank();
         }
+        let first = panels.start * NR;
+        let cols = job.k.min(panels.end * NR) - first;
+        let y = Rows {
+            at: y.wrapping_add(first),
+            row: job.dx.row,
+        };
+        let residual = job.residual.other_than(job.dx).from(self.row, first);
+        // SAFETY: the caller's promise.
+        unsafe { add_to(self.m, cols, y, std::ptr::null(), residual) };
     }
 }

@@ -2,12 +2,15 @@
 //! Invariant: a block without an adapter does no work for one; nothing outside `y` and `h` is written.
 //! Absent on purpose: a phase of its own for `h`. Each thread computes the rows it needs, once.
 
+use std::ops::Range;
+
 use super::dots::{self, Dots};
 use super::pack::tail_panel;
+use super::product::{Product, Tails, copy_len};
 use super::split::{MAX_ROWS, Split};
-use super::{Block, Raw, Rows, add_to, long_tile};
+use super::{Block, Raw, Rows, add_to};
 use crate::exec::Exec;
-use crate::tile::{Element, NR, Tail, Tile};
+use crate::tile::{Element, NR, Tail};
 
 /// A forward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
 #[derive(Clone, Copy, Debug)]
@@ -29,20 +32,35 @@ pub struct Forward<'a, E = f32> {
     pub h: Rows<*mut f32>,
 }
 
-/// Floats of workspace that [`forward`] needs, for any number of rows.
+/// Floats of workspace that [`forward`] needs with `k` inputs, for any number of rows.
 #[must_use]
-pub fn forward_workspace<E>(blocks: &[Block<E>], threads: usize) -> usize {
-    threads * scratch(blocks)
+pub fn forward_workspace<E>(blocks: &[Block<E>], k: usize, threads: usize) -> usize {
+    threads * Scratch::new(blocks, k).floats
 }
 
-/// Floats of one worker: which rows each `h` is of, the `h`s, one panel of a tail.
-fn scratch<E>(blocks: &[Block<E>]) -> usize {
-    let total: usize = blocks.iter().map(Block::rank).sum();
-    let largest = blocks.iter().map(Block::rank).max().unwrap_or(0);
-    if total == 0 {
-        0
-    } else {
-        blocks.len() + MAX_ROWS * total + NR * largest
+/// The scratch of one worker: which rows each `h` is of, the `h`s, one panel of a tail, a copy of
+/// rows of `x`. Where each begins.
+#[derive(Clone, Copy)]
+struct Scratch {
+    h: usize,
+    tail: usize,
+    copy: usize,
+    floats: usize,
+}
+
+impl Scratch {
+    fn new<E>(blocks: &[Block<E>], k: usize) -> Self {
+        let total: usize = blocks.iter().map(Block::rank).sum();
+        let largest = blocks.iter().map(Block::rank).max().unwrap_or(0);
+        let h = blocks.len();
+        let tail = h + MAX_ROWS * total;
+        let copy = tail + NR * largest;
+        Self {
+            h,
+            tail,
+            copy,
+            floats: copy + copy_len(k),
+        }
     }
 }
 
@@ -55,17 +73,13 @@ fn scratch<E>(blocks: &[Block<E>]) -> usize {
 /// # Panics
 /// If `workspace` is shorter than [`forward_workspace`].
 pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspace: &mut [f32]) {
-    let (threads, per) = (exec.pool.threads(), scratch(job.blocks));
-    assert!(
-        workspace.len() >= threads * per,
-        "bug in tallow: forward: workspace too small"
-    );
+    let (threads, at) = (exec.pool.threads(), Scratch::new(job.blocks, job.k));
+    let enough = workspace.len() >= threads * at.floats;
+    assert!(enough, "bug in tallow: forward: workspace too small");
     let panels = job.blocks.iter().map(|b| b.n.div_ceil(NR)).sum();
     let split = Split::new(job.m, panels, job.k, threads);
-    if per > 0 {
-        for scratch in workspace.chunks_exact_mut(per).take(threads) {
-            scratch[..job.blocks.len()].fill(f32::from_bits(u32::MAX));
-        }
+    for scratch in workspace.chunks_exact_mut(at.floats).take(threads) {
+        scratch[..at.h].fill(f32::from_bits(u32::MAX));
     }
     let shared = Raw((job, workspace.as_mut_ptr()));
     exec.pool.run(split.tasks(), &|task, worker| {
@@ -74,13 +88,14 @@ pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspac
         let part = Part {
             exec,
             job,
-            scratch: workspace.wrapping_add(worker * per),
+            scratch: workspace.wrapping_add(worker * at.floats),
+            at,
             key: key as u32,
             row: rows.start,
             m: rows.len(),
         };
         // SAFETY: the caller's promise; each task writes rows and columns of its own, and each
-        // worker scratch of its own, `per` floats long.
+        // worker scratch of its own.
         unsafe { part.run(panels) };
     });
 }
@@ -90,6 +105,7 @@ struct Part<'a, E> {
     exec: Exec<'a>,
     job: &'a Forward<'a, E>,
     scratch: *mut f32,
+    at: Scratch,
     key: u32,
     row: usize,
     m: usize,
@@ -100,7 +116,7 @@ impl<E: Element> Part<'_, E> {
     ///
     /// # Safety
     /// As for [`forward`], for these rows and panels and this worker's scratch.
-    unsafe fn run(&self, panels: std::ops::Range<usize>) {
+    unsafe fn run(&self, panels: Range<usize>) {
         let (mut first, mut column, mut rank) = (0, 0, 0);
         for (i, block) in self.job.blocks.iter().enumerate() {
             let count = block.n.div_ceil(NR);
@@ -111,9 +127,7 @@ impl<E: Element> Part<'_, E> {
                 // and its part of `h` begin.
                 unsafe {
                     let h = self.hidden(i, block, rank, from == 0);
-                    for p in from..to {
-                        self.panel(block, p, column, h);
-                    }
+                    self.panels(block, from..to, column, h);
                 }
             }
             first += count;
@@ -134,7 +148,7 @@ impl<E: Element> Part<'_, E> {
         // SAFETY: the scratch holds a key for each block and then `MAX_ROWS` rows of every rank.
         unsafe {
             let key = self.scratch.add(i);
-            let h = self.scratch.add(job.blocks.len() + MAX_ROWS * rank);
+            let h = self.scratch.add(self.at.h + MAX_ROWS * rank);
             if (*key).to_bits() != self.key {
                 let dots = Dots {
                     m: self.m,
@@ -160,68 +174,72 @@ impl<E: Element> Part<'_, E> {
         }
     }
 
-    /// Panel `p` of a block whose outputs begin at `column`.
+    /// Panels of a block whose outputs begin at `column`.
     ///
     /// # Safety
     /// As for [`Part::run`]; `h` is the block's.
-    unsafe fn panel(&self, block: &Block<E>, p: usize, column: usize, h: *const f32) {
+    unsafe fn panels(&self, block: &Block<E>, panels: Range<usize>, column: usize, h: *const f32) {
         let job = self.job;
-        let cols = (block.n - p * NR).min(NR);
-        let column = column + p * NR;
-        // SAFETY: the caller's promise; the tail's panel is the last part of the scratch.
-        unsafe {
-            let y = Rows {
-                at: job.y.at.add(self.row * job.y.row + column),
-                row: job.y.row,
-            };
-            let tile = Tile {
-                m: self.m,
-                k: job.k,
-                x: job.x.at.add(self.row * job.x.row),
-                x_row: job.x.row,
-                x_col: 1,
-                panel: block.weights.add(p * NR * job.k),
-                panel_row: NR,
+        let first = panels.start * NR;
+        let product = Product {
+            isa: self.exec.isa,
+            m: self.m,
+            k: job.k,
+            n: block.n,
+            x: job.x.at.wrapping_add(self.row * job.x.row),
+            x_row: job.x.row,
+            panels: block.weights,
+            y: job.y.at.wrapping_add(self.row * job.y.row + column),
+            y_row: job.y.row,
+            accumulate: job.residual.is(job.y),
+            scratch: self.scratch.wrapping_add(self.at.copy),
+        };
+        let y = Rows {
+            at: product.y.wrapping_add(first),
+            row: job.y.row,
+        };
+        let cols = block.n.min(panels.end * NR) - first;
+        let each = |p: usize| self.tail(block, p, h);
+        let tails = match block.adapter {
+            None => Tails::None,
+            Some(a) if a.tail.is_null() => Tails::Each {
                 padded: true,
-                y: y.at,
-                y_row: y.row,
-                cols,
-                accumulate: job.residual.is(job.y),
-            };
-            long_tile(self.exec.isa, &tile, &self.tail(block, p, cols, h));
-            let residual = job.residual.other_than(job.y).from(self.row, column);
+                tail: &each,
+            },
+            Some(a) => Tails::Packed {
+                k: a.rank,
+                x: h,
+                panels: a.tail,
+            },
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            product.run(panels, &tails);
             let bias = block.bias;
             let bias = if bias.is_null() {
                 bias
             } else {
-                bias.add(p * NR)
+                bias.add(first)
             };
+            let residual = job
+                .residual
+                .other_than(job.y)
+                .from(self.row, column + first);
             add_to(self.m, cols, y, bias, residual);
         }
     }
 
-    /// The adapter's part of panel `p`.
-    ///
-    /// # Safety
-    /// As for [`Part::panel`].
-    unsafe fn tail(&self, block: &Block<E>, p: usize, cols: usize, h: *const f32) -> Tail {
+    /// The adapter's part of panel `p`, packed into scratch.
+    fn tail(&self, block: &Block<E>, p: usize, h: *const f32) -> Tail {
         let Some(adapter) = block.adapter else {
             return Tail::NONE;
         };
         let r = adapter.rank;
-        // SAFETY: `tail` has a panel of `32 * r` floats for each of the block's; else row `p * 32`
-        // of `b` and the `cols` after it exist, and the scratch ends with `32 * r` floats or more.
-        let panel = unsafe {
-            if adapter.tail.is_null() {
-                let blocks = self.job.blocks;
-                let total: usize = blocks.iter().map(Block::rank).sum();
-                let panel = self.scratch.add(blocks.len() + MAX_ROWS * total);
-                tail_panel(adapter.b.add(p * NR * r), cols, r, adapter.scale, panel);
-                panel.cast_const()
-            } else {
-                adapter.tail.add(p * NR * r)
-            }
-        };
+        let panel = self.scratch.wrapping_add(self.at.tail);
+        let cols = (block.n - p * NR).min(NR);
+        // SAFETY: this runs inside `panels`: row `p * 32` of `b` and the `cols` after it exist, and
+        // the scratch has `32 * r` floats for it.
+        unsafe { tail_panel(adapter.b.add(p * NR * r), cols, r, adapter.scale, panel) };
         Tail {
             k: r,
             x: h,

@@ -11,6 +11,7 @@ mod packing;
 use super::*;
 use crate::exec::Exec;
 use crate::pool::Pool;
+use crate::simd::Isa;
 use crate::testing::{Rng, close};
 
 const POISON: f32 = f32::from_bits(0x7fc0_4321);

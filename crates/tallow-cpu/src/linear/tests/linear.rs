@@ -157,7 +157,7 @@ fn run_forward<E: Packed>(
     let blocks = world.blocks(case, panels, &tails);
     let mut y = Matrix::poisoned(case.m, case.n());
     let mut h = Matrix::poisoned(case.m, case.r());
-    let mut workspace = vec![POISON; forward_workspace(&blocks, pool.threads())];
+    let mut workspace = vec![POISON; forward_workspace(&blocks, case.k, pool.threads())];
     let job = Forward {
         m: case.m,
         k: case.k,
@@ -339,7 +339,16 @@ fn cases(rng: &mut Rng) -> Vec<Case> {
         residual: true,
         packed_tail: false,
     });
-    // Longer than one piece of a sum.
+    // Rows (with the gap) that fall on the same cache lines.
+    let blocks = vec![(100, 3), (921, 0)];
+    cases.push(Case {
+        m: 13,
+        k: 1021,
+        blocks,
+        bias: true,
+        residual: false,
+        packed_tail: true,
+    });
     let blocks = vec![(70, 4)];
     cases.push(Case {
         m: 14,
@@ -492,7 +501,7 @@ fn a_residual_may_be_the_output_itself() {
         let (mut y, mut dx) = (copy(), copy());
         let blocks = world.blocks(&case, &panels[0], &[]);
         let mut workspace =
-            vec![POISON; forward_workspace(&blocks, 2).max(backward_workspace(&blocks, 2))];
+            vec![POISON; forward_workspace(&blocks, case.k, 2).max(backward_workspace(&blocks, 2))];
         let job = Forward {
             m: case.m,
             k: case.k,
@@ -574,7 +583,7 @@ fn bits_do_not_depend_on_the_batch() {
             blocks: vec![(96, 8), (31, 4)],
             bias: true,
             residual: false,
-            packed_tail: false,
+            packed_tail: true,
         };
         let world = World::new(&case, &mut rng);
         let panels = world.panels::<f32>(&case, true);

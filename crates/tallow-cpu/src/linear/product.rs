@@ -1,0 +1,185 @@
+//! Some rows times some panels of one matrix: the loops around the tile product.
+//! Invariant: a sum runs over `k` in order, in even pieces of a length that depends on `k` alone.
+//! Absent on purpose: threads, adapters as such (a tail is given), bias and residual.
+
+use std::ops::Range;
+
+use super::split::MAX_ROWS;
+use crate::simd::Isa;
+use crate::tile::{Element, NR, Strip, Tail, Tile, run_strip, run_with_tail};
+
+/// The longest piece of a sum: a panel's piece and that of [`MAX_ROWS`] rows fit the second-level
+/// cache, and rounding errors grow slower than in one chain.
+pub(super) const PIECE: usize = 1024;
+
+/// Rows this many bytes apart fall on the same lines of a first-level cache.
+const CONFLICT_BYTES: usize = 4096;
+/// What a copied row is longer than its piece, so that the copies do not.
+const APART: usize = 16;
+
+/// Floats of scratch that [`Product::run`] may use, for sums of `k` terms.
+pub(super) fn copy_len(k: usize) -> usize {
+    MAX_ROWS * (k.min(PIECE) + APART)
+}
+
+/// `y[i, j] (+)= sum_l x[i, l] * w[l, j]`, `i < m <= MAX_ROWS`, `j < n`, with the tail's terms.
+pub(super) struct Product<E> {
+    pub(super) isa: Isa,
+    pub(super) m: usize,
+    pub(super) k: usize,
+    pub(super) n: usize,
+    pub(super) x: *const f32,
+    pub(super) x_row: usize,
+    /// Packed: panel `p` at `p * 32 * k`.
+    pub(super) panels: *const E,
+    pub(super) y: *mut f32,
+    pub(super) y_row: usize,
+    pub(super) accumulate: bool,
+    /// `copy_len(k)` floats.
+    pub(super) scratch: *mut f32,
+}
+
+/// The tail of the panels of a product.
+pub(super) enum Tails<'a> {
+    /// There is none.
+    None,
+    /// Packed and padded as by `pack_tail`: `k` terms, `x` with rows `k` apart.
+    Packed {
+        k: usize,
+        x: *const f32,
+        panels: *const f32,
+    },
+    /// Each panel's is asked for when it is used; `padded` or not.
+    Each {
+        padded: bool,
+        tail: &'a dyn Fn(usize) -> Tail,
+    },
+}
+
+impl Tails<'_> {
+    fn of(&self, p: usize) -> Tail {
+        match *self {
+            Tails::None => Tail::NONE,
+            Tails::Packed { k, x, panels } => {
+                let panel = panels.wrapping_add(p * NR * k);
+                Tail {
+                    k,
+                    x,
+                    x_row: k,
+                    x_col: 1,
+                    panel,
+                    panel_row: NR,
+                }
+            }
+            Tails::Each { tail, .. } => tail(p),
+        }
+    }
+}
+
+impl<E: Element> Product<E> {
+    /// Computes the panels of a range.
+    ///
+    /// # Safety
+    /// The machine has `isa`; what the fields and tails name is readable, `y` writable, and `y` and
+    /// the scratch overlap nothing else.
+    pub(super) unsafe fn run(&self, panels: Range<usize>, tails: &Tails<'_>) {
+        let pieces = self.k.div_ceil(PIECE).max(1);
+        let mut from = 0;
+        for piece in 0..pieces {
+            let len = (self.k - from).div_ceil(pieces - piece);
+            let last = piece + 1 == pieces;
+            let tails = if last { tails } else { &Tails::None };
+            let piece = Piece {
+                from,
+                len,
+                accumulate: self.accumulate || piece > 0,
+            };
+            // SAFETY: terms `from..from + len` are part of the sums; the caller's promise.
+            unsafe {
+                match (self.m, tails) {
+                    (1, Tails::None | Tails::Packed { .. }) => {
+                        self.strip(panels.clone(), &piece, tails);
+                    }
+                    _ => self.tiles(panels.clone(), &piece, tails),
+                }
+            }
+            from += len;
+        }
+    }
+
+    /// # Safety
+    /// As for [`Product::run`], for the terms of `piece`.
+    unsafe fn tiles(&self, panels: Range<usize>, piece: &Piece, tails: &Tails<'_>) {
+        // SAFETY: the caller's promise.
+        let (x, x_row) = unsafe { self.near(piece) };
+        for p in panels {
+            let cols = (self.n - p * NR).min(NR);
+            let tile = Tile {
+                m: self.m,
+                k: piece.len,
+                x,
+                x_row,
+                x_col: 1,
+                panel: self.panels.wrapping_add((p * self.k + piece.from) * NR),
+                panel_row: NR,
+                padded: !matches!(tails, Tails::Each { padded: false, .. }),
+                y: self.y.wrapping_add(p * NR),
+                y_row: self.y_row,
+                cols,
+                accumulate: piece.accumulate,
+            };
+            // SAFETY: the caller's promise.
+            unsafe { run_with_tail(self.isa, &tile, &tails.of(p)) };
+        }
+    }
+
+    /// The piece of `x` and its row stride; copied where its rows would fight for a few cache lines.
+    ///
+    /// # Safety
+    /// As for [`Product::tiles`].
+    unsafe fn near(&self, piece: &Piece) -> (*const f32, usize) {
+        let x = self.x.wrapping_add(piece.from);
+        if self.m <= 8 || !(self.x_row * size_of::<f32>()).is_multiple_of(CONFLICT_BYTES) {
+            return (x, self.x_row);
+        }
+        let row = piece.len + APART;
+        for i in 0..self.m {
+            // SAFETY: `m <= MAX_ROWS` rows of `len + APART` floats fit the scratch.
+            unsafe {
+                let to = self.scratch.add(i * row);
+                std::ptr::copy_nonoverlapping(x.add(i * self.x_row), to, piece.len);
+            }
+        }
+        (self.scratch, row)
+    }
+
+    /// One row.
+    ///
+    /// # Safety
+    /// As for [`Product::tiles`]; `m` is 1.
+    unsafe fn strip(&self, panels: Range<usize>, piece: &Piece, tails: &Tails<'_>) {
+        let first = panels.start * NR;
+        let tail = tails.of(panels.start);
+        let strip = Strip {
+            k: piece.len,
+            x: self.x.wrapping_add(piece.from),
+            panels: self.panels.wrapping_add(first * self.k + piece.from * NR),
+            panel_len: self.k * NR,
+            tail_x: tail.x,
+            tail_k: tail.k,
+            tail: tail.panel,
+            y: self.y.wrapping_add(first),
+            columns: self.n.min(panels.end * NR) - first,
+            accumulate: piece.accumulate,
+        };
+        // SAFETY: the caller's promise; packed tails are as the strip wants them.
+        unsafe { run_strip(self.isa, &strip) };
+    }
+}
+
+/// A run of terms of a sum.
+struct Piece {
+    from: usize,
+    len: usize,
+    accumulate: bool,
+}
