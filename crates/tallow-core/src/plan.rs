@@ -146,7 +146,8 @@ pub fn plan(f: Fused, be: &dyn Backend, ch: &dyn Chooser) -> Result<Plan> {
     }
     let pending = place::pending_updates(&p.roots, &p.drafts, &f.updates);
     let placed = pending.in_place;
-    for (from, slot) in pending.copies {
+    let copies = p.stage(pending.copies, &f.updates)?;
+    for (from, slot) in copies {
         p.copy_to_state(from, slot)?;
     }
     let plan = place::place(p.roots, p.drafts, &f.outputs, &placed, be.info().arena);
@@ -282,6 +283,28 @@ impl Planner<'_> {
             chosen,
             note,
         });
+    }
+    /// Next values that are old values of states themselves being updated are set aside first.
+    fn stage(
+        &mut self,
+        copies: Vec<(View, u32)>,
+        updates: &[(u32, View)],
+    ) -> Result<Vec<(View, u32)>> {
+        let mut out = vec![];
+        for (from, slot) in copies {
+            let overwritten = match self.roots[from.root.index()].kind {
+                RootKind::Input(s, _) => updates.iter().any(|(u, _)| *u == s),
+                RootKind::Computed => false,
+            };
+            if !overwritten {
+                out.push((from, slot));
+                continue;
+            }
+            let kept = self.dense(&from);
+            self.copies(vec![(from, kept.clone())], "old value of a state set aside")?;
+            out.push((kept, slot));
+        }
+        Ok(out)
     }
     /// The next value of a state that could not be computed in place.
     fn copy_to_state(&mut self, from: View, slot: u32) -> Result<()> {

@@ -271,6 +271,13 @@ struct Job {
     out_row: usize,
     hidden_row: usize,
     residual: Option<(usize, usize)>,
+    /// Floats at the end of the scratch that take the place of a `dh` nobody wants.
+    spare_dh: usize,
+}
+
+/// Sum of the ranks.
+fn rank(parts: &[Part]) -> usize {
+    parts.iter().filter_map(|p| p.adapter).map(|a| a.0).sum()
 }
 
 fn job(spec: &KernelSpec, parts: Vec<Part>, k: usize, residual: bool) -> Option<Job> {
@@ -293,6 +300,7 @@ fn job(spec: &KernelSpec, parts: Vec<Part>, k: usize, residual: bool) -> Option<
             true => Some((last, row_stride(&spec.inputs[last])?)),
             false => None,
         },
+        spare_dh: 0,
     })
 }
 
@@ -320,6 +328,10 @@ impl Job {
         }
     }
     fn backward<E: Element>(&self, io: &Io) {
+        // The scratch ends with `dh`, for when nobody else wants it.
+        let all = io.scratch();
+        let rank = rank(&self.parts);
+        let (scratch, dh) = all.split_at_mut(all.len() - self.spare_dh);
         // SAFETY: as in `forward`.
         unsafe {
             with_blocks::<E, _>(&self.parts, io, |blocks| {
@@ -334,10 +346,13 @@ impl Job {
                         .map_or(Rows::<*const f32>::NONE, |(i, row)| rows_of(io, i, row)),
                     dh: match io.writes.get(1) {
                         Some(p) if !p.is_null() => out_rows(io, 1, self.hidden_row),
-                        _ => Rows::<*mut f32>::NONE,
+                        _ => Rows {
+                            at: dh.as_mut_ptr(),
+                            row: rank,
+                        },
                     },
                 };
-                crate::linear::backward(io.exec, &job, io.scratch());
+                crate::linear::backward(io.exec, &job, scratch);
             });
         }
     }
@@ -371,7 +386,11 @@ pub(super) fn backward(cpu: &Cpu, l: &LinearGrad, spec: &KernelSpec) -> Option<O
     let (parts, prepare) = parts(cpu, &l.blocks, &l.ins(), spec, true)?;
     let scratch = backward_workspace(&shapes::<f32>(&parts), cpu.threads());
     let k = spec.inputs[1].layout.shape.last();
-    let job = job(spec, parts, k, l.residual)?;
+    let mut job = job(spec, parts, k, l.residual)?;
+    if spec.outputs.get(1).is_some_and(Option::is_none) {
+        job.spare_dh = job.m * rank(&job.parts);
+    }
+    let scratch = scratch + job.spare_dh;
     let half = cpu.weights == DType::BF16;
     let name = match half {
         false => "lora_linear_grad_tail_f32",
