@@ -140,7 +140,10 @@ pub(super) fn place(
             wants.push(arena::Life { bytes, first, last });
         }
     }
-    let naive_bytes = wants.iter().map(|l| l.bytes).sum();
+    let naive_bytes = (0..roots.len())
+        .filter(|i| fixed[*i].is_none() && lives[rep(RootId(*i as u32)).index()].is_some())
+        .map(|i| bytes(&roots[i]))
+        .sum();
     let scratch_at = wants.len();
     for (t, d) in drafts.iter().enumerate() {
         let bytes = d.chosen.workspace;
