@@ -2,6 +2,11 @@
 //! Invariant: outputs and updates keep their order; inputs keep their slots.
 //! Absent on purpose: anything that knows a device.
 mod canonical;
+mod edit;
 pub mod expand;
+pub mod group;
+pub mod simplify;
 pub mod fuse;
+#[cfg(test)]
+mod testing;
 pub use canonical::canonical;

@@ -38,7 +38,7 @@ pub struct Asked<'a> {
 }
 
 /// Which nodes are frozen inputs or views of them.
-fn frozen(g: &Graph) -> Vec<bool> {
+pub(super) fn frozen(g: &Graph) -> Vec<bool> {
     let mut frozen: Vec<bool> = Vec::with_capacity(g.nodes.len());
     for n in &g.nodes {
         frozen.push(match n.op {
