@@ -1,0 +1,415 @@
+//! Cross entropy over a projection: `nll = logsumexp(x Wᵀ) - (x Wᵀ)[target]` and its gradient by `x`.
+//! Invariant: a worker holds the logits of 32 rows at a time; rows that are not counted cost
+//! nothing; a row's bits depend on that row and the weights alone.
+//! Absent on purpose: gradients of `W`, and a second layout of `W` for the second product.
+//!
+//! Rows are lanes: logits are made as `[v, 32]` with `W` as the left side of the product, read in
+//! whatever layout it has. So softmax needs no sums across lanes. The gradient, `Wᵀ p` over panels
+//! and `pᵀ W` over rows, reads each piece of `W` right after its logits became probabilities.
+
+use std::ops::Range;
+
+use crate::exec::{Exec, RowKernel, spans};
+use crate::norm::Rows;
+use crate::simd::{Isa, Vector};
+use crate::tile::{self, NR, Tile};
+use crate::transpose::{LANES, transpose};
+use crate::vecmath::{exp_nonpos, log_lane};
+
+/// Classes whose part of the gradient is added in one go, where the weights are rows.
+const PIECE: usize = 4 * NR;
+
+/// Panels whose sums of exponentials are added up before they join the total.
+const GROUP: usize = 64;
+
+/// How the weights `[v, c]` lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightLayout {
+    /// Row-major, rows that many elements apart: a checkpoint's embedding or head.
+    Rows(usize),
+    /// Panels `[v / 32][c][32]`, zero beyond `v`: as packed for the forward product.
+    Panels,
+}
+
+/// Arguments of cross entropy.
+#[derive(Clone, Copy, Debug)]
+pub struct CrossEntropy {
+    /// Rows.
+    pub rows: usize,
+    /// Columns of `x`.
+    pub c: usize,
+    /// Classes: rows of `w`.
+    pub v: usize,
+    /// Input `[rows, c]`.
+    pub x: Rows,
+    /// Weights `[v, c]`.
+    pub w: *const f32,
+    /// Their layout.
+    pub layout: WeightLayout,
+    /// Targets `[rows]`; one at or above `v` is not counted.
+    pub targets: *const u32,
+    /// Negative log likelihood `[rows]` in nats; 0 where not counted.
+    pub nll: *mut f32,
+    /// Gradient of each row's `nll` by that row, `[rows, c]`, or null; 0 where not counted.
+    pub dx: Rows<*mut f32>,
+    /// Scratch of [`CrossEntropy::workspace_elems`].
+    pub workspace: *mut f32,
+}
+
+impl CrossEntropy {
+    /// Scratch elements for `[rows, c]` by `v` on `threads` workers.
+    #[must_use]
+    pub fn workspace_elems(rows: usize, c: usize, v: usize, threads: usize) -> usize {
+        rows.next_multiple_of(16) + threads * Self::worker_elems(c, v)
+    }
+
+    fn worker_elems(c: usize, v: usize) -> usize {
+        // Rows (then their gradient), rows as lanes, logits.
+        2 * LANES * c.next_multiple_of(NR) + LANES * v.next_multiple_of(NR)
+    }
+
+    /// Computes `nll` and `dx`.
+    ///
+    /// # Safety
+    /// Pointers cover what they are said to; outputs and workspace overlap nothing; the machine
+    /// has `exec.isa`.
+    pub unsafe fn run(&self, exec: Exec<'_>) {
+        // SAFETY: the caller's promise; the list of rows lies before the workers' scratch.
+        unsafe {
+            let list = self.workspace.cast::<u32>();
+            let n = self.list_counted(list);
+            let threads = exec.pool.threads();
+            // Fewer lanes a chunk where that gives more threads something to do.
+            let lanes = [LANES, 16, 8]
+                .into_iter()
+                .find(|l| n.div_ceil(*l) >= threads)
+                .unwrap_or(8);
+            let chunks = n.div_ceil(lanes);
+            let kernel = Chunks {
+                args: self,
+                isa: exec.isa,
+                list: std::slice::from_raw_parts(list, n),
+                lanes,
+            };
+            let work_ns = n * self.c * self.v / 25;
+            exec.tasks(chunks, if work_ns < 10_000 { 1 } else { chunks }, &kernel);
+        }
+    }
+
+    /// Lists the rows that count and zeroes the results of the others.
+    ///
+    /// # Safety
+    /// As for [`CrossEntropy::run`]; `list` has room for all rows.
+    unsafe fn list_counted(&self, list: *mut u32) -> usize {
+        let mut n = 0;
+        for i in 0..self.rows {
+            // SAFETY: `i < rows` and `n <= i`.
+            unsafe {
+                if (*self.targets.add(i) as usize) < self.v {
+                    *list.add(n) = i as u32;
+                    n += 1;
+                } else {
+                    *self.nll.add(i) = 0.0;
+                    if !self.dx.ptr.is_null() {
+                        self.dx.at(i).write_bytes(0, self.c);
+                    }
+                }
+            }
+        }
+        n
+    }
+
+    /// Distances `(panel, class, column)` of the weights: class `32 p + i`, column `l` is at
+    /// `p * panel + i * class + l * column`.
+    fn strides(&self) -> (usize, usize, usize) {
+        match self.layout {
+            WeightLayout::Rows(ld) => (NR * ld, ld, 1),
+            WeightLayout::Panels => (NR * self.c, 1, NR),
+        }
+    }
+}
+
+/// Counted rows in chunks of `lanes`.
+struct Chunks<'a> {
+    args: &'a CrossEntropy,
+    isa: Isa,
+    list: &'a [u32],
+    lanes: usize,
+}
+
+// SAFETY: a chunk writes the results of its own rows.
+unsafe impl RowKernel for Chunks<'_> {
+    #[inline(always)]
+    unsafe fn rows<V: Vector>(&self, chunks: Range<usize>, worker: usize) {
+        for chunk in chunks {
+            let first = chunk * self.lanes;
+            let rows = &self.list[first..self.list.len().min(first + self.lanes)];
+            // SAFETY: the caller's promise.
+            unsafe { self.chunk::<V>(rows, worker) }
+        }
+    }
+}
+
+/// Per-lane maxima and sums.
+#[repr(C, align(64))]
+struct Lane([f32; LANES]);
+
+impl Chunks<'_> {
+    /// # Safety
+    /// As for [`CrossEntropy::run`]; `rows` are at most 32 rows of this task, scratch is `worker`'s.
+    #[inline(always)]
+    unsafe fn chunk<V: Vector>(&self, rows: &[u32], worker: usize) {
+        let a = self.args;
+        let padded = a.c.next_multiple_of(NR);
+        let cols = rows.len().next_multiple_of(V::LANES).min(LANES);
+        // SAFETY: the workspace has `worker_elems` for each worker after the list.
+        unsafe {
+            let scratch = a
+                .workspace
+                .add(a.rows.next_multiple_of(16) + worker * CrossEntropy::worker_elems(a.c, a.v));
+            let lanes = scratch.add(LANES * padded);
+            let logits = lanes.add(LANES * padded);
+            for i in 0..LANES {
+                let to = scratch.add(i * padded);
+                match rows.get(i) {
+                    Some(row) => {
+                        let from = a.x.at(*row as usize);
+                        spans!(V, a.c, l, s => { s.store(s.load(from.add(l)), to.add(l)) });
+                        to.add(a.c).write_bytes(0, padded - a.c);
+                    }
+                    None => to.write_bytes(0, padded),
+                }
+            }
+            transpose(scratch, padded, lanes);
+            let mut max = Lane([f32::MIN; LANES]);
+            let mut sum = Lane([0.0; LANES]);
+            self.logits::<V>(lanes, logits, cols, &mut max);
+            for (i, row) in rows.iter().enumerate() {
+                let target = *a.targets.add(*row as usize) as usize;
+                *a.nll.add(*row as usize) = max.0[i] - *logits.add(target * LANES + i);
+            }
+            // The rows are not needed any more: their place takes the gradient.
+            self.probabilities::<V>(logits, scratch, cols, &max, &mut sum);
+            for (i, row) in rows.iter().enumerate() {
+                *a.nll.add(*row as usize) += log_lane(sum.0[i]);
+                if !a.dx.ptr.is_null() {
+                    self.write_gradient(*row as usize, scratch, i, 1.0 / sum.0[i]);
+                }
+            }
+        }
+    }
+
+    /// Logits `[v, 32]` and each lane's largest.
+    ///
+    /// # Safety
+    /// As for [`Chunks::chunk`]; `lanes` is `[c, 32]`.
+    #[inline(always)]
+    unsafe fn logits<V: Vector>(
+        &self,
+        lanes: *const f32,
+        logits: *mut f32,
+        cols: usize,
+        max: &mut Lane,
+    ) {
+        let a = self.args;
+        let (panel, class, column) = a.strides();
+        for p in 0..a.v.div_ceil(NR) {
+            let m = NR.min(a.v - p * NR);
+            // SAFETY: classes `32 p..32 p + m` are weights and rows of `logits`.
+            unsafe {
+                let y = logits.add(p * NR * LANES);
+                let tile = Tile {
+                    m,
+                    k: a.c,
+                    x: a.w.add(p * panel),
+                    x_row: class,
+                    x_col: column,
+                    panel: lanes,
+                    panel_row: LANES,
+                    padded: true,
+                    y,
+                    y_row: LANES,
+                    cols,
+                    accumulate: false,
+                };
+                tile::run(self.isa, &tile);
+                for lane in (0..cols).step_by(V::LANES) {
+                    let most = max.0.as_mut_ptr().add(lane);
+                    let mut v = V::load(most);
+                    for j in 0..m {
+                        v = v.max(V::load(y.add(j * LANES + lane)));
+                    }
+                    v.store(most);
+                }
+            }
+        }
+    }
+
+    /// Logits become `e^(logit - max)`; their sums; and, if wanted, the gradient, not yet divided
+    /// by the sums: `[c, 32]` where the weights are panels, `[32, padded c]` where they are rows.
+    ///
+    /// # Safety
+    /// As for [`Chunks::chunk`]; `gradient` has room for either.
+    #[inline(always)]
+    unsafe fn probabilities<V: Vector>(
+        &self,
+        logits: *mut f32,
+        gradient: *mut f32,
+        cols: usize,
+        max: &Lane,
+        sum: &mut Lane,
+    ) {
+        let a = self.args;
+        let mut group = Lane([0.0; LANES]);
+        let panels = a.v.div_ceil(NR);
+        for p in 0..panels {
+            let classes = p * NR..a.v.min((p + 1) * NR);
+            // SAFETY: as in `logits`.
+            unsafe {
+                let e = logits.add(p * NR * LANES);
+                exponentials::<V>(e, classes.len(), cols, max, &mut group);
+                let last = p + 1 == panels;
+                if p % GROUP == GROUP - 1 || last {
+                    for (s, g) in sum.0.iter_mut().zip(&mut group.0) {
+                        *s += std::mem::take(g);
+                    }
+                }
+                if a.dx.ptr.is_null() {
+                    continue;
+                }
+                match a.layout {
+                    WeightLayout::Panels => self.add_panel(classes, e, gradient, cols),
+                    WeightLayout::Rows(ld) if classes.end % PIECE == 0 || last => {
+                        let piece = (classes.end - 1) / PIECE * PIECE..classes.end;
+                        let e = logits.add(piece.start * LANES);
+                        self.add_rows(piece, e, gradient, cols, ld);
+                    }
+                    WeightLayout::Rows(_) => {}
+                }
+            }
+        }
+    }
+
+    /// `gradient: [c, 32] += Wᵀ e` over the classes of one panel.
+    ///
+    /// # Safety
+    /// As for [`Chunks::probabilities`]; `e` is `[classes, 32]`.
+    unsafe fn add_panel(
+        &self,
+        classes: Range<usize>,
+        e: *const f32,
+        gradient: *mut f32,
+        cols: usize,
+    ) {
+        let a = self.args;
+        let (_, class, column) = a.strides();
+        // SAFETY: the caller's promise; panels are whole.
+        unsafe {
+            let tile = Tile {
+                m: a.c,
+                k: classes.len(),
+                x: a.w.add(classes.start * a.c),
+                x_row: column,
+                x_col: class,
+                panel: e,
+                panel_row: LANES,
+                padded: true,
+                y: gradient,
+                y_row: LANES,
+                cols,
+                accumulate: classes.start > 0,
+            };
+            tile::run(self.isa, &tile);
+        }
+    }
+
+    /// `gradient: [32, padded c] += eᵀ W` over some classes.
+    ///
+    /// # Safety
+    /// As for [`Chunks::probabilities`]; `e` is `[classes, 32]`, weights are rows `ld` apart.
+    unsafe fn add_rows(
+        &self,
+        classes: Range<usize>,
+        e: *const f32,
+        gradient: *mut f32,
+        lanes: usize,
+        ld: usize,
+    ) {
+        let a = self.args;
+        for col in (0..a.c).step_by(NR) {
+            let cols = NR.min(a.c - col);
+            // SAFETY: the caller's promise; the last columns may end with the memory.
+            unsafe {
+                let tile = Tile {
+                    m: lanes,
+                    k: classes.len(),
+                    x: e,
+                    x_row: 1,
+                    x_col: LANES,
+                    panel: a.w.add(classes.start * ld + col),
+                    panel_row: ld,
+                    padded: cols == NR,
+                    y: gradient.add(col),
+                    y_row: a.c.next_multiple_of(NR),
+                    cols,
+                    accumulate: classes.start > 0,
+                };
+                tile::run(self.isa, &tile);
+            }
+        }
+    }
+
+    /// `dx[row] = gradient * factor - W[target]`, the gradient being that of lane `lane`.
+    ///
+    /// # Safety
+    /// As for [`Chunks::chunk`].
+    unsafe fn write_gradient(&self, row: usize, gradient: *const f32, lane: usize, factor: f32) {
+        let a = self.args;
+        let (panel, class, column) = a.strides();
+        let (start, step) = match a.layout {
+            WeightLayout::Panels => (lane, LANES),
+            WeightLayout::Rows(_) => (lane * a.c.next_multiple_of(NR), 1),
+        };
+        // SAFETY: the target of a counted row is below `v`.
+        unsafe {
+            let target = *a.targets.add(row) as usize;
+            let w = a.w.add(target / NR * panel + target % NR * class);
+            let dx = a.dx.at(row);
+            for l in 0..a.c {
+                *dx.add(l) = *gradient.add(start + l * step) * factor - *w.add(l * column);
+            }
+        }
+    }
+}
+
+/// `e = e^(e - max)` for `k` rows of lanes, and their sum added to `group`.
+///
+/// # Safety
+/// The machine has the instructions; `e` is `[k, 32]`.
+#[inline(always)]
+unsafe fn exponentials<V: Vector>(
+    e: *mut f32,
+    k: usize,
+    cols: usize,
+    max: &Lane,
+    group: &mut Lane,
+) {
+    for lane in (0..cols).step_by(V::LANES) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let most = V::load(max.0.as_ptr().add(lane));
+            let mut sum = V::zero();
+            for j in 0..k {
+                let at = e.add(j * LANES + lane);
+                let p = exp_nonpos(V::load(at).sub(most));
+                p.store(at);
+                sum = sum.add(p);
+            }
+            let total = group.0.as_mut_ptr().add(lane);
+            sum.add(V::load(total)).store(total);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
