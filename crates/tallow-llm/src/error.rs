@@ -219,6 +219,25 @@ pub enum Error {
         /// What is wrong with them.
         problem: String,
     },
+    /// More tokens than a model or its cache can hold.
+    #[error("{tokens} tokens are too many: the model, or the cache made for it, holds {limit}; shorten the prompt")]
+    TooLong {
+        /// Tokens given.
+        tokens: usize,
+        /// The most that fit.
+        limit: usize,
+    },
+    /// Reference outputs that cannot be compared with.
+    #[error("{}: {problem}; lay the folder out as tests/goldens/README.md says", path.display())]
+    Reference {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The device refused, or a tensor operation did not fit.
+    #[error(transparent)]
+    Core(#[from] tallow_core::Error),
 }
 
 /// Quotes a name that came from a file: one line, no control characters, at most 80 characters.

@@ -1,0 +1,182 @@
+//! Tokens in, scores of the next token out, with a cache of what came before.
+//! Invariant: after a size was used once, feeding tokens allocates nothing and makes no plan; the same tokens
+//! give the same scores however they are cut, and rows of padding change none of them.
+//! Absent on purpose: text and choice; see `generate.rs`. Several sequences at once.
+
+use std::collections::BTreeMap;
+
+use tallow_core::op::Role;
+use tallow_core::session::Program;
+use tallow_core::tensor::Tensor;
+use tallow_core::types::TensorType;
+
+use crate::adapter::Adapter;
+use crate::cache::Cache;
+use crate::error::{Error, Result};
+use crate::model::Model;
+
+/// Rows of a long piece of a prompt.
+const LARGE: usize = 128;
+/// Rows of a short piece.
+const SMALL: usize = 16;
+/// Up to this many tokens go through short pieces: fewer rows of padding than one long piece.
+const FEW: usize = 5 * SMALL;
+/// Caches larger than this know no short pieces, so that even long contexts make few plans.
+const SMALL_CACHE: usize = 2048;
+/// The position of a row of padding.
+const PADDING: u32 = u32::MAX;
+
+/// One sequence being continued.
+pub struct Decoder {
+    model: Model,
+    adapter: Option<Adapter>,
+    cache: Cache,
+    /// Recordings by number of rows, made when first needed.
+    steps: BTreeMap<usize, Step>,
+    position: usize,
+    logits: Vec<f32>,
+}
+
+/// A recording that takes some rows of tokens at once.
+struct Step {
+    /// `[1, rows]`, and what goes into them.
+    ids: (Tensor, Vec<u32>),
+    pos: (Tensor, Vec<u32>),
+    /// `[1]`: the row whose logits are wanted. A single row needs none.
+    last: Option<Tensor>,
+    /// Its output: the logits `[1, vocab]`.
+    program: Program,
+}
+
+impl Decoder {
+    /// A decoder for sequences of at least `tokens` tokens.
+    ///
+    /// # Errors
+    /// More tokens than the model allows; no memory.
+    pub fn new(model: &Model, adapter: Option<&Adapter>, tokens: usize) -> Result<Self> {
+        Ok(Self {
+            cache: Cache::new(model, tokens)?,
+            model: model.clone(),
+            adapter: adapter.cloned(),
+            steps: BTreeMap::new(),
+            position: 0,
+            logits: vec![0.0; model.config.vocab],
+        })
+    }
+
+    /// Tokens fed so far.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Tokens it can hold.
+    pub fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Forgets the sequence; keeps memory and recordings.
+    pub fn reset(&mut self) {
+        self.position = 0;
+    }
+
+    /// Appends tokens (at least one) and waits for the scores `[vocab]` of the token that follows them.
+    ///
+    /// # Errors
+    /// No tokens, tokens outside the vocabulary, more than fit; nothing has changed then.
+    pub fn feed(&mut self, ids: &[u32]) -> Result<&mut [f32]> {
+        self.check(ids)?;
+        let mut rest = ids;
+        while !rest.is_empty() {
+            let rows = piece(rest.len(), self.capacity());
+            let (now, later) = rest.split_at(rest.len().min(rows));
+            if !self.steps.contains_key(&rows) {
+                let step = self.record(rows)?;
+                self.steps.insert(rows, step);
+            }
+            if let Some(step) = self.steps.get_mut(&rows) {
+                step.run(&self.model, now, self.position)?;
+                if later.is_empty() {
+                    let out = &step.program.outputs[0];
+                    self.model.session.read_into(out, &mut self.logits)?;
+                }
+            }
+            self.position += now.len();
+            rest = later;
+        }
+        Ok(&mut self.logits)
+    }
+
+    fn check(&self, ids: &[u32]) -> Result<()> {
+        let vocab = self.model.config.vocab;
+        let bad = |got: String| {
+            Err(Error::Setting {
+                name: "tokens",
+                want: "at least one, each in the model's vocabulary",
+                got,
+            })
+        };
+        if ids.is_empty() {
+            return bad("none".to_owned());
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+            return bad(format!("token {id} of {vocab}"));
+        }
+        match self.position + ids.len() {
+            tokens if tokens > self.capacity() => Err(Error::TooLong {
+                tokens,
+                limit: self.capacity(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn record(&self, rows: usize) -> Result<Step> {
+        let session = &self.model.session;
+        let leaf = |n: &[usize]| session.zeros(TensorType::u32(n), Role::Data);
+        let (ids, pos) = (leaf(&[1, rows])?, leaf(&[1, rows])?);
+        let adapter = self.adapter.as_ref();
+        let hidden = self.model.hidden(&ids, &pos, adapter, Some(&self.cache))?;
+        let c = self.model.config.hidden;
+        let mut x = hidden.x.reshape([rows, c])?;
+        let last = (rows > 1).then(|| leaf(&[1])).transpose()?;
+        if let Some(last) = &last {
+            x = x.gather(last, x.dtype())?;
+        }
+        let logits = self.model.logits(&x)?;
+        Ok(Step {
+            program: session.record(&[&logits], &hidden.updates)?,
+            ids: (ids, vec![0; rows]),
+            pos: (pos, vec![PADDING; rows]),
+            last,
+        })
+    }
+}
+
+impl Step {
+    /// Starts one replay on `now` (at most as many tokens as it has rows) from position `from` on.
+    fn run(&mut self, model: &Model, now: &[u32], from: usize) -> Result<()> {
+        let Self { ids, pos, last, .. } = self;
+        ids.1.fill(0);
+        ids.1[..now.len()].copy_from_slice(now);
+        pos.1.fill(PADDING);
+        for (i, p) in pos.1[..now.len()].iter_mut().enumerate() {
+            *p = (from + i) as u32;
+        }
+        let session = &model.session;
+        session.write_u32(&ids.0, &ids.1)?;
+        session.write_u32(&pos.0, &pos.1)?;
+        if let Some(last) = last {
+            session.write_u32(last, &[now.len() as u32 - 1])?;
+        }
+        Ok(self.program.replay()?)
+    }
+}
+
+/// Rows of the next recording to run for `rest` tokens.
+fn piece(rest: usize, capacity: usize) -> usize {
+    match rest {
+        1 => 1,
+        2..=FEW if capacity <= SMALL_CACHE => SMALL,
+        _ => LARGE,
+    }
+}

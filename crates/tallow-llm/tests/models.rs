@@ -1,0 +1,8 @@
+//! Whole models on the CPU: reference outputs, adapters, generation.
+//! Invariant: every number compared comes from another program, or from another way through this one.
+//! Absent on purpose: speed.
+
+#[path = "models/goldens.rs"]
+mod goldens;
+#[path = "models/support.rs"]
+mod support;
