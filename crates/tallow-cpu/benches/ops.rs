@@ -9,6 +9,9 @@ use std::time::Instant;
 
 use tallow_cpu::attention::{Backward, Forward, Heads, Mask, Shape};
 use tallow_cpu::exec::Exec;
+use tallow_cpu::linear::{pack_nk, packed_len};
+use tallow_cpu::loss::{CrossEntropy, WeightLayout};
+use tallow_cpu::norm::Rows;
 use tallow_cpu::pool::Pool;
 use tallow_cpu::simd::Isa;
 
@@ -177,6 +180,51 @@ fn decode(exec: Exec<'_>, s: usize, h: usize, hk: usize, d: usize) {
     );
 }
 
+fn loss(exec: Exec<'_>, rows: usize, c: usize, v: usize) {
+    let (x, w) = (random(rows * c, 1), random(v * c, 2));
+    let mut packed = vec![0.0; packed_len(v, c)];
+    pack_nk(exec.pool, &w, (v, c), &mut packed);
+    let targets: Vec<u32> = (0..rows).map(|i| (i * 7919 % v) as u32).collect();
+    let (mut nll, mut dx) = (vec![0.0; rows], vec![0.0; rows * c]);
+    let n = CrossEntropy::workspace_elems(rows, c, v, exec.pool.threads());
+    let mut ws = vec![0.0; n];
+    let layouts = [
+        ("panels", &packed, WeightLayout::Panels),
+        ("rows", &w, WeightLayout::Rows(c)),
+    ];
+    for (layout_name, w, layout) in layouts {
+        for gradient in [false, true] {
+            let ptr = if gradient {
+                dx.as_mut_ptr()
+            } else {
+                std::ptr::null_mut()
+            };
+            let job = CrossEntropy {
+                rows,
+                c,
+                v,
+                x: Rows {
+                    ptr: x.as_ptr(),
+                    ld: c,
+                },
+                w: w.as_ptr(),
+                layout,
+                targets: targets.as_ptr(),
+                nll: nll.as_mut_ptr(),
+                dx: Rows { ptr, ld: c },
+                workspace: ws.as_mut_ptr(),
+            };
+            let what = if gradient { "+ gradient" } else { "" };
+            let name = format!("loss {rows}x{c}x{v} {layout_name} {what}");
+            let products = if gradient { 2.0 } else { 1.0 };
+            time(&name, products * 2.0 * (rows * c * v) as f64, 0.0, || {
+                // SAFETY: all buffers are as long as the arguments say.
+                unsafe { job.run(exec) }
+            });
+        }
+    }
+}
+
 fn main() {
     let pool = Pool::from_env().expect("TALLOW_THREADS");
     let isa = Isa::detect().expect("TALLOW_ISA");
@@ -188,4 +236,6 @@ fn main() {
         decode(exec, s, 8, 4, 32);
     }
     decode(exec, 512, 14, 2, 64);
+    loss(exec, 512, 256, 4096);
+    loss(exec, 256, 896, 8192);
 }

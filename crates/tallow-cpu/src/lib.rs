@@ -4,8 +4,10 @@
 
 pub mod attention;
 pub mod device;
+pub mod elementwise;
 pub mod error;
 pub mod exec;
+pub mod gather;
 mod glue;
 pub mod linear;
 pub mod loss;
@@ -13,6 +15,7 @@ pub mod norm;
 pub mod optim;
 pub mod philox;
 pub mod pool;
+pub mod reduce;
 pub mod rope;
 pub mod simd;
 pub mod swiglu;

@@ -89,7 +89,7 @@ pub unsafe fn tanh<V: Vector>(x: V) -> V {
         // Near zero a polynomial, for the quotient would cancel.
         let z = x.mul(x);
         let p = V::splat(-5.704_988_7e-3);
-        let p = p.mul_add(z, V::splat(2.063_908_9e-2));
+        let p = p.mul_add(z, V::splat(2.063_909e-2));
         let p = p.mul_add(z, V::splat(-5.373_971_5e-2));
         let p = p.mul_add(z, V::splat(1.333_144_2e-1));
         let p = p.mul_add(z, V::splat(-3.333_328e-1));
@@ -132,7 +132,7 @@ pub fn log_lane(x: f32) -> f32 {
 }
 
 /// Above this magnitude (radians) the reduction below is no longer exact enough.
-const SIN_COS_MAX: f32 = 1.0e8;
+pub(crate) const SIN_COS_MAX: f32 = 1.0e8;
 
 /// Sine and cosine of one lane of radians, through f64. Free of branches up to 1e8 radians.
 #[inline(always)]

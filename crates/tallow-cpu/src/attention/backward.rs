@@ -8,11 +8,12 @@
 
 use std::ops::Range;
 
-use super::block::{Block, LANES, Row, transpose};
+use super::block::{Block, LANES, Row};
 use super::forward::mask_lanes;
 use super::{Heads, Shape};
 use crate::exec::{Exec, RowKernel, spans};
 use crate::simd::{Isa, Vector};
+use crate::transpose::transpose;
 use crate::vecmath::exp_nonpos;
 
 /// Keys of a chunk: two sets of scores stay in the first-level cache.

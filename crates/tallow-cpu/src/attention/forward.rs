@@ -4,10 +4,11 @@
 
 use std::ops::Range;
 
-use super::block::{Block, LANES, Row, transpose};
+use super::block::{Block, LANES, Row};
 use super::{Heads, Shape};
 use crate::exec::{Exec, RowKernel};
 use crate::simd::{Isa, Vector};
+use crate::transpose::transpose;
 use crate::vecmath::{exp_nonpos, log_lane};
 
 /// Keys of a chunk: its scores stay in the first-level cache.

@@ -111,11 +111,11 @@ impl Case {
             let bound = eps * (8.0 + 8.0 * size);
             let off = (f64::from(nll[i]) - want).abs();
             assert!(off <= bound, "{what}: nll {i}: want {want}, got {}", nll[i]);
-            for l in 0..self.c {
+            for (l, got) in row[..self.c].iter().enumerate() {
                 let w = |j: usize| f64::from(self.w[j * self.c + l]);
                 let want = (0..self.v).map(|j| p[j] * w(j)).sum::<f64>() - w(target);
                 let terms = (0..self.v).map(|j| p[j] * w(j).abs()).sum::<f64>() + w(target).abs();
-                let off = (f64::from(row[l]) - want).abs();
+                let off = (f64::from(*got) - want).abs();
                 let bound = eps * (16.0 + 8.0 * size) * terms;
                 assert!(
                     off <= bound,

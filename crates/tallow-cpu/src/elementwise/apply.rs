@@ -1,0 +1,178 @@
+//! One instruction over the lanes of a block.
+//! Invariant: lanes are read before they are written, so the result may lie where an operand does.
+//! Absent on purpose: anything that sees more than one lane.
+
+use tallow_core::scalar::ScalarOp;
+
+use crate::exec::spans;
+use crate::simd::Vector;
+use crate::vecmath::{self, log_lane, sin_cos, sin_cos_lane};
+
+/// Lanes computed side by side.
+const WIDE: usize = 16;
+type Wide = [f32; WIDE];
+
+/// `to[i] = op(args[0][i], ..)` for `i < n`. Arguments beyond the op's arity are not read.
+///
+/// # Safety
+/// The machine has the instructions; `n` elements are readable and writable; an argument lies
+/// exactly where the result does or does not overlap it.
+#[inline(always)]
+pub(super) unsafe fn apply<V: Vector>(op: ScalarOp, to: *mut f32, args: [*const f32; 3], n: usize) {
+    let [a, b, c] = args;
+    // SAFETY: the caller's promise.
+    unsafe {
+        match op {
+            ScalarOp::Add => binary(to, a, b, n, |a, b| a + b),
+            ScalarOp::Sub => binary(to, a, b, n, |a, b| a - b),
+            ScalarOp::Mul => binary(to, a, b, n, |a, b| a * b),
+            ScalarOp::Div => binary(to, a, b, n, |a, b| a / b),
+            ScalarOp::Max => binary(to, a, b, n, f32::max),
+            ScalarOp::Min => binary(to, a, b, n, f32::min),
+            ScalarOp::Less => binary(to, a, b, n, |a, b| if a < b { 1.0 } else { 0.0 }),
+            ScalarOp::Equal => binary(to, a, b, n, |a, b| if a == b { 1.0 } else { 0.0 }),
+            ScalarOp::Select => select(to, a, b, c, n),
+            ScalarOp::Neg => unary(to, a, n, |a| -a),
+            ScalarOp::Abs => unary(to, a, n, f32::abs),
+            ScalarOp::Sqrt => unary(to, a, n, f32::sqrt),
+            ScalarOp::Rsqrt => unary(to, a, n, |a| 1.0 / a.sqrt()),
+            ScalarOp::Recip => unary(to, a, n, |a| 1.0 / a),
+            ScalarOp::Log => unary(to, a, n, log_lane),
+            ScalarOp::Sin => {
+                unary_or(to, a, n, |a| sin_cos_lane(a).0, |a| sin_cos(a).0);
+            }
+            ScalarOp::Cos => {
+                unary_or(to, a, n, |a| sin_cos_lane(a).1, |a| sin_cos(a).1);
+            }
+            ScalarOp::Exp => {
+                spans!(V, n, i, s => { s.store(vecmath::exp(s.load(a.add(i))), to.add(i)) });
+            }
+            ScalarOp::Tanh => {
+                spans!(V, n, i, s => { s.store(vecmath::tanh(s.load(a.add(i))), to.add(i)) });
+            }
+            ScalarOp::Sigmoid => {
+                spans!(V, n, i, s => { s.store(vecmath::sigmoid(s.load(a.add(i))), to.add(i)) });
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `k <= 16` elements are readable.
+#[inline(always)]
+unsafe fn read(p: *const f32, k: usize) -> Wide {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if k == WIDE {
+            return p.cast::<Wide>().read_unaligned();
+        }
+        let mut x = [0.0; WIDE];
+        std::ptr::copy_nonoverlapping(p, x.as_mut_ptr(), k);
+        x
+    }
+}
+
+/// # Safety
+/// `k <= 16` elements are writable.
+#[inline(always)]
+unsafe fn write(x: &Wide, p: *mut f32, k: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if k == WIDE {
+            p.cast::<Wide>().write_unaligned(*x);
+        } else {
+            std::ptr::copy_nonoverlapping(x.as_ptr(), p, k);
+        }
+    }
+}
+
+/// # Safety
+/// As for [`apply`].
+#[inline(always)]
+unsafe fn unary(to: *mut f32, a: *const f32, n: usize, f: impl Fn(f32) -> f32) {
+    for i in (0..n).step_by(WIDE) {
+        let k = WIDE.min(n - i);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut x = read(a.add(i), k);
+            for x in &mut x {
+                *x = f(*x);
+            }
+            write(&x, to.add(i), k);
+        }
+    }
+}
+
+/// As [`unary`], with a function `far` for lanes where sine and cosine need it.
+///
+/// # Safety
+/// As for [`apply`].
+#[inline(always)]
+unsafe fn unary_or(
+    to: *mut f32,
+    a: *const f32,
+    n: usize,
+    near: impl Fn(f32) -> f32,
+    far: impl Fn(f32) -> f32,
+) {
+    for i in (0..n).step_by(WIDE) {
+        let k = WIDE.min(n - i);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = read(a.add(i), k);
+            let mut y = x;
+            for y in &mut y {
+                *y = near(*y);
+            }
+            let out_of_reach = |x: &f32| x.is_nan() || x.abs() > vecmath::SIN_COS_MAX;
+            if x.iter().any(out_of_reach) {
+                for (y, x) in y.iter_mut().zip(&x).filter(|(_, x)| out_of_reach(x)) {
+                    *y = far(*x);
+                }
+            }
+            write(&y, to.add(i), k);
+        }
+    }
+}
+
+/// # Safety
+/// As for [`apply`].
+#[inline(always)]
+unsafe fn binary(
+    to: *mut f32,
+    a: *const f32,
+    b: *const f32,
+    n: usize,
+    f: impl Fn(f32, f32) -> f32,
+) {
+    for i in (0..n).step_by(WIDE) {
+        let k = WIDE.min(n - i);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut x = read(a.add(i), k);
+            let y = read(b.add(i), k);
+            for (x, y) in x.iter_mut().zip(y) {
+                *x = f(*x, y);
+            }
+            write(&x, to.add(i), k);
+        }
+    }
+}
+
+/// # Safety
+/// As for [`apply`].
+#[inline(always)]
+unsafe fn select(to: *mut f32, a: *const f32, b: *const f32, c: *const f32, n: usize) {
+    for i in (0..n).step_by(WIDE) {
+        let k = WIDE.min(n - i);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (a, b) = (read(a.add(i), k), read(b.add(i), k));
+            let mut x = read(c.add(i), k);
+            for l in 0..WIDE {
+                x[l] = if a[l] != 0.0 { b[l] } else { x[l] };
+            }
+            write(&x, to.add(i), k);
+        }
+    }
+}
