@@ -5,6 +5,7 @@ mod canonical;
 mod edit;
 pub mod expand;
 pub mod group;
+pub mod recognise;
 pub mod simplify;
 pub mod fuse;
 #[cfg(test)]
