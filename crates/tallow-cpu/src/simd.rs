@@ -171,6 +171,8 @@ pub unsafe trait Vector: Copy {
     unsafe fn load_mask(p: *const f32, mask: Self::Mask) -> Self;
     /// `LANES` bf16 bit patterns from `p`, widened.
     unsafe fn load_bf16(p: *const u16) -> Self;
+    /// `2 * LANES` bf16 bit patterns from `p`, widened: those at even places, those at odd ones.
+    unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self);
     /// Writes `LANES` elements to `p`.
     unsafe fn store(self, p: *mut f32);
     /// Writes the masked elements to `p`. The others are not touched.
@@ -201,6 +203,30 @@ pub unsafe trait Vector: Copy {
     unsafe fn sum(self) -> f32;
     /// The largest lane. Unspecified if one is NaN.
     unsafe fn max_lane(self) -> f32;
+}
+
+/// Asks for the cache line of `p` ahead of its use. Any address will do.
+#[inline(always)]
+pub fn prefetch<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is harmless, and every x86-64 has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+/// Asks for the cache line of `p` into the second-level cache ahead of its use. Any address will do.
+#[inline(always)]
+pub fn prefetch_far<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is harmless, and every x86-64 has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }
 
 #[cfg(test)]

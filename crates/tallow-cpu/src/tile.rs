@@ -36,7 +36,8 @@ pub struct Tile<E = f32> {
     pub panel: *const E,
     /// Distance between rows of the panel: [`NR`] where packed.
     pub panel_row: usize,
-    /// All 32 columns of a panel row may be read, though only `cols` of them count.
+    /// All 32 columns of a panel row may be read, though only `cols` of them count. Of the tail's
+    /// panel too. Always so for `bf16`.
     pub padded: bool,
     /// Element `(i, j)` is at `y + i * y_row + j`.
     pub y: *mut f32,
@@ -49,7 +50,7 @@ pub struct Tile<E = f32> {
 }
 
 /// More terms for the sums of a tile: `sum_l x[i, l] * panel[l, j]` with an `x` and panel of its own.
-/// Its panel is f32 and padded or not as the tile's.
+/// Its panel is f32, and padded or not as the tile's.
 #[derive(Clone, Copy, Debug)]
 pub struct Tail {
     /// Terms.
@@ -78,52 +79,73 @@ impl Tail {
     };
 }
 
-/// How a panel element is stored.
+/// How a panel is stored: `f32`, or `bf16` widened in registers.
+///
+/// A row of a bf16 panel holds columns 0, 16, 1, 17, … so that one load, a shift and a mask give two
+/// vectors of columns, 16 apart. Such a panel is always packed and padded.
 ///
 /// # Safety
-/// `load` reads exactly `V::LANES` elements, `load_mask` exactly the first `n`.
+/// The methods read exactly the elements that they name.
 pub unsafe trait Element: Copy + Send + Sync + 'static {
-    /// Loads `V::LANES` elements.
+    /// Columns lie in pairs 16 apart, to be loaded by `pair`; otherwise in order, by `load`.
+    const PAIRED: bool;
+
+    /// Where column `j` of 32 lies in a panel row.
+    #[must_use]
+    fn place(j: usize) -> usize {
+        if Self::PAIRED { j % 16 * 2 + j / 16 } else { j }
+    }
+
+    /// Columns `j..j + V::LANES` and the same 16 columns later, of the panel row at `p`.
+    ///
+    /// # Safety
+    /// 32 elements are readable, `j + LANES <= 16`, and the machine has the instructions of `V`.
+    unsafe fn pair<V: Vector>(p: *const Self, j: usize) -> (V, V);
+
+    /// Columns `j..j + V::LANES`; only those of `mask` if `MASK`. For rows in order.
     ///
     /// # Safety
     /// They are readable, and the machine has the instructions of `V`.
-    unsafe fn load<V: Vector>(p: *const Self) -> V;
-    /// Loads the first `n` of `V::LANES` elements, `mask` being their mask.
-    ///
-    /// # Safety
-    /// They are readable, and the machine has the instructions of `V`.
-    unsafe fn load_mask<V: Vector>(p: *const Self, mask: V::Mask, n: usize) -> V;
+    unsafe fn load<V: Vector, const MASK: bool>(p: *const Self, j: usize, mask: V::Mask) -> V;
 }
 
 // SAFETY: the vector's own loads.
 unsafe impl Element for f32 {
+    const PAIRED: bool = false;
+
     #[inline(always)]
-    unsafe fn load<V: Vector>(p: *const Self) -> V {
+    unsafe fn pair<V: Vector>(p: *const Self, j: usize) -> (V, V) {
         // SAFETY: the caller's promise.
-        unsafe { V::load(p) }
+        unsafe { (V::load(p.add(j)), V::load(p.add(j + 16))) }
     }
     #[inline(always)]
-    unsafe fn load_mask<V: Vector>(p: *const Self, mask: V::Mask, _n: usize) -> V {
+    unsafe fn load<V: Vector, const MASK: bool>(p: *const Self, j: usize, mask: V::Mask) -> V {
+        let at = p.wrapping_add(j);
         // SAFETY: the caller's promise.
-        unsafe { V::load_mask(p, mask) }
+        unsafe {
+            if MASK {
+                V::load_mask(at, mask)
+            } else {
+                V::load(at)
+            }
+        }
     }
 }
 
-// SAFETY: the vector's own load, or a copy of `n` elements.
+// SAFETY: the vector's own load of `2 LANES` elements from `2 j` on.
 unsafe impl Element for bf16 {
+    const PAIRED: bool = true;
+
     #[inline(always)]
-    unsafe fn load<V: Vector>(p: *const Self) -> V {
+    unsafe fn pair<V: Vector>(p: *const Self, j: usize) -> (V, V) {
         // SAFETY: the caller's promise; `bf16` is a transparent `u16`.
-        unsafe { V::load_bf16(p.cast()) }
+        unsafe { V::load_bf16_pairs(p.add(2 * j).cast()) }
     }
     #[inline(always)]
-    unsafe fn load_mask<V: Vector>(p: *const Self, _mask: V::Mask, n: usize) -> V {
-        let mut t = [bf16::ZERO; 16];
-        // SAFETY: the caller gives `n <= LANES <= 16` elements.
-        unsafe {
-            std::ptr::copy_nonoverlapping(p, t.as_mut_ptr(), n);
-            V::load_bf16(t.as_ptr().cast())
-        }
+    unsafe fn load<V: Vector, const MASK: bool>(p: *const Self, j: usize, _: V::Mask) -> V {
+        debug_assert!(false, "bug in tallow: bf16 panels are loaded in pairs");
+        // SAFETY: never asked for; still inside the row for what the caller promises.
+        unsafe { V::load_bf16(p.add(j).cast()) }
     }
 }
 
@@ -144,7 +166,11 @@ pub unsafe fn run<E: Element>(isa: Isa, tile: &Tile<E>) {
 pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
     debug_assert!((1..=NR).contains(&tile.cols));
     let fast = tile.m == 1 || (tile.x_row == 1 && (tail.k == 0 || tail.x_row == 1));
-    let width = width(tile.cols);
+    let width = if E::PAIRED { NR } else { width(tile.cols) };
+    debug_assert!(
+        tile.padded || !E::PAIRED,
+        "bug in tallow: bf16 panels are padded"
+    );
     let mask = !tile.padded && tile.cols < width;
     // Eight columns fill half an AVX-512 vector; two AVX2 ones take the time of one. Same bits.
     let isa = if isa == Isa::Avx512 && width == 8 {
@@ -162,9 +188,9 @@ pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
         unsafe {
             let block = Block { tile, tail, row };
             match (fast, mask) {
-                (true, false) => block_of::<E, true, false>(isa, block, rows),
-                (false, false) => block_of::<E, false, false>(isa, block, rows),
-                (_, true) => block_of::<E, false, true>(isa, block, rows),
+                (true, false) => block_of::<E, true, false>(isa, block, rows, width),
+                (false, false) => block_of::<E, false, false>(isa, block, rows, width),
+                (_, true) => block_of::<E, false, true>(isa, block, rows, width),
             }
         }
         row += rows;
@@ -200,11 +226,12 @@ struct Block<'a, E> {
 }
 
 /// # Safety
-/// As for [`run_with_tail`]; `rows <= block_rows(isa, cols)` rows from `block.row` on are in the tile.
+/// As for [`run_with_tail`]; `rows <= block_rows(isa, width)` rows from `block.row` on are in the tile.
 unsafe fn block_of<E: Element, const FAST: bool, const MASK: bool>(
     isa: Isa,
     block: Block<'_, E>,
     rows: usize,
+    width: usize,
 ) {
     macro_rules! by_rows {
         ($width:literal: $($n:literal)*) => {
@@ -215,7 +242,7 @@ unsafe fn block_of<E: Element, const FAST: bool, const MASK: bool>(
             }
         };
     }
-    match width(block.tile.cols) {
+    match width {
         8 => by_rows!(8: 1 2 3 4 5 6 7 8 9 10 11 12),
         16 => by_rows!(16: 1 2 3 4 5 6 7 8 9 10 11 12),
         _ => by_rows!(32: 1 2 3 4 5 6 7 8 9 10 11 12),
@@ -241,7 +268,7 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
     #[inline(always)]
     unsafe fn call<V: Vector>(self) {
         // A block that the registers of `V` cannot hold is never asked for (`block_rows`).
-        if R > V::TILE_ROWS * NR / W || W < V::LANES {
+        if R > V::TILE_ROWS * NR / W || W < V::LANES || (E::PAIRED && (W < NR || MASK)) {
             return;
         }
         let Block { tile: t, tail, row } = self.0;
@@ -305,10 +332,7 @@ impl<E: Element> Terms<E> {
             for _ in 0..self.k {
                 if V::LANES == 16 || W < NR {
                     // Registers for the panel's vectors; elements of `x` are broadcast operands.
-                    let mut w = [V::zero(); MAX_VECTORS];
-                    for (j, w) in w.iter_mut().enumerate().take(vectors) {
-                        *w = self.vector::<V, MASK>(p, j, masks[j]);
-                    }
+                    let w = self.row::<V, MASK, W>(p, &masks);
                     for (i, row) in sums.iter_mut().enumerate() {
                         let a = V::splat(*x.add(i * x_row));
                         for j in 0..vectors {
@@ -316,15 +340,19 @@ impl<E: Element> Terms<E> {
                         }
                     }
                 } else {
-                    // Fewer registers: keep the elements of `x`, and one vector of the panel.
+                    // Fewer registers: keep the elements of `x`, and a pair of the panel's vectors.
                     let mut a = [V::zero(); R];
                     for (i, a) in a.iter_mut().enumerate() {
                         *a = V::splat(*x.add(i * x_row));
                     }
-                    for j in 0..vectors {
-                        let w = self.vector::<V, MASK>(p, j, masks[j]);
+                    for j in 0..vectors / 2 {
+                        let upper = j + vectors / 2;
+                        let (lo, hi) = self.pair::<V, MASK>(p, j, (masks[j], masks[upper]));
                         for (i, row) in sums.iter_mut().enumerate() {
-                            row[j] = a[i].mul_add(w, row[j]);
+                            row[j] = a[i].mul_add(lo, row[j]);
+                        }
+                        for (i, row) in sums.iter_mut().enumerate() {
+                            row[upper] = a[i].mul_add(hi, row[upper]);
                         }
                     }
                 }
@@ -334,24 +362,54 @@ impl<E: Element> Terms<E> {
         }
     }
 
-    /// Vector `j` of the panel row at `p`.
+    /// The vectors of the panel row at `p`.
     ///
     /// # Safety
-    /// Its lanes (only those in `mask` if `MASK`) are readable.
+    /// As for [`Terms::add`].
     #[inline(always)]
-    unsafe fn vector<V: Vector, const MASK: bool>(
+    unsafe fn row<V: Vector, const MASK: bool, const W: usize>(
+        &self,
+        p: *const E,
+        masks: &[V::Mask; MAX_VECTORS],
+    ) -> [V; MAX_VECTORS] {
+        let vectors = W / V::LANES;
+        // SAFETY: the caller's promise; a paired row is 32 columns wide.
+        unsafe {
+            let mut w = [V::zero(); MAX_VECTORS];
+            if E::PAIRED {
+                for j in 0..vectors / 2 {
+                    (w[j], w[j + vectors / 2]) = E::pair(p, j * V::LANES);
+                }
+            } else {
+                for (j, w) in w.iter_mut().enumerate().take(vectors) {
+                    *w = E::load::<V, MASK>(p, j * V::LANES, masks[j]);
+                }
+            }
+            w
+        }
+    }
+
+    /// Vector `j` of the panel row at `p`, and the one 16 columns later.
+    ///
+    /// # Safety
+    /// As for [`Terms::add`]; the row is 32 columns wide.
+    #[inline(always)]
+    unsafe fn pair<V: Vector, const MASK: bool>(
         &self,
         p: *const E,
         j: usize,
-        mask: V::Mask,
-    ) -> V {
-        let at = p.wrapping_add(j * V::LANES);
+        masks: (V::Mask, V::Mask),
+    ) -> (V, V) {
         // SAFETY: the caller's promise.
         unsafe {
             if MASK {
-                E::load_mask(at, mask, lanes::<V>(self.cols, j))
+                let upper = j * V::LANES + NR / 2;
+                (
+                    E::load::<V, true>(p, j * V::LANES, masks.0),
+                    E::load::<V, true>(p, upper, masks.1),
+                )
             } else {
-                E::load(at)
+                E::pair(p, j * V::LANES)
             }
         }
     }

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::product::{PIECE, Product, Tails, copy_len};
-use super::split::{MAX_ROWS, Split};
+use super::split::{MAX_ROWS, MIN_ROWS, Split};
 use super::{Block, Raw, Rows, add_to};
 use crate::exec::Exec;
 use crate::tile::{self, Element, NR, Tail, Tile};
@@ -34,16 +34,31 @@ pub struct Backward<'a, E = f32> {
 /// Floats of workspace that [`backward`] needs, for any number of rows.
 #[must_use]
 pub fn backward_workspace<E>(blocks: &[Block<E>], threads: usize) -> usize {
-    threads * scratch(blocks)
+    threads * Scratch::new(blocks).floats
 }
 
-/// Floats of one worker: which rows its `dh` is of, that, and a copy of rows of `dy`.
-fn scratch<E>(blocks: &[Block<E>]) -> usize {
-    copy_at(blocks) + copy_len(blocks.iter().map(|b| b.n).max().unwrap_or(0))
+/// The scratch of one worker: which rows its `dh` is of, that, one panel of a tail, a copy of rows
+/// of `dy`. Where each begins.
+#[derive(Clone, Copy)]
+struct Scratch {
+    tail: usize,
+    copy: usize,
+    floats: usize,
 }
 
-fn copy_at<E>(blocks: &[Block<E>]) -> usize {
-    1 + MAX_ROWS * blocks.iter().map(Block::rank).sum::<usize>()
+impl Scratch {
+    fn new<E>(blocks: &[Block<E>]) -> Self {
+        let total: usize = blocks.iter().map(Block::rank).sum();
+        let largest = blocks.iter().map(Block::rank).max().unwrap_or(0);
+        let tail = 1 + MAX_ROWS * total;
+        let copy = tail + NR * largest;
+        let longest = blocks.iter().map(|b| b.n).max().unwrap_or(0);
+        Self {
+            tail,
+            copy,
+            floats: copy + copy_len(longest),
+        }
+    }
 }
 
 /// Computes `job` on the threads of `exec`.
@@ -55,7 +70,7 @@ fn copy_at<E>(blocks: &[Block<E>]) -> usize {
 /// # Panics
 /// If `workspace` is shorter than [`backward_workspace`].
 pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, workspace: &mut [f32]) {
-    let (threads, per) = (exec.pool.threads(), scratch(job.blocks));
+    let (threads, per) = (exec.pool.threads(), Scratch::new(job.blocks).floats);
     assert!(
         workspace.len() >= threads * per,
         "bug in tallow: backward: workspace too small"
@@ -66,7 +81,7 @@ pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, worksp
     } else {
         job.k.div_ceil(NR)
     };
-    let split = Split::new(job.m, panels, n, threads);
+    let split = Split::new((job.m, panels, n), MIN_ROWS..=MAX_ROWS, threads);
     for scratch in workspace.chunks_exact_mut(per).take(threads) {
         scratch[0] = f32::from_bits(u32::MAX);
     }
@@ -186,26 +201,13 @@ impl<E: Element> Part<'_, E> {
                 y,
                 y_row: job.dx.row,
                 accumulate: i > 0 || job.residual.is(job.dx),
-                scratch: self.scratch.wrapping_add(copy_at(job.blocks)),
+                scratch: self.scratch.wrapping_add(Scratch::new(job.blocks).copy),
             };
             let dh = self.scratch.wrapping_add(1 + MAX_ROWS * rank).cast_const();
-            let each = |p: usize| {
-                block.adapter.map_or(Tail::NONE, |adapter| Tail {
-                    k: adapter.rank,
-                    x: dh,
-                    x_row: adapter.rank,
-                    x_col: 1,
-                    panel: adapter.a.wrapping_add(p * NR),
-                    panel_row: job.k,
-                })
-            };
+            let each = |p: usize| self.tail(block, p, dh);
             let tails = match block.adapter {
                 None => Tails::None,
-                // The rows of `A` are not padded.
-                Some(_) => Tails::Each {
-                    padded: false,
-                    tail: &each,
-                },
+                Some(_) => Tails::Each(&each),
             };
             // SAFETY: the caller's promise.
             unsafe { product.run(panels.clone(), &tails) };
@@ -221,5 +223,38 @@ impl<E: Element> Part<'_, E> {
         let residual = job.residual.other_than(job.dx).from(self.row, first);
         // SAFETY: the caller's promise.
         unsafe { add_to(self.m, cols, y, std::ptr::null(), residual) };
+    }
+
+    /// The adapter's part of panel `p` of `dx`: columns of `A`, of the last panel a padded copy.
+    fn tail(&self, block: &Block<E>, p: usize, dh: *const f32) -> Tail {
+        let Some(adapter) = block.adapter else {
+            return Tail::NONE;
+        };
+        let (k, r) = (self.job.k, adapter.rank);
+        let mut tail = Tail {
+            k: r,
+            x: dh,
+            x_row: r,
+            x_col: 1,
+            panel: adapter.a.wrapping_add(p * NR),
+            panel_row: k,
+        };
+        let cols = (k - p * NR).min(NR);
+        if cols < NR {
+            let copy = self
+                .scratch
+                .wrapping_add(Scratch::new(self.job.blocks).tail);
+            for i in 0..r {
+                // SAFETY: this runs inside `panels`: `A` has `r` rows with `cols` columns from
+                // `p * 32` on, and the scratch has `32 * r` floats for them.
+                unsafe {
+                    let row = copy.add(i * NR);
+                    std::ptr::copy_nonoverlapping(tail.panel.add(i * k), row, cols);
+                    std::slice::from_raw_parts_mut(row.add(cols), NR - cols).fill(0.0);
+                }
+            }
+            (tail.panel, tail.panel_row) = (copy, NR);
+        }
+        tail
     }
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::dots::{self, Dots};
 use super::pack::tail_panel;
 use super::product::{Product, Tails, copy_len};
-use super::split::{MAX_ROWS, Split};
+use super::split::{MAX_ROWS, MIN_ROWS, Split};
 use super::{Block, Raw, Rows, add_to};
 use crate::exec::Exec;
 use crate::tile::{Element, NR, Tail};
@@ -77,7 +77,7 @@ pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspac
     let enough = workspace.len() >= threads * at.floats;
     assert!(enough, "bug in tallow: forward: workspace too small");
     let panels = job.blocks.iter().map(|b| b.n.div_ceil(NR)).sum();
-    let split = Split::new(job.m, panels, job.k, threads);
+    let split = Split::new((job.m, panels, job.k), MIN_ROWS..=MAX_ROWS, threads);
     for scratch in workspace.chunks_exact_mut(at.floats).take(threads) {
         scratch[..at.h].fill(f32::from_bits(u32::MAX));
     }
@@ -202,10 +202,7 @@ impl<E: Element> Part<'_, E> {
         let each = |p: usize| self.tail(block, p, h);
         let tails = match block.adapter {
             None => Tails::None,
-            Some(a) if a.tail.is_null() => Tails::Each {
-                padded: true,
-                tail: &each,
-            },
+            Some(a) if a.tail.is_null() => Tails::Each(&each),
             Some(a) => Tails::Packed {
                 k: a.rank,
                 x: h,

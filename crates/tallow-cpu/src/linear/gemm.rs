@@ -9,12 +9,18 @@ use super::dots::{self, Dots};
 use super::split::Split;
 use super::{Raw, Rows};
 use crate::exec::Exec;
-use crate::tile::{self, NR, Tile};
+use crate::tile::{self, MR, NR, Tile};
 
-/// Terms of a sum for which a panel of `b` is packed at a time: 128 KiB.
-const PIECE: usize = 1024;
+/// Terms of a sum that are worked on at a time: a panel of `b` packed for them is 32 KiB.
+const PIECE: usize = 256;
 /// From this many rows of `a` on, a panel of `b` is packed even if its rows are contiguous.
 const PACK_ROWS: usize = 36;
+/// The most rows of a task: a packed panel is used for all of them.
+const MAX_ROWS: usize = 32 * MR;
+/// The fewest, where there are more.
+const MIN_ROWS: usize = 12 * MR;
+/// What a copied row of `a` is longer than its piece, so that rows do not fight for cache lines.
+const APART: usize = 16;
 /// Up to this many rows of `a`, dot products beat packing.
 const DOT_ROWS: usize = 4;
 
@@ -57,8 +63,11 @@ pub struct Strided {
 /// Floats of workspace that [`gemm`] needs, for any sizes.
 #[must_use]
 pub fn gemm_workspace(threads: usize) -> usize {
-    threads * PIECE * NR
+    threads * SCRATCH
 }
+
+/// Floats of one worker: a panel of `b`, the rows of `a`.
+const SCRATCH: usize = PIECE * NR + MAX_ROWS * (PIECE + APART);
 
 /// Computes `job` on the threads of `exec`.
 ///
@@ -74,10 +83,10 @@ pub unsafe fn gemm(exec: Exec<'_>, job: &Gemm, workspace: &mut [f32]) {
         workspace.len() >= gemm_workspace(threads),
         "bug in tallow: gemm: workspace too small"
     );
+    let extents = (job.m, job.n.div_ceil(NR), job.k);
     let split = Split::new(
-        job.m,
-        job.n.div_ceil(NR),
-        job.k,
+        extents,
+        MIN_ROWS..=MAX_ROWS,
         threads.div_ceil(job.batch.max(1)),
     );
     let tasks = split.tasks();
@@ -92,7 +101,7 @@ pub unsafe fn gemm(exec: Exec<'_>, job: &Gemm, workspace: &mut [f32]) {
             for task in group * each..(job.batch * tasks).min((group + 1) * each) {
                 let g = task / tasks;
                 let (_, rows, panels) = split.task(task % tasks);
-                let scratch = workspace.wrapping_add(worker * PIECE * NR);
+                let scratch = workspace.wrapping_add(worker * SCRATCH);
                 let part = Part {
                     exec,
                     job: &job,
@@ -121,19 +130,27 @@ impl Part<'_> {
     /// As for [`gemm`], for these rows and panels and this worker's scratch.
     unsafe fn run(&self, panels: Range<usize>) {
         let Gemm { m, n, k, a, b, .. } = *self.job;
-        let along_k = a.col == 1 && b.row == 1;
-        for p in panels {
-            let (column, cols) = (p * NR, (n - p * NR).min(NR));
-            // SAFETY: the caller's promise.
-            unsafe {
-                if along_k && m <= DOT_ROWS {
-                    self.dots(column, cols);
-                } else {
-                    for l in (0..k.max(1)).step_by(PIECE) {
-                        self.tile(column, cols, l..k.min(l + PIECE));
+        let column = |p: usize| (p * NR, (n - p * NR).min(NR));
+        // SAFETY: the caller's promise, for each panel.
+        unsafe {
+            if a.col == 1 && b.row == 1 && m <= DOT_ROWS {
+                for p in panels.clone() {
+                    let (first, cols) = column(p);
+                    self.dots(first, cols);
+                }
+            } else {
+                for l in (0..k.max(1)).step_by(PIECE) {
+                    let l = l..k.min(l + PIECE);
+                    let rows = self.near(l.clone());
+                    for p in panels.clone() {
+                        let (first, cols) = column(p);
+                        self.tile(rows, first, cols, l.clone());
                     }
                 }
-                self.scale(column, cols);
+            }
+            for p in panels {
+                let (first, cols) = column(p);
+                self.scale(first, cols);
             }
         }
     }
@@ -174,11 +191,46 @@ impl Part<'_> {
         unsafe { dots::run(self.exec.isa, &dots) };
     }
 
-    /// Adds (or sets, for the first) the terms `l`.
+    /// Terms `l` of the rows of `a`, and their strides; copied unless rows lie side by side in memory
+    /// at a harmless distance.
+    ///
+    /// # Safety
+    /// As for [`Part::run`]; `l.len() <= PIECE`.
+    unsafe fn near(&self, l: Range<usize>) -> (*const f32, usize, usize) {
+        let (a, m) = (self.job.a, self.rows.len());
+        let from = self.a().wrapping_add(l.start * a.col);
+        if a.col == 1 && !(a.row * size_of::<f32>()).is_multiple_of(4096) || m < MR {
+            return (from, a.row, a.col);
+        }
+        let to = self.scratch.wrapping_add(PIECE * NR);
+        // SAFETY: `m <= MAX_ROWS` rows of `PIECE + APART` floats fit the scratch.
+        unsafe {
+            if a.row == 1 {
+                for i in 0..l.len() {
+                    std::ptr::copy_nonoverlapping(from.add(i * a.col), to.add(i * m), m);
+                }
+                return (to, 1, m);
+            }
+            for i in 0..m {
+                for j in 0..l.len() {
+                    *to.add(i * (PIECE + APART) + j) = *from.add(i * a.row + j * a.col);
+                }
+            }
+        }
+        (to, PIECE + APART, 1)
+    }
+
+    /// Adds (or sets, for the first) the terms `l` of the rows `x`, given with their strides.
     ///
     /// # Safety
     /// As for [`Part::run`].
-    unsafe fn tile(&self, column: usize, cols: usize, l: Range<usize>) {
+    unsafe fn tile(
+        &self,
+        (x, x_row, x_col): (*const f32, usize, usize),
+        column: usize,
+        cols: usize,
+        l: Range<usize>,
+    ) {
         let job = self.job;
         let pack = job.b.col != 1 || self.rows.len() >= PACK_ROWS;
         if pack {
@@ -188,9 +240,9 @@ impl Part<'_> {
         let tile = Tile {
             m: self.rows.len(),
             k: l.len(),
-            x: self.a().wrapping_add(l.start * job.a.col),
-            x_row: job.a.row,
-            x_col: job.a.col,
+            x,
+            x_row,
+            x_col,
             panel: if pack {
                 self.scratch
             } else {
@@ -213,31 +265,28 @@ impl Part<'_> {
     /// As for [`Part::run`]; `l.len() <= PIECE`.
     unsafe fn pack(&self, column: usize, cols: usize, l: Range<usize>) {
         let b = self.job.b;
-        let terms = l.len();
-        let from = self.b(l.start, column);
+        let (terms, from) = (l.len(), self.b(l.start, column));
         // SAFETY: rows `l` and columns `column..column + cols` of `b` exist; the scratch holds
         // `terms` rows of 32.
         unsafe {
+            let row = |i: usize| self.scratch.add(i * NR);
+            if cols < NR {
+                (0..terms).for_each(|i| std::ptr::write_bytes(row(i).add(cols), 0, NR - cols));
+            }
             if b.col == 1 {
                 for i in 0..terms {
-                    let row = self.scratch.add(i * NR);
-                    std::ptr::copy_nonoverlapping(from.add(i * b.row), row, cols);
-                    std::slice::from_raw_parts_mut(row.add(cols), NR - cols).fill(0.0);
+                    std::ptr::copy_nonoverlapping(from.add(i * b.row), row(i), cols);
                 }
-            } else {
-                // Sixteen terms at a time: a column's cache line is used up while it is there.
-                for start in (0..terms).step_by(16) {
-                    let end = terms.min(start + 16);
-                    for j in 0..NR {
-                        for i in start..end {
-                            let v = if j < cols {
-                                *from.add(i * b.row + j * b.col)
-                            } else {
-                                0.0
-                            };
-                            *self.scratch.add(i * NR + j) = v;
-                        }
-                    }
+                return;
+            }
+            let (mut whole, mut across) = (0, 0);
+            if b.row == 1 {
+                (whole, across) = (terms - terms % 4, cols - cols % 4);
+                turn(from, b.col, (whole, across), self.scratch);
+            }
+            for i in 0..terms {
+                for j in if i < whole { across } else { 0 }..cols {
+                    *row(i).add(j) = *from.add(i * b.row + j * b.col);
                 }
             }
         }
@@ -257,6 +306,30 @@ impl Part<'_> {
             let row =
                 unsafe { std::slice::from_raw_parts_mut(self.c(column).add(i * job.c.row), cols) };
             row.iter_mut().for_each(|v| *v *= job.alpha);
+        }
+    }
+}
+
+/// `to[i, j] = from[j, i]`, `i < terms`, `j < cols`, both multiples of four, in blocks of four by
+/// four, which compilers turn into shuffles. Rows of `from` are `stride` apart, those of `to` 32.
+///
+/// # Safety
+/// The elements are readable and writable.
+unsafe fn turn(from: *const f32, stride: usize, (terms, cols): (usize, usize), to: *mut f32) {
+    // Sixteen terms at a time: a cache line of `from` is used up while it is there.
+    for start in (0..terms).step_by(16) {
+        for j in (0..cols).step_by(4) {
+            for i in (start..terms.min(start + 16)).step_by(4) {
+                // SAFETY: the block at `(i, j)` lies inside, for both extents are multiples of four.
+                unsafe {
+                    let at = |q: usize| from.add((j + q) * stride + i).cast::<[f32; 4]>();
+                    let block: [[f32; 4]; 4] = std::array::from_fn(|q| at(q).read_unaligned());
+                    for q in 0..4 {
+                        let row = to.add((i + q) * NR + j).cast::<[f32; 4]>();
+                        row.write_unaligned(block.map(|r| r[q]));
+                    }
+                }
+            }
         }
     }
 }

@@ -56,7 +56,8 @@ pub fn packed_len(columns: usize, rows: usize) -> usize {
     columns.div_ceil(NR) * NR * rows
 }
 
-/// Packs `w: [n, k]`, row-major, for the forward product: `out: [ceil(n / 32)][k][32]`.
+/// Packs `w: [n, k]`, row-major, for the forward product: `out: [ceil(n / 32)][k][32]`
+/// (columns of bf16 panels in the order of [`Element::place`]).
 ///
 /// # Panics
 /// If `w` has not `n * k` elements or `out` not `packed_len(n, k)`.
@@ -73,19 +74,21 @@ pub fn pack_nk<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize
     );
     each_panel(pool, out, k, &|p, panel| {
         let columns = (n - p * NR).min(NR);
-        for (l, row) in panel.chunks_exact_mut(NR).enumerate() {
-            for (j, o) in row.iter_mut().enumerate() {
-                *o = E::narrow(if j < columns {
-                    w[(p * NR + j) * k + l].widen()
-                } else {
-                    0.0
-                });
+        panel.fill(E::narrow(0.0));
+        // Sixteen terms at a time: a row's cache line is used up while it is there.
+        for (block, rows) in panel.chunks_mut(16 * NR).enumerate() {
+            for j in 0..columns {
+                let terms = &w[(p * NR + j) * k + block * 16..];
+                for (row, v) in rows.chunks_exact_mut(NR).zip(terms) {
+                    row[E::place(j)] = E::narrow(v.widen());
+                }
             }
         }
     });
 }
 
-/// Packs `w: [n, k]`, row-major, for the backward product: `out: [ceil(k / 32)][n][32]`.
+/// Packs `w: [n, k]`, row-major, for the backward product: `out: [ceil(k / 32)][n][32]`
+/// (columns of bf16 panels in the order of [`Element::place`]).
 ///
 /// # Panics
 /// If `w` has not `n * k` elements or `out` not `packed_len(k, n)`.
@@ -103,11 +106,10 @@ pub fn pack_kn<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize
     each_panel(pool, out, n, &|p, panel| {
         let columns = (k - p * NR).min(NR);
         for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
-            let from = &w[i * k + p * NR..][..columns];
-            for (o, v) in row.iter_mut().zip(from) {
-                *o = E::narrow(v.widen());
+            row.fill(E::narrow(0.0));
+            for (j, v) in w[i * k + p * NR..][..columns].iter().enumerate() {
+                row[E::place(j)] = E::narrow(v.widen());
             }
-            row[columns..].fill(E::narrow(0.0));
         }
     });
 }

@@ -5,8 +5,8 @@
 use std::ops::Range;
 
 use super::split::MAX_ROWS;
-use crate::simd::Isa;
-use crate::tile::{Element, NR, Strip, Tail, Tile, run_strip, run_with_tail};
+use crate::simd::{Isa, prefetch_far};
+use crate::tile::{Element, MR, NR, Strip, Tail, Tile, run_strip, run_with_tail};
 
 /// The longest piece of a sum: a panel's piece and that of [`MAX_ROWS`] rows fit the second-level
 /// cache, and rounding errors grow slower than in one chain.
@@ -16,6 +16,11 @@ pub(super) const PIECE: usize = 1024;
 const CONFLICT_BYTES: usize = 4096;
 /// What a copied row is longer than its piece, so that the copies do not.
 const APART: usize = 16;
+
+/// Weights up to this size stay in the second-level cache by themselves.
+const NEAR_BYTES: usize = 512 << 10;
+/// Rows between two looks ahead.
+const CHUNK_ROWS: usize = 2 * MR;
 
 /// Floats of scratch that [`Product::run`] may use, for sums of `k` terms.
 pub(super) fn copy_len(k: usize) -> usize {
@@ -49,11 +54,8 @@ pub(super) enum Tails<'a> {
         x: *const f32,
         panels: *const f32,
     },
-    /// Each panel's is asked for when it is used; `padded` or not.
-    Each {
-        padded: bool,
-        tail: &'a dyn Fn(usize) -> Tail,
-    },
+    /// Each panel's is asked for when it is used; padded.
+    Each(&'a dyn Fn(usize) -> Tail),
 }
 
 impl Tails<'_> {
@@ -71,7 +73,7 @@ impl Tails<'_> {
                     panel_row: NR,
                 }
             }
-            Tails::Each { tail, .. } => tail(p),
+            Tails::Each(tail) => tail(p),
         }
     }
 }
@@ -112,24 +114,38 @@ impl<E: Element> Product<E> {
     unsafe fn tiles(&self, panels: Range<usize>, piece: &Piece, tails: &Tails<'_>) {
         // SAFETY: the caller's promise.
         let (x, x_row) = unsafe { self.near(piece) };
+        let far = self.k * self.n * size_of::<E>() > NEAR_BYTES;
         for p in panels {
-            let cols = (self.n - p * NR).min(NR);
-            let tile = Tile {
-                m: self.m,
-                k: piece.len,
-                x,
-                x_row,
-                x_col: 1,
-                panel: self.panels.wrapping_add((p * self.k + piece.from) * NR),
-                panel_row: NR,
-                padded: !matches!(tails, Tails::Each { padded: false, .. }),
-                y: self.y.wrapping_add(p * NR),
-                y_row: self.y_row,
-                cols,
-                accumulate: piece.accumulate,
-            };
-            // SAFETY: the caller's promise.
-            unsafe { run_with_tail(self.isa, &tile, &tails.of(p)) };
+            let panel = |p: usize| self.panels.wrapping_add((p * self.k + piece.from) * NR);
+            let tail = tails.of(p);
+            let chunks = self.m.div_ceil(CHUNK_ROWS);
+            for chunk in 0..chunks {
+                let row = chunk * self.m / chunks;
+                let tile = Tile {
+                    m: (chunk + 1) * self.m / chunks - row,
+                    k: piece.len,
+                    x: x.wrapping_add(row * x_row),
+                    x_row,
+                    x_col: 1,
+                    panel: panel(p),
+                    panel_row: NR,
+                    padded: true,
+                    y: self.y.wrapping_add(row * self.y_row + p * NR),
+                    y_row: self.y_row,
+                    cols: (self.n - p * NR).min(NR),
+                    accumulate: piece.accumulate,
+                };
+                if far && chunks > 1 {
+                    // The next panel arrives while this one is worked on.
+                    ahead(
+                        panel(p + 1),
+                        chunk * piece.len / chunks..(chunk + 1) * piece.len / chunks,
+                    );
+                }
+                let x = tail.x.wrapping_add(row * tail.x_row);
+                // SAFETY: the caller's promise.
+                unsafe { run_with_tail(self.isa, &tile, &Tail { x, ..tail }) };
+            }
         }
     }
 
@@ -174,6 +190,14 @@ impl<E: Element> Product<E> {
         };
         // SAFETY: the caller's promise; packed tails are as the strip wants them.
         unsafe { run_strip(self.isa, &strip) };
+    }
+}
+
+/// Asks for some rows of a panel.
+fn ahead<E>(panel: *const E, rows: Range<usize>) {
+    let line = 64 / size_of::<E>();
+    for at in (rows.start * NR..rows.end * NR).step_by(line) {
+        prefetch_far(panel.wrapping_add(at));
     }
 }
 

@@ -2,14 +2,14 @@
 //! Invariant: every row and panel belongs to one task; tasks of the same rows are neighbours.
 //! Absent on purpose: measuring. The estimate is crude: it only keeps tasks from being too small.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use crate::tile::MR;
 
-/// The most rows of a task: their part of `x` fits the second-level cache.
+/// The most rows of a task of a linear: their part of `x` fits the second-level cache.
 pub(super) const MAX_ROWS: usize = 8 * MR;
-/// The fewest rows of a task, where there are more: a panel read from memory feeds that many.
-const MIN_ROWS: usize = 4 * MR;
+/// The fewest, where there are more: a panel read from memory feeds that many.
+pub(super) const MIN_ROWS: usize = 4 * MR;
 /// The least work of a task in cycles of the multipliers, a microsecond or two.
 const MIN_CYCLES: usize = 6000;
 /// Tasks a thread, so that a thread that comes late leaves its share to others.
@@ -27,8 +27,13 @@ pub(super) struct Split {
 }
 
 impl Split {
-    /// Cuts `m` rows and `panels` panels, whose sums have `k` terms, for `threads` threads.
-    pub(super) fn new(m: usize, panels: usize, k: usize, threads: usize) -> Self {
+    /// Cuts `m` rows and `panels` panels, whose sums have `k` terms, for `threads` threads. A task
+    /// has at most `limits.end()` rows, and where there are more, about `limits.start()` or more.
+    pub(super) fn new(
+        (m, panels, k): (usize, usize, usize),
+        limits: RangeInclusive<usize>,
+        threads: usize,
+    ) -> Self {
         // A panel's row costs two cycles a row of `x`, and at least the time to load it.
         let cycles = panels.max(1) * k * (2 * m).max(5);
         let want = if threads == 1 {
@@ -37,8 +42,8 @@ impl Split {
             (threads * PER_THREAD).min(cycles / MIN_CYCLES)
         };
         let row_blocks = m
-            .div_ceil(MAX_ROWS)
-            .max(want.min(m.div_ceil(MIN_ROWS)))
+            .div_ceil(*limits.end())
+            .max(want.min(m.div_ceil(*limits.start())))
             .max(1);
         let rows = m.div_ceil(row_blocks).next_multiple_of(MR).min(m).max(1);
         let row_blocks = m.div_ceil(rows);
@@ -74,7 +79,7 @@ mod tests {
         for m in [0, 1, 2, 12, 13, 47, 48, 49, 96, 97, 128, 512, 1000] {
             for panels in [0, 1, 2, 3, 16, 128] {
                 for threads in [1, 2, 3, 64] {
-                    let split = Split::new(m, panels, 256, threads);
+                    let split = Split::new((m, panels, 256), MIN_ROWS..=MAX_ROWS, threads);
                     let mut seen = vec![0u32; m * panels];
                     for task in 0..split.tasks() {
                         let (_, rows, cols) = split.task(task);
@@ -101,9 +106,11 @@ mod tests {
             (4096, 16, 512),
         ] {
             for threads in [2, 16] {
-                assert!(Split::new(m, panels, k, threads).tasks() >= 2 * threads);
+                assert!(
+                    Split::new((m, panels, k), MIN_ROWS..=MAX_ROWS, threads).tasks() >= 2 * threads
+                );
             }
         }
-        assert_eq!(Split::new(1, 1, 64, 64).tasks(), 1);
+        assert_eq!(Split::new((1, 1, 64), MIN_ROWS..=MAX_ROWS, 64).tasks(), 1);
     }
 }

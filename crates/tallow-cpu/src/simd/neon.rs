@@ -59,6 +59,18 @@ unsafe impl Vector for float32x4_t {
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p))) }
     }
     #[inline(always)]
+    unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {
+        // SAFETY: the caller has the instructions and gives the elements.
+        unsafe {
+            let both = vreinterpretq_u32_u16(vld1q_u16(p));
+            let odd = vandq_u32(both, vdupq_n_u32(0xffff_0000));
+            (
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(both)),
+                vreinterpretq_f32_u32(odd),
+            )
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: the caller has the instructions and gives the elements.
         unsafe { vst1q_f32(p, self) }

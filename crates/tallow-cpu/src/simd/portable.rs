@@ -62,6 +62,14 @@ unsafe impl Vector for F32x8 {
         Self(bits.map(|b| f32::from_bits(u32::from(b) << 16)))
     }
     #[inline(always)]
+    unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {
+        // SAFETY: the caller gives sixteen readable elements.
+        let bits = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
+        let widen = |b: u16| f32::from_bits(u32::from(b) << 16);
+        let odd = std::array::from_fn(|i| widen(bits[2 * i + 1]));
+        (Self(std::array::from_fn(|i| widen(bits[2 * i]))), Self(odd))
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: the caller gives eight writable elements.
         unsafe { p.cast::<[f32; 8]>().write_unaligned(self.0) }

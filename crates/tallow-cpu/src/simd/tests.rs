@@ -54,6 +54,11 @@ impl Kernel for Probe {
             check("bf16", V::load_bf16(bits.as_ptr()), &|i| {
                 f32::from_bits(a[i].to_bits() & 0xffff_0000)
             })?;
+            let twice: Vec<u16> = bits.iter().rev().chain(&bits).copied().collect();
+            let wide = |i: usize| f32::from_bits(u32::from(twice[i]) << 16);
+            let (even, odd) = V::load_bf16_pairs(twice.as_ptr());
+            check("bf16 even", even, &|i| wide(2 * i))?;
+            check("bf16 odd", odd, &|i| wide(2 * i + 1))?;
             for k in 0..=n {
                 let part = V::load_mask(a.as_ptr(), V::mask(k));
                 check("load_mask", part, &|i| if i < k { a[i] } else { 0.0 })?;

@@ -63,6 +63,16 @@ unsafe impl Vector for __m512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {
+        // SAFETY: the caller has the instructions and gives the elements.
+        unsafe {
+            let both = _mm512_loadu_si512(p.cast());
+            let even = _mm512_slli_epi32::<16>(both);
+            let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000u32 as i32));
+            (_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd))
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: the caller has the instructions and gives the elements.
         unsafe { _mm512_storeu_ps(p, self) }
@@ -194,6 +204,16 @@ unsafe impl Vector for __m256 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
                 _mm_loadu_si128(p.cast()),
             )))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {
+        // SAFETY: the caller has the instructions and gives the elements.
+        unsafe {
+            let both = _mm256_loadu_si256(p.cast());
+            let even = _mm256_slli_epi32::<16>(both);
+            let odd = _mm256_and_si256(both, _mm256_set1_epi32(0xffff_0000u32 as i32));
+            (_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd))
         }
     }
     #[inline(always)]

@@ -4,7 +4,7 @@
 //! Absent on purpose: more than one row. Two rows already keep the multipliers busy.
 
 use super::{Element, NR};
-use crate::simd::{Isa, Kernel, Vector};
+use crate::simd::{Isa, Kernel, Vector, prefetch};
 
 /// `y[j] (+)= sum_l x[l] * panel[l, j]`, then the terms of the tail, over any number of columns.
 /// Panels are packed and padded, `[columns / 32][stride][32]`.
@@ -84,18 +84,25 @@ impl<E: Element> Columns<'_, E> {
         let vectors = NR / V::LANES;
         // SAFETY: the caller's promise; terms stay below `k` and `tail_k`.
         unsafe {
+            let tail = s.tail.wrapping_add(p * s.tail_k * NR);
+            let lines = P * s.tail_k * NR / 16;
             let mut sums = [[V::zero(); 8]; P];
             let panels = s.panels.add(p * s.panel_len);
             for l in 0..s.k {
                 let a = V::splat(*s.x.add(l));
+                // The tail is too short for the machine to see it coming.
+                if l < lines {
+                    prefetch(tail.wrapping_add(l * 16));
+                }
                 for (q, row) in sums.iter_mut().enumerate() {
                     let at = panels.add(q * s.panel_len + l * NR);
-                    for (j, sum) in row.iter_mut().enumerate().take(vectors) {
-                        *sum = a.mul_add(E::load::<V>(at.add(j * V::LANES)), *sum);
+                    for j in 0..vectors / 2 {
+                        let (lo, hi) = E::pair::<V>(at, j * V::LANES);
+                        row[j] = a.mul_add(lo, row[j]);
+                        row[j + vectors / 2] = a.mul_add(hi, row[j + vectors / 2]);
                     }
                 }
             }
-            let tail = s.tail.wrapping_add(p * s.tail_k * NR);
             for l in 0..s.tail_k {
                 let a = V::splat(*s.tail_x.add(l));
                 for (q, row) in sums.iter_mut().enumerate() {

@@ -45,7 +45,9 @@ fn narrow_weights_are_widened_exactly_and_rounded_to_nearest() {
     pack_nk(&pool, &brain, (n, k), &mut from_brain);
     pack_nk(&pool, &w, (n, k), &mut from_wide);
     assert_eq!(from_half[1], half[k].to_f32());
-    assert_eq!(from_brain[33], brain[k + 1]);
+    // Column 1 lies third in a row, and row 1 begins after 32 columns.
+    assert_eq!(from_brain[32 + 2], brain[k + 1]);
+    assert_eq!(from_brain[32 + 1], brain[16 * k + 1]);
     assert_eq!(from_brain, from_wide);
 }
 
