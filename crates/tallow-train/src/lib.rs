@@ -1,1 +1,20 @@
-//! Part of tallow.
+//! Fine-tuning adapters: batches, the recorded step, schedules, evaluation, the loop.
+//! Invariant: an adapter folder holds a whole adapter or nothing; a run with one seed gives one result.
+//! Absent on purpose: devices, and printing. What happens is told to an [`Observer`].
+#![forbid(unsafe_code)]
+
+pub mod batch;
+pub mod config;
+pub mod error;
+pub mod eval;
+pub mod run;
+pub mod schedule;
+pub mod step;
+
+pub use batch::{Batch, Buckets, Rows};
+pub use config::TrainConfig;
+pub use error::{Error, Result};
+pub use eval::{Evaluation, Evaluator};
+pub use run::{Event, Job, Observer, Summary, train};
+pub use schedule::Schedule;
+pub use step::{StepResult, TrainStep, Trainer};

@@ -1,0 +1,310 @@
+//! Rows of token ids, the order they are drawn in, and batches padded to a few lengths.
+//! Invariant: padding is never a target and has no position, so it changes no loss; one seed gives one
+//! order on every machine; no more than [`MAX_BUCKETS`] lengths exist, so no more plans are made.
+//! Absent on purpose: packing several rows into one, and masks of parts of a row.
+use crate::{Error, Result};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
+use std::path::Path;
+use tallow_llm::{ModelConfig, Tokenizer, data::Lines};
+
+/// A target that is not counted, and the position of padding.
+pub const NONE: u32 = u32::MAX;
+/// Lengths that batches are padded to.
+pub const MAX_BUCKETS: usize = 8;
+const SHORTEST_BUCKET: usize = 16;
+
+/// Token ids of many rows, held in one piece.
+#[derive(Clone, Debug, Default)]
+pub struct Rows {
+    ids: Vec<u32>,
+    ends: Vec<usize>,
+    /// Rows that were cut to the longest allowed length.
+    pub cut: usize,
+    /// Lines left out because they have fewer than two tokens.
+    pub too_short: usize,
+}
+
+impl Rows {
+    /// Reads a JSONL file: each line as `<bos>` + text + `<eos>`, cut after `longest` tokens.
+    ///
+    /// # Errors
+    /// A line that cannot be read, or [`Error::NothingToPredict`] if no row has two tokens.
+    pub fn read(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        config: &ModelConfig,
+        longest: usize,
+    ) -> Result<Self> {
+        let mut rows = Rows::default();
+        for text in Lines::open(path)? {
+            rows.push(&tokenizer.encode_line(&text?, config)?, longest);
+        }
+        if rows.is_empty() {
+            let path = path.to_path_buf();
+            return Err(Error::NothingToPredict { path });
+        }
+        Ok(rows)
+    }
+
+    /// Adds a row, cut after `longest` tokens; a row of fewer than two is only counted.
+    pub fn push(&mut self, ids: &[u32], longest: usize) {
+        if ids.len() < 2 {
+            self.too_short += 1;
+            return;
+        }
+        let kept = &ids[..ids.len().min(longest)];
+        self.cut += usize::from(kept.len() < ids.len());
+        self.ids.extend_from_slice(kept);
+        self.ends.push(self.ids.len());
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// True if there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Ids of row `i`.
+    pub fn row(&self, i: usize) -> &[u32] {
+        let start = i.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.ids[start..self.ends[i]]
+    }
+
+    /// Tokens of all rows.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Tokens of the longest row.
+    pub fn longest(&self) -> usize {
+        (0..self.len())
+            .map(|i| self.row(i).len())
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+/// Row indices, shuffled anew in every epoch, without end.
+#[derive(Clone, Debug)]
+pub struct Order {
+    seed: u64,
+    rows: usize,
+    epoch: u64,
+    at: usize,
+    order: Vec<usize>,
+}
+
+impl Order {
+    /// The order of `rows` rows that belongs to a seed.
+    pub fn new(seed: u64, rows: usize) -> Self {
+        Order {
+            seed,
+            rows,
+            epoch: 0,
+            at: 0,
+            order: shuffled(seed, 0, rows),
+        }
+    }
+
+    /// The rows of the next batch: `want` of them, fewer where the epoch ends.
+    pub fn next(&mut self, want: usize) -> &[usize] {
+        if self.at == self.rows {
+            self.epoch += 1;
+            self.at = 0;
+            self.order = shuffled(self.seed, self.epoch, self.rows);
+        }
+        let start = self.at;
+        self.at = (start + want).min(self.rows);
+        &self.order[start..self.at]
+    }
+
+    /// The epoch of the batch given out last, counted from 0.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+}
+
+/// Fisher and Yates's shuffle with a stream of its own for each epoch. Written out, because shuffles of
+/// libraries may draw differently in their next version.
+fn shuffled(seed: u64, epoch: u64, rows: usize) -> Vec<usize> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(epoch);
+    let mut order: Vec<usize> = (0..rows).collect();
+    for i in (1..rows).rev() {
+        let draw = u128::from(random.next_u64()) * (i as u128 + 1);
+        order.swap(i, (draw >> 64) as usize);
+    }
+    order
+}
+
+/// The lengths that batches are padded to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Buckets(Vec<usize>);
+
+impl Buckets {
+    /// 16, 32, 64, .. up to `longest` inputs, which is a length itself; at most [`MAX_BUCKETS`].
+    pub fn up_to(longest: usize) -> Self {
+        let longest = longest.max(1);
+        let doubling = std::iter::successors(Some(SHORTEST_BUCKET), |n| n.checked_mul(2));
+        let mut all: Vec<usize> = doubling.take_while(|n| *n < longest).collect();
+        all.push(longest);
+        let drop = all.len().saturating_sub(MAX_BUCKETS);
+        Buckets(all.split_off(drop))
+    }
+
+    /// The shortest that holds `inputs` tokens, `None` if none does.
+    pub fn fit(&self, inputs: usize) -> Option<usize> {
+        self.0.iter().copied().find(|n| *n >= inputs)
+    }
+
+    /// All lengths, the shortest first.
+    pub fn lengths(&self) -> &[usize] {
+        &self.0
+    }
+}
+
+/// Model inputs of `b` rows padded to `t` tokens. A row of `n` ids has `n - 1` inputs, each with the id
+/// after it as its target.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// Rows, empty ones included.
+    pub b: usize,
+    /// Tokens of each row.
+    pub t: usize,
+    /// `[b, t]`; 0 at padding.
+    pub ids: Vec<u32>,
+    /// `[b, t]`; [`NONE`] at padding.
+    pub pos: Vec<u32>,
+    /// `[b, t]`; [`NONE`] where nothing is predicted.
+    pub targets: Vec<u32>,
+    /// Targets that count.
+    pub counted: usize,
+}
+
+impl Batch {
+    /// Fills `b` rows of `t` inputs from `rows`; what is missing is padding.
+    ///
+    /// # Errors
+    /// [`Error::BatchShape`] if there are more rows or a row has more inputs.
+    pub fn fill<'a>(
+        &mut self,
+        [b, t]: [usize; 2],
+        rows: impl IntoIterator<Item = &'a [u32]>,
+    ) -> Result<()> {
+        (self.b, self.t, self.counted) = (b, t, 0);
+        for (list, value) in [
+            (&mut self.ids, 0),
+            (&mut self.pos, NONE),
+            (&mut self.targets, NONE),
+        ] {
+            list.clear();
+            list.resize(b * t, value);
+        }
+        for (i, row) in rows.into_iter().enumerate() {
+            let n = row.len().saturating_sub(1);
+            if i >= b || n > t {
+                return Err(Error::BatchShape {
+                    want_rows: b,
+                    want_len: t,
+                    rows: i + 1,
+                    len: n,
+                });
+            }
+            let at = i * t..i * t + n;
+            self.ids[at.clone()].copy_from_slice(&row[..n]);
+            self.targets[at.clone()].copy_from_slice(&row[row.len() - n..]);
+            for (p, k) in self.pos[at].iter_mut().zip(0..) {
+                *p = k;
+            }
+            self.counted += n;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_are_shifted_and_padding_is_none() {
+        let mut batch = Batch::default();
+        batch.fill([3, 4], [&[5, 6, 7][..], &[8, 9]]).unwrap();
+        assert_eq!(batch.ids, [5, 6, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]);
+        let n = NONE;
+        assert_eq!(batch.targets, [6, 7, n, n, 9, n, n, n, n, n, n, n]);
+        assert_eq!(batch.pos, [0, 1, n, n, 0, n, n, n, n, n, n, n]);
+        assert_eq!(batch.counted, 3);
+        // A smaller batch leaves nothing of the larger one behind.
+        batch.fill([1, 1], [&[1, 2][..]]).unwrap();
+        assert_eq!((batch.ids, batch.counted), (vec![1], 1));
+    }
+
+    #[test]
+    fn a_batch_that_does_not_fit_is_refused() {
+        let mut batch = Batch::default();
+        let two = [&[1, 2][..], &[3, 4]];
+        assert!(matches!(
+            batch.fill([1, 4], two),
+            Err(Error::BatchShape { rows: 2, .. })
+        ));
+        assert!(matches!(
+            batch.fill([1, 1], [&[1, 2, 3][..]]),
+            Err(Error::BatchShape { len: 2, .. })
+        ));
+    }
+
+    #[test]
+    fn two_hundred_lengths_make_at_most_eight_buckets() {
+        for longest in [1, 16, 100, 1024, 2048, 131_072] {
+            let buckets = Buckets::up_to(longest);
+            assert!(buckets.lengths().len() <= MAX_BUCKETS, "{buckets:?}");
+            assert_eq!(buckets.fit(longest), Some(longest));
+            assert_eq!(buckets.fit(longest + 1), None);
+            for n in (1..=longest).step_by(longest.div_ceil(200)) {
+                assert!(buckets.fit(n).is_some_and(|t| t >= n));
+            }
+        }
+        assert_eq!(Buckets::up_to(100).lengths(), [16, 32, 64, 100]);
+    }
+
+    #[test]
+    fn an_epoch_shows_every_row_once_and_the_next_in_another_order() {
+        let mut order = Order::new(3, 10);
+        let mut epoch = || -> Vec<usize> {
+            let mut all = vec![];
+            for want in [4, 4, 2] {
+                let got = order.next(4).to_vec();
+                assert_eq!(got.len(), want);
+                all.extend(got);
+            }
+            all
+        };
+        let (first, second) = (epoch(), epoch());
+        assert_ne!(first, second);
+        for mut e in [first.clone(), second] {
+            e.sort_unstable();
+            assert_eq!(e, (0..10).collect::<Vec<_>>());
+        }
+        assert_eq!(Order::new(3, 10).next(10), first);
+        assert_ne!(Order::new(4, 10).next(10), first);
+        // Fixed for good: a resumed run must draw what the first one would have drawn.
+        assert_eq!(Order::new(0, 8).next(8), [7, 2, 1, 6, 0, 4, 3, 5]);
+    }
+
+    #[test]
+    fn rows_are_cut_and_counted() {
+        let mut rows = Rows::default();
+        for row in [&[1][..], &[1, 2, 3, 4], &[5, 6]] {
+            rows.push(row, 3);
+        }
+        assert_eq!((rows.len(), rows.cut, rows.too_short), (2, 1, 1));
+        assert_eq!((rows.row(0), rows.row(1)), (&[1, 2, 3][..], &[5, 6][..]));
+        assert_eq!((rows.tokens(), rows.longest()), (5, 3));
+    }
+}

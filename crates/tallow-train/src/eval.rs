@@ -1,0 +1,204 @@
+//! Loss a token over a JSONL file.
+//! Invariant: every line counts whole (a line the model has no positions for is an error, never cut), each
+//! token once; memory is bounded by a window of lines, whatever the size of the file.
+//! Absent on purpose: other metrics.
+use crate::{
+    Error, Result,
+    batch::{Batch, Buckets},
+};
+use std::{collections::BTreeMap, path::Path, time::Instant};
+use tallow_core::{op::Role, session::Program, tensor::Tensor, types::TensorType};
+use tallow_llm::{Tokenizer, adapter::Adapter, data::Lines, model::Model};
+
+/// Lines read before they are sorted by length into batches.
+const WINDOW_LINES: usize = 256;
+/// Inputs of one batch, padding included, unless a single line has more.
+const BATCH_TOKENS: usize = 2048;
+const MOST_ROWS: usize = 16;
+
+/// The loss of a model on a file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Mean over all tokens predicted, in nats.
+    pub loss: f64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Lines read.
+    pub lines: u64,
+    /// Time it took, in seconds.
+    pub seconds: f64,
+}
+
+impl Evaluation {
+    /// `e^loss`.
+    pub fn perplexity(&self) -> f64 {
+        self.loss.exp()
+    }
+}
+
+/// Evaluates one model with one adapter (or none) as often as wanted; recordings are kept. It sees the
+/// adapter's parameters as they are when it runs.
+pub struct Evaluator {
+    model: Model,
+    adapter: Option<Adapter>,
+    buckets: Buckets,
+    passes: BTreeMap<usize, Pass>,
+}
+
+/// A recorded forward pass for batches of one shape.
+struct Pass {
+    program: Program,
+    inputs: [Tensor; 3],
+    batch: Batch,
+    nll: Vec<f32>,
+}
+
+impl Evaluator {
+    /// For lines of up to the model's positions.
+    pub fn new(model: &Model, adapter: Option<&Adapter>) -> Self {
+        Evaluator {
+            buckets: Buckets::up_to(model.config.max_positions),
+            model: model.clone(),
+            adapter: adapter.cloned(),
+            passes: BTreeMap::new(),
+        }
+    }
+
+    /// The loss on a file: each line as `<bos>` + text + `<eos>`.
+    ///
+    /// # Errors
+    /// A line that cannot be read or is too long for the model; a file with nothing to predict.
+    pub fn run(&mut self, data: &Path, tokenizer: &Tokenizer) -> Result<Evaluation> {
+        let start = Instant::now();
+        let most = self.model.config.max_positions;
+        let mut sum = Sum::default();
+        let mut window: Vec<Vec<u32>> = Vec::with_capacity(WINDOW_LINES);
+        let mut lines = Lines::open(data)?;
+        let mut count = 0;
+        while let Some(text) = lines.next() {
+            let ids = tokenizer.encode_line(&text?, &self.model.config)?;
+            if ids.len() > most {
+                return Err(Error::LineTooLong {
+                    path: data.to_path_buf(),
+                    line: lines.line(),
+                    tokens: ids.len(),
+                    most,
+                });
+            }
+            count += 1;
+            window.push(ids);
+            if window.len() == WINDOW_LINES {
+                self.window(&mut window, &mut sum)?;
+            }
+        }
+        self.window(&mut window, &mut sum)?;
+        if sum.tokens == 0 {
+            let path = data.to_path_buf();
+            return Err(Error::NothingToPredict { path });
+        }
+        Ok(Evaluation {
+            loss: sum.nll / sum.tokens as f64,
+            tokens: sum.tokens,
+            lines: count,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The summed loss, in nats, and the number of tokens predicted in some rows of ids.
+    ///
+    /// # Errors
+    /// A row longer than the model's positions; a device that fails.
+    pub fn rows(&mut self, rows: &[&[u32]]) -> Result<(f64, u64)> {
+        let mut window: Vec<Vec<u32>> = rows.iter().map(|r| r.to_vec()).collect();
+        let mut sum = Sum::default();
+        self.window(&mut window, &mut sum)?;
+        Ok((sum.nll, sum.tokens))
+    }
+
+    fn window(&mut self, window: &mut Vec<Vec<u32>>, sum: &mut Sum) -> Result<()> {
+        window.retain(|ids| ids.len() >= 2);
+        window.sort_by_key(Vec::len);
+        let mut rest = &window[..];
+        while let Some(first) = rest.first() {
+            let t = self.bucket(first.len() - 1)?;
+            let b = rows_of(t);
+            let fits = |ids: &&Vec<u32>| ids.len() - 1 <= t;
+            let n = rest.iter().take(b).take_while(fits).count();
+            let (now, later) = rest.split_at(n);
+            self.batch([b, t], now, sum)?;
+            rest = later;
+        }
+        window.clear();
+        Ok(())
+    }
+
+    fn bucket(&self, inputs: usize) -> Result<usize> {
+        let longest = self.buckets.lengths().last().copied().unwrap_or(0);
+        self.buckets.fit(inputs).ok_or(Error::BatchShape {
+            want_rows: 1,
+            want_len: longest,
+            rows: 1,
+            len: inputs,
+        })
+    }
+
+    fn batch(&mut self, [b, t]: [usize; 2], rows: &[Vec<u32>], sum: &mut Sum) -> Result<()> {
+        use std::collections::btree_map::Entry;
+        let pass = match self.passes.entry(t) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(place) => {
+                place.insert(Pass::new(&self.model, self.adapter.as_ref(), [b, t])?)
+            }
+        };
+        let s = &self.model.session;
+        pass.batch.fill([b, t], rows.iter().map(Vec::as_slice))?;
+        let Batch {
+            ids, pos, targets, ..
+        } = &pass.batch;
+        for (leaf, values) in pass.inputs.iter().zip([ids, pos, targets]) {
+            s.write_u32(leaf, values)?;
+        }
+        pass.program.replay()?;
+        s.read_into(&pass.program.outputs[0], &mut pass.nll)?;
+        // Uncounted targets are exactly 0.
+        sum.nll += pass.nll.iter().map(|x| f64::from(*x)).sum::<f64>();
+        sum.tokens += pass.batch.counted as u64;
+        Ok(())
+    }
+}
+
+impl Pass {
+    fn new(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Result<Self> {
+        let ints = || model.session.zeros(TensorType::u32([b, t]), Role::Data);
+        let (ids, pos, targets) = (ints()?, ints()?, ints()?);
+        let x = model.hidden(&ids, &pos, adapter, None)?.x;
+        let nll = model.nll(&x, &targets)?;
+        Ok(Pass {
+            program: model.session.record(&[&nll], &[])?,
+            inputs: [ids, pos, targets],
+            batch: Batch::default(),
+            nll: vec![0.0; b * t],
+        })
+    }
+}
+
+#[derive(Default)]
+struct Sum {
+    nll: f64,
+    tokens: u64,
+}
+
+/// Rows of a batch of length `t`: fewer where they are longer, so that memory stays the same.
+fn rows_of(t: usize) -> usize {
+    (BATCH_TOKENS / t).clamp(1, MOST_ROWS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_batches_have_fewer_rows() {
+        assert_eq!([16, 128, 256, 2048, 10_000].map(rows_of), [16, 16, 8, 1, 1]);
+    }
+}
