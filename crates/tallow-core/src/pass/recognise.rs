@@ -43,11 +43,14 @@ pub fn recognise(g: &Graph) -> Result<(Graph, Vec<String>)> {
     ];
     let mut g = simplify(g)?;
     for rules in rounds {
+        let before = notes.len();
         for rule in rules {
             g = sweep(&g, *rule, &mut notes)?;
         }
-        // Also folds sums into linear layers, before norms take them.
-        g = simplify(&g)?;
+        if notes.len() > before {
+            // Also folds sums into linear layers, before norms take them.
+            g = simplify(&g)?;
+        }
     }
     Ok((g, notes))
 }
