@@ -83,7 +83,6 @@ pub struct Fused {
 
 struct Fuser<'g> {
     g: &'g Graph,
-    uses: Vec<u32>,
     inlined: Vec<bool>,
     /// Windows assigned before their writer runs: parts of a concatenation.
     steered: HashMap<NodeId, View>,
@@ -95,7 +94,6 @@ struct Fuser<'g> {
 pub fn fuse(g: &Graph) -> Result<Fused> {
     let mut f = Fuser {
         g,
-        uses: g.use_counts(),
         inlined: inlined(g),
         steered: HashMap::new(),
         views: vec![None; g.nodes.len()],
@@ -179,7 +177,11 @@ impl Fuser<'_> {
     }
     /// Walks from a concatenated value to its writer through views that can be undone.
     fn steer_value(&mut self, mut id: NodeId, mut v: View) {
-        while self.uses[id.index()] == 1 {
+        // Other readers of the value read the window; only a second window would need a copy.
+        loop {
+            if self.steered.contains_key(&id) {
+                return;
+            }
             let n = self.g.node(id);
             match &n.op {
                 Op::Reshape(_) => match v.layout.reshape(&self.g.ty(n.inputs[0]).shape) {

@@ -5,7 +5,7 @@ use crate::{
     attention::Heads,
     device::Cpu,
     norm::{Residual, RmsNorm, RmsNormBackward, Rows},
-    optim, rope as rotate,
+    optim, reduce, rope as rotate,
     swiglu::{SwiGlu, SwiGluBackward},
 };
 use tallow_core::{kernel::KernelSpec, op::RmsNormGrad, types::DType};
@@ -106,6 +106,35 @@ pub(super) fn rms_norm_grad(_: &Cpu, n: &RmsNormGrad, spec: &KernelSpec) -> Opti
         unsafe { job.run(io.exec) };
     };
     Some(Offer::new("rms_norm_grad_rows_f32", run).scratch(scratch))
+}
+
+pub(super) fn softmax(spec: &KernelSpec) -> Option<Offer> {
+    let s = strides(spec)?;
+    Some(Offer::new("softmax_rows_f32", move |io| {
+        let job = reduce::Softmax {
+            rows: s.rows,
+            c: s.c,
+            x: read(io, 0, s.ins[0]),
+            y: write(io, 0, s.outs[0]),
+        };
+        // SAFETY: as in `rms_norm`.
+        unsafe { job.run(io.exec) };
+    }))
+}
+
+pub(super) fn softmax_grad(spec: &KernelSpec) -> Option<Offer> {
+    let s = strides(spec)?;
+    Some(Offer::new("softmax_grad_rows_f32", move |io| {
+        let job = reduce::SoftmaxBackward {
+            rows: s.rows,
+            c: s.c,
+            y: read(io, 0, s.ins[0]),
+            dy: read(io, 1, s.ins[1]),
+            dx: write(io, 0, s.outs[0]),
+        };
+        // SAFETY: as in `rms_norm`.
+        unsafe { job.run(io.exec) };
+    }))
 }
 
 pub(super) fn rope(cpu: &Cpu, inverse: bool, spec: &KernelSpec) -> Option<Offer> {

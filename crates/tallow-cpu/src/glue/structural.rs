@@ -12,6 +12,8 @@ use tallow_core::{
     types::{DType, Layout},
 };
 
+mod fast;
+
 /// Where the elements of an operand are and how to read or write one.
 #[derive(Clone)]
 struct Cells {
@@ -61,7 +63,12 @@ impl Cells {
     }
 }
 
-pub(super) fn offer(_: &Cpu, spec: &KernelSpec) -> Option<Offer> {
+/// A kernel of its own where one takes these layouts and dtypes, else the slow road.
+pub(super) fn offer(cpu: &Cpu, spec: &KernelSpec) -> Option<Offer> {
+    fast::offer(cpu, spec).or_else(|| any(spec))
+}
+
+fn any(spec: &KernelSpec) -> Option<Offer> {
     let ins: Vec<Cells> = spec.inputs.iter().map(Cells::of).collect();
     let out = Cells::of(spec.outputs[0].as_ref()?);
     Some(match &spec.body {
@@ -121,6 +128,7 @@ fn each(
 fn map(p: ScalarProgram, ins: Vec<Cells>, out: Cells) -> Offer {
     let registers = usize::from(p.n_inputs) + p.insts.len();
     let result = usize::from(p.outputs[0]);
+    // The one kernel that allocates: a register file a run, for shapes of more axes than any other takes.
     each("map_any", out, move |io, i| {
         let mut regs: Vec<f64> = Vec::with_capacity(registers);
         regs.extend(
