@@ -1,0 +1,51 @@
+//! The verbs of the command line, one file each.
+//! Invariant: a verb's file holds its options, and `run`, which prints results to stdout; with `--json` it prints
+//! one JSON document there and nothing else.
+use crate::{Outcome, open::Global};
+use anyhow::Result;
+use clap::Subcommand;
+
+mod demo;
+mod doctor;
+mod eval;
+mod explain;
+mod generate;
+mod logits;
+mod train;
+mod verify;
+
+/// What to do.
+#[derive(Subcommand)]
+pub(crate) enum Verb {
+    /// Fine-tune the built-in model in a minute: loss curve, text before and after, the price of the adapter.
+    Demo(demo::Args),
+    /// Fine-tune an adapter on lines of text.
+    Train(train::Args),
+    /// Loss a token over lines of text.
+    Eval(eval::Args),
+    /// Continue a prompt.
+    Generate(generate::Args),
+    /// Scores of every next token, for given token ids.
+    Logits(logits::Args),
+    /// Compare a model with reference outputs that lie beside it.
+    Verify(verify::Args),
+    /// Show the plan of a forward pass, a training step or a decoded token.
+    Explain(explain::Args),
+    /// Devices, CPU features, threads, caches, and a self-test of two seconds.
+    Doctor(doctor::Args),
+}
+
+impl Verb {
+    pub(crate) fn run(&self, global: &Global) -> Result<Outcome> {
+        match self {
+            Verb::Demo(a) => demo::run(a, global),
+            Verb::Train(a) => train::run(a, global),
+            Verb::Eval(a) => eval::run(a, global),
+            Verb::Generate(a) => generate::run(a, global),
+            Verb::Logits(a) => logits::run(a, global),
+            Verb::Verify(a) => verify::run(a, global),
+            Verb::Explain(a) => explain::run(a, global),
+            Verb::Doctor(a) => doctor::run(a, global),
+        }
+    }
+}

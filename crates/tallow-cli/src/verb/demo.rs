@@ -1,0 +1,267 @@
+//! `tallow demo`: the whole job in a minute, on the built-in model: evaluate, fine-tune, evaluate, generate,
+//! measure the price of the adapter.
+//! Invariant: the built-in model goes through the same loader as any other; the text it is judged on is never
+//! trained on. Absent on purpose: anything the other verbs cannot do.
+use crate::{
+    Outcome, chart,
+    open::{self, Global, ModelArgs},
+    out,
+    progress::{Progress, Show},
+    verb::train::{notes, run_job},
+};
+use anyhow::Result;
+use serde_json::{Value, json};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
+use tallow::{
+    llm::{
+        Adapter, ComputeDType, GenerateOptions, Generator, Model, Sampling, Targets, Tokenizer,
+        data::Lines, files,
+    },
+    train::{Evaluation, Evaluator, Job, Schedule, Summary, TrainConfig},
+};
+
+mod assets;
+mod tax;
+
+use tax::Tax;
+
+/// Prompts shown side by side.
+const PROMPTS: usize = 3;
+/// Most tokens of an answer.
+const ANSWER_TOKENS: usize = 48;
+/// Where a line's question ends and its answer begins.
+const ANSWER: &str = "\nA:";
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Folder for everything the demo makes.
+    #[arg(long, value_name = "DIR", default_value = "demo-out")]
+    out: PathBuf,
+    /// Decides the adapter's start and the order of the rows.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON document at the end, and nothing else.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Two passes at batch 4, rows of up to 128 tokens.
+fn config(seed: u64) -> TrainConfig {
+    TrainConfig {
+        steps: None,
+        epochs: 2.0,
+        batch: 4,
+        seq_len: 128,
+        lr: 5e-3,
+        schedule: Schedule::Cosine,
+        warmup: 10,
+        weight_decay: 0.01,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        clip: Some(1.0),
+        seed,
+        eval_every: Some(100),
+    }
+}
+
+/// Everything the demo found.
+struct Report {
+    before: Evaluation,
+    after: Evaluation,
+    summary: Summary,
+    samples: Vec<Sample>,
+    tax: Tax,
+    seconds: f64,
+}
+
+/// One prompt with three answers.
+struct Sample {
+    question: String,
+    wanted: String,
+    bare: String,
+    tuned: String,
+}
+
+pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
+    let start = Instant::now();
+    let say = |text: String| match args.json {
+        true => Ok(()),
+        false => out::line(text),
+    };
+    files::prepare_output_dir(&args.out)?;
+    let folder = assets::unpack(&args.out)?;
+    let from = ModelArgs {
+        model: folder.model.clone(),
+        dtype: ComputeDType::F32,
+    };
+    let model = from.load(global)?;
+    let tokenizer = from.tokenizer()?;
+    say(format!(
+        "A small Llama ({} layers, hidden {}) that knows English prose and no SQL learns WikiSQL.",
+        model.config.layers, model.config.hidden
+    ))?;
+    let before = Evaluator::new(&model, None).run(&folder.valid, &tokenizer)?;
+    say(format!(
+        "before: loss {:.3} a token on 100 lines it never trains on\n",
+        before.loss
+    ))?;
+
+    let mut progress = Progress::new(match args.json {
+        true => Show::Nothing,
+        false => Show::Progress,
+    });
+    let adapter_dir = args.out.join("adapter");
+    let summary = fine_tune(
+        &model,
+        &tokenizer,
+        &folder,
+        &adapter_dir,
+        args.seed,
+        &mut progress,
+    )?;
+    let curve = args.out.join("curve.svg");
+    chart::svg(&curve, &progress.curve, &progress.evals)?;
+    let smooth = chart::smooth(&progress.curve, 10);
+    say(format!("\n{}", chart::braille(&smooth).join("\n")))?;
+
+    // From here on the adapter that was saved, read back as anyone would.
+    let adapter = open::adapter(&model, Some(&adapter_dir))?;
+    let after = Evaluator::new(&model, adapter.as_ref()).run(&folder.valid, &tokenizer)?;
+    say(format!(
+        "\nafter: loss {:.3} (was {:.3}); {:.0} tokens/s over {} steps",
+        after.loss,
+        before.loss,
+        summary.tokens_per_s(),
+        summary.steps
+    ))?;
+    let samples = samples(&model, adapter.as_ref(), &tokenizer, &folder.test)?;
+    for s in &samples {
+        say(s.show())?;
+    }
+    let tax = tax::measure(&model, adapter.as_ref())?;
+    say(format!("\n{}", tax.show()))?;
+    let report = Report {
+        before,
+        after,
+        summary,
+        samples,
+        tax,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    match args.json {
+        true => out::json(&report.json(args))?,
+        false => out::line(ending(args, report.seconds))?,
+    }
+    Ok(Outcome::Fine)
+}
+
+fn fine_tune(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    folder: &assets::Unpacked,
+    out: &Path,
+    seed: u64,
+    progress: &mut Progress,
+) -> Result<Summary> {
+    let adapter_config = open::fresh(8, Some(16.0), Targets::AllLinear)?;
+    let adapter = Adapter::new(model, &adapter_config, seed)?;
+    let job = Job {
+        model,
+        tokenizer,
+        adapter: &adapter,
+        data: &folder.train,
+        valid: Some(&folder.valid),
+        out,
+        base_name: &folder.model.display().to_string(),
+        config: &config(seed),
+        notes: notes(&adapter_config, ComputeDType::F32.name()),
+    };
+    run_job(&job, progress)
+}
+
+/// Answers to unseen questions, likeliest token by token, without and with the adapter.
+fn samples(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    tokenizer: &Tokenizer,
+    test: &Path,
+) -> Result<Vec<Sample>> {
+    let options = || GenerateOptions {
+        sampling: Sampling::greedy(),
+        max_new_tokens: ANSWER_TOKENS,
+        stop: vec!["\n".to_owned()],
+        ignore_eos: false,
+    };
+    let mut bare = Generator::new(model, None, options())?;
+    let mut tuned = Generator::new(model, adapter, options())?;
+    let mut all = vec![];
+    for text in Lines::open(test)? {
+        let text = text?;
+        let Some(at) = text.rfind(ANSWER) else {
+            continue;
+        };
+        let (prompt, wanted) = text.split_at(at + ANSWER.len());
+        let question = prompt.trim_end_matches(ANSWER).lines().last();
+        all.push(Sample {
+            question: question.unwrap_or(prompt).to_owned(),
+            wanted: wanted.trim().to_owned(),
+            bare: bare.generate(tokenizer, prompt)?.text.trim().to_owned(),
+            tuned: tuned.generate(tokenizer, prompt)?.text.trim().to_owned(),
+        });
+        if all.len() == PROMPTS {
+            break;
+        }
+    }
+    Ok(all)
+}
+
+impl Sample {
+    fn show(&self) -> String {
+        format!(
+            "\n{}\n  wanted   {}\n  without  {}\n  with     {}",
+            self.question, self.wanted, self.bare, self.tuned
+        )
+    }
+}
+
+impl Report {
+    fn json(&self, args: &Args) -> Value {
+        let sample = |s: &Sample| {
+            json!({
+                "question": s.question,
+                "wanted": s.wanted,
+                "without": s.bare,
+                "with": s.tuned,
+            })
+        };
+        json!({
+            "loss_before": self.before.loss,
+            "loss_after": self.after.loss,
+            "tokens_evaluated": self.after.tokens,
+            "steps": self.summary.steps,
+            "losses": self.summary.losses,
+            "tokens_per_s": self.summary.tokens_per_s(),
+            "plans": self.summary.recordings,
+            "memory_bytes": self.summary.memory_bytes,
+            "samples": self.samples.iter().map(sample).collect::<Vec<_>>(),
+            "tax": self.tax.json(),
+            "seconds": self.seconds,
+            "adapter": args.out.join("adapter").display().to_string(),
+            "curve": args.out.join("curve.svg").display().to_string(),
+        })
+    }
+}
+
+fn ending(args: &Args, seconds: f64) -> String {
+    let dir = args.out.display();
+    format!(
+        "\nAll in {seconds:.0} s. In {dir}: adapter/ (PEFT's format), curve.svg, model/ and data/. Try next:\n\
+         \x20 tallow generate --model {dir}/model --adapter {dir}/adapter --temperature 0.8 --prompt $'table: songs\\ncolumns: Title, Year\\nQ: Which songs are from 1999?\\nA:'\n\
+         \x20 tallow train --model {dir}/model --data {dir}/data/train.jsonl --valid {dir}/data/valid.jsonl --out {dir}/mine --rank 16 --epochs 3 --lr 3e-3\n\
+         \x20 tallow explain train --model {dir}/model --time"
+    )
+}

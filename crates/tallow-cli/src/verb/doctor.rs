@@ -1,0 +1,171 @@
+//! `tallow doctor`: what this machine has, what tallow makes of it, and whether it computes right.
+//! Invariant: the self-test compares with the f64 oracle; a device that is wrong gives exit code 1.
+//! Absent on purpose: advice.
+use crate::{
+    Outcome,
+    open::{self, Global},
+    out,
+};
+use anyhow::Result;
+use serde_json::{Value, json};
+use std::path::Path;
+use tallow::{
+    cpu::{pool, simd::Isa},
+    llm::{ComputeDType, Family},
+};
+
+mod selftest;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A cache of the processor.
+struct CacheLevel {
+    level: String,
+    kind: String,
+    size: String,
+    shared_by: String,
+}
+
+pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
+    let session = open::session(global, ComputeDType::F32)?;
+    let isa = Isa::detect()?;
+    let threads = match global.threads {
+        Some(n) => n,
+        None => pool::threads_from_env()?,
+    };
+    let caches = caches();
+    let model = processor();
+    let available: Vec<&str> = Isa::available().map(Isa::name).collect();
+    let logical = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if !args.json {
+        out::line(format!(
+            "tallow {} for {}-{}; devices: {}; models: {}",
+            env!("CARGO_PKG_VERSION"),
+            std::env::consts::ARCH,
+            std::env::consts::OS,
+            tallow::BACKENDS.join(", "),
+            Family::ALL.map(Family::architecture).join(", "),
+        ))?;
+        out::line(format!("processor   {model}"))?;
+        out::line(format!("features    {}", features().join(" ")))?;
+        out::line(format!(
+            "kernels     {} (this machine could run {}; TALLOW_ISA chooses)",
+            isa.name(),
+            available.join(", "),
+        ))?;
+        out::line(format!(
+            "threads     {threads} of {logical} logical processors (--threads or TALLOW_THREADS chooses)"
+        ))?;
+        for c in &caches {
+            out::line(format!(
+                "cache       L{} {} {}, shared by processors {}",
+                c.level, c.kind, c.size, c.shared_by
+            ))?;
+        }
+    }
+    let rates = selftest::rates(&session, threads)?;
+    let checks = selftest::checks(&session)?;
+    let pass = checks.iter().all(selftest::Check::pass);
+    if args.json {
+        let cache = |c: &CacheLevel| json!({ "level": c.level, "kind": c.kind, "size": c.size, "shared_by": c.shared_by });
+        out::json(&json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "devices": tallow::BACKENDS,
+            "architectures": Family::ALL.map(Family::architecture),
+            "arch": std::env::consts::ARCH,
+            "os": std::env::consts::OS,
+            "processor": model,
+            "features": features(),
+            "isa": isa.name(),
+            "isa_available": available,
+            "threads": threads,
+            "logical_processors": logical,
+            "caches": caches.iter().map(cache).collect::<Vec<_>>(),
+            "read_bytes_per_s": rates.read_bytes_per_s,
+            "product_flops": rates.product_flops,
+            "self_test": checks.iter().map(selftest::Check::json).collect::<Vec<Value>>(),
+            "pass": pass,
+        }))?;
+    } else {
+        out::line(format!(
+            "speed       reads memory at {:.1} GB/s, multiplies 512 x 1024 x 1024 at {:.0} GFLOP/s (f32, {threads} threads)",
+            rates.read_bytes_per_s / 1e9,
+            rates.product_flops / 1e9,
+        ))?;
+        for c in &checks {
+            out::line(c.line())?;
+        }
+        let verdict = match pass {
+            true => "self-test passed",
+            false => "self-test FAILED: results of this build on this machine cannot be trusted",
+        };
+        out::line(verdict)?;
+    }
+    Ok(match pass {
+        true => Outcome::Fine,
+        false => Outcome::OutOfTolerance,
+    })
+}
+
+/// Instruction sets that matter to kernels, as far as this processor has them.
+fn features() -> Vec<&'static str> {
+    let mut found = vec![];
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! ask {
+            ($($name:tt),*) => { $( if std::arch::is_x86_feature_detected!($name) { found.push($name); } )* };
+        }
+        ask!(
+            "avx2",
+            "fma",
+            "f16c",
+            "avx512f",
+            "avx512vl",
+            "avx512dq",
+            "avx512bw",
+            "avx512cd",
+            "avx512bf16",
+            "avx512vnni",
+            "avx512fp16"
+        );
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        macro_rules! ask {
+            ($($name:tt),*) => { $( if std::arch::is_aarch64_feature_detected!($name) { found.push($name); } )* };
+        }
+        ask!("neon", "fp16", "bf16", "dotprod", "i8mm", "sve");
+    }
+    found
+}
+
+/// The processor's name, where the operating system tells.
+fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|l| l.starts_with("model name"));
+    let name = line.and_then(|l| l.split_once(':')).map(|(_, n)| n.trim());
+    name.unwrap_or(std::env::consts::ARCH).to_owned()
+}
+
+/// Caches of processor 0, from sysfs; none elsewhere than on Linux.
+fn caches() -> Vec<CacheLevel> {
+    let dir = Path::new("/sys/devices/system/cpu/cpu0/cache");
+    let read = |index: usize, what: &str| {
+        let text = std::fs::read_to_string(dir.join(format!("index{index}")).join(what));
+        text.ok().map(|t| t.trim().to_owned())
+    };
+    let one = |i| {
+        Some(CacheLevel {
+            level: read(i, "level")?,
+            kind: read(i, "type")?.to_lowercase(),
+            size: read(i, "size")?,
+            shared_by: read(i, "shared_cpu_list")?,
+        })
+    };
+    (0..8).map_while(one).collect()
+}

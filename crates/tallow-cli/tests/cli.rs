@@ -1,0 +1,557 @@
+//! The binary from outside: figures as JSON, exit codes, and bad input of every kind.
+//! Invariant: bad input gives exit code 2 and one line on stderr, nothing on stdout, and leaves no file behind.
+//! Absent on purpose: how well it computes; the libraries' tests know.
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+use tempfile::TempDir;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn tiny() -> String {
+    root().join("assets/tiny").display().to_string()
+}
+
+fn golden(name: &str) -> String {
+    root()
+        .join("tests/goldens")
+        .join(name)
+        .display()
+        .to_string()
+}
+
+fn valid() -> String {
+    root()
+        .join("assets/wikisql/valid.jsonl")
+        .display()
+        .to_string()
+}
+
+fn tallow(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tallow"))
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Runs to the end and gives back the JSON printed.
+fn json(args: &[&str]) -> Value {
+    let out = tallow(args);
+    let err = text(&out.stderr);
+    assert!(out.status.success(), "{args:?}: {err}");
+    serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{args:?}: {e}"))
+}
+
+/// Exit code 2, one line that holds all of `wanted`, an empty stdout.
+#[track_caller]
+fn refused(args: &[&str], wanted: &[&str]) {
+    let out = tallow(args);
+    let err = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{args:?}: {err}");
+    assert_eq!(err.lines().count(), 1, "{args:?}: {err}");
+    assert!(err.starts_with("error: "), "{err}");
+    assert!(!err.contains("panicked"), "{err}");
+    assert_eq!(text(&out.stdout), "", "{args:?}");
+    for w in wanted {
+        assert!(err.contains(w), "want {w} in {err}");
+    }
+}
+
+/// A copy of a model folder, to be spoilt.
+fn copy(from: &str) -> (TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    let name = dir.path().display().to_string();
+    (dir, name)
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let Ok(all) = fs::read_dir(dir) else {
+        return vec![];
+    };
+    let mut names: Vec<String> = all
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_model_that_is_not_there_or_not_whole() {
+    let prompt = ["--prompt", "x"];
+    let generate = |model: &str, wanted: &[&str]| {
+        refused(
+            &[&["generate", "--model", model][..], &prompt].concat(),
+            wanted,
+        );
+    };
+    generate(
+        "/nowhere",
+        &["/nowhere/config.json does not exist; give a Hugging Face model folder"],
+    );
+    let (dir, name) = copy(&tiny());
+    let weights = dir.path().join("model.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    fs::write(&weights, &whole[..whole.len() - 1000]).unwrap();
+    generate(
+        &name,
+        &[
+            "model.safetensors: not a usable safetensors file",
+            "download or copy it again",
+        ],
+    );
+    // A header that claims to be longer than the file.
+    fs::write(
+        &weights,
+        [&u64::MAX.to_le_bytes()[..], &whole[8..]].concat(),
+    )
+    .unwrap();
+    generate(&name, &["model.safetensors: not a usable safetensors file"]);
+    fs::remove_file(&weights).unwrap();
+    generate(&name, &["model.safetensors does not exist"]);
+    fs::write(&weights, &whole).unwrap();
+    fs::write(dir.path().join("tokenizer.json"), "{").unwrap();
+    generate(&name, &["tokenizer.json: not a usable tokenizer"]);
+}
+
+#[test]
+fn a_configuration_that_lies() {
+    let (dir, name) = copy(&tiny());
+    let config = dir.path().join("config.json");
+    let right = fs::read_to_string(&config).unwrap();
+    let change = |from: &str, to: &str| {
+        assert!(right.contains(from));
+        fs::write(&config, right.replace(from, to)).unwrap();
+    };
+    let eval = |wanted: &[&str]| {
+        refused(&["eval", "--model", &name, "--data", &valid()], wanted);
+    };
+    change("\"vocab_size\": 2048", "\"vocab_size\": 4096");
+    eval(&["want shape [4096, 192], got [2048, 192]"]);
+    change("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 7");
+    eval(&["missing tensors (9): \"model.layers.6."]);
+    change("\"num_attention_heads\": 6", "\"num_attention_heads\": 0");
+    eval(&["config.json: `num_attention_heads`: want a whole number from 1"]);
+    fs::write(&config, "[1, 2").unwrap();
+    eval(&["config.json: not valid JSON"]);
+}
+
+#[test]
+fn other_architectures_are_named_and_the_known_ones_listed() {
+    for (folder, found) in [("qwen3", "Qwen3ForCausalLM"), ("bert", "Bert")] {
+        let dir = golden(&format!("other/{folder}"));
+        let known = "known architectures: LlamaForCausalLM, Qwen2ForCausalLM, MistralForCausalLM";
+        refused(&["verify", &dir], &[found, known]);
+        refused(&["logits", "--model", &dir, "--ids", "1"], &[found, known]);
+    }
+}
+
+#[test]
+fn an_adapter_that_does_not_fit() {
+    let adapter = format!("{}/adapter", golden("llama"));
+    let dir = tempfile::tempdir().unwrap();
+    let empty = dir.path().display().to_string();
+    for (adapter, wanted) in [
+        (&adapter, "adapter"),
+        (&empty, "adapter_config.json does not exist"),
+    ] {
+        let base = ["--model", &tiny(), "--adapter", adapter];
+        refused(
+            &[&["eval"], &base[..], &["--data", &valid()]].concat(),
+            &[wanted],
+        );
+        refused(
+            &[&["generate"], &base[..], &["--prompt", "x"]].concat(),
+            &[wanted],
+        );
+        refused(
+            &[&["logits"], &base[..], &["--ids", "1"]].concat(),
+            &[wanted],
+        );
+        refused(&[&["explain", "forward"], &base[..]].concat(), &[wanted]);
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_model_allows() {
+    let long = "word ".repeat(3000);
+    let args = ["generate", "--model", &tiny(), "--prompt", &long];
+    refused(&args, &["1024"]);
+    let ids = vec!["1"; 1025].join(",");
+    refused(
+        &["logits", "--model", &tiny(), "--ids", &ids],
+        &["1025 tokens", "1024"],
+    );
+    refused(
+        &["logits", "--model", &tiny(), "--ids", "1,2048"],
+        &["token 2048"],
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("long.jsonl");
+    fs::write(&data, format!("{{\"text\": \"{long}\"}}\n")).unwrap();
+    let data = data.display().to_string();
+    refused(
+        &["eval", "--model", &tiny(), "--data", &data],
+        &["line 1: ", "split or shorten"],
+    );
+}
+
+#[test]
+fn data_that_cannot_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("data.jsonl");
+    let data = file.display().to_string();
+    let out = dir.path().join("out");
+    let out_name = out.display().to_string();
+    let train = |wanted: &[&str]| {
+        refused(
+            &[
+                "train",
+                "--model",
+                &tiny(),
+                "--data",
+                &data,
+                "--out",
+                &out_name,
+            ],
+            wanted,
+        );
+        assert_eq!(names(&out), Vec::<String>::new());
+    };
+    train(&["data.jsonl does not exist"]);
+    for (bytes, wanted) in [
+        (&b""[..], "holds no examples"),
+        (
+            b"{\"text\": \"a b\"}\n{\"text\": \"a",
+            "line 2: not valid JSON",
+        ),
+        (b"{\"prompt\": \"a\"}", "line 1: no key `text`"),
+        (b"{\"text\": \"\xff\"}", "is not UTF-8"),
+    ] {
+        fs::write(&file, bytes).unwrap();
+        train(&[wanted]);
+        refused(&["eval", "--model", &tiny(), "--data", &data], &[wanted]);
+    }
+}
+
+#[test]
+fn an_output_folder_that_cannot_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "mine").unwrap();
+    for out in [file.clone(), file.join("below")] {
+        let out = out.display().to_string();
+        let train = [
+            "train",
+            "--model",
+            &tiny(),
+            "--data",
+            &valid(),
+            "--out",
+            &out,
+            "--steps",
+            "1",
+        ];
+        refused(
+            &train,
+            &["cannot create the folder", "choose another output folder"],
+        );
+        refused(&["demo", "--out", &out], &["cannot create the folder"]);
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+    assert_eq!(names(dir.path()), ["file"]);
+}
+
+#[test]
+fn settings_that_make_no_sense() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out").display().to_string();
+    let (tiny, valid) = (tiny(), valid());
+    let train = ["train", "--model", &tiny, "--data", &valid, "--out", &out];
+    for (option, value, wanted) in [
+        ("--lr", "nan", "lr: want a number above 0"),
+        ("--batch", "0", "batch: want 1 or more"),
+        ("--rank", "0", "rank: want a whole number"),
+        ("--schedule", "step", "want one of constant, linear, cosine"),
+        ("--targets", "embed_tokens", "embed_tokens"),
+        ("--dtype", "f64", "want f32 or bf16"),
+        ("--threads", "0", "want a whole number from 1"),
+        ("--device", "tpu", "unknown device"),
+        ("--eval-every", "2", "--valid"),
+        ("--no-such-option", "1", "--no-such-option"),
+    ] {
+        refused(&[&train[..], &[option, value]].concat(), &[wanted]);
+    }
+    let generate = ["generate", "--model", &tiny, "--prompt", "x"];
+    for (option, value, wanted) in [
+        ("--temperature", "-1", "temperature"),
+        ("--top-p", "0", "top_p: want"),
+        ("--min-p", "2", "min_p: want"),
+    ] {
+        let option = format!("{option}={value}");
+        refused(&[&generate[..], &[&option]].concat(), &[wanted]);
+    }
+    refused(&["fly"], &["fly", "tallow help"]);
+    refused(
+        &["explain", "forward", "--model", &tiny, "--tokens", "0"],
+        &["--tokens: want 1 to 1024"],
+    );
+    assert_eq!(names(dir.path()), Vec::<String>::new());
+}
+
+#[test]
+fn a_diverging_run_saves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let name = out.display().to_string();
+    let args = [
+        "train",
+        "--model",
+        &tiny(),
+        "--data",
+        &valid(),
+        "--out",
+        &name,
+        "--lr",
+        "1e30",
+        "--clip",
+        "0",
+        "--schedule",
+        "constant",
+        "--batch",
+        "1",
+        "--seq-len",
+        "17",
+        "--steps",
+        "50",
+        "--json",
+    ];
+    refused(
+        &args,
+        &["step ", "nothing was saved; lower the learning rate"],
+    );
+    assert_eq!(names(&out), Vec::<String>::new());
+}
+
+#[test]
+fn trained_adapters_lower_the_loss_and_change_the_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let name = out.display().to_string();
+    let (tiny, valid) = (tiny(), valid());
+    let report = json(&[
+        "train",
+        "--model",
+        &tiny,
+        "--data",
+        &valid,
+        "--out",
+        &name,
+        "--steps",
+        "12",
+        "--lr",
+        "5e-3",
+        "--batch",
+        "2",
+        "--seq-len",
+        "65",
+        "--schedule",
+        "cosine",
+        "--warmup",
+        "2",
+        "--json",
+    ]);
+    assert_eq!(report["losses"].as_array().unwrap().len(), 12);
+    assert_eq!(report["dtype"], "f32");
+    assert!(report["tokens_per_s"].as_f64().unwrap() > 0.0);
+    let files = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "train.yaml",
+    ];
+    assert_eq!(names(&out), files);
+    let settings = fs::read_to_string(out.join("train.yaml")).unwrap();
+    assert!(
+        settings.contains("dtype: \"f32\"\nrank: 8\nalpha: 16.0\n"),
+        "{settings}"
+    );
+    assert!(
+        settings.contains("\nschedule: \"cosine\"\nwarmup: 2\n"),
+        "{settings}"
+    );
+
+    let loss = |adapter: &[&str]| {
+        let base = ["eval", "--model", &tiny, "--data", &valid, "--json"];
+        json(&[&base[..], adapter].concat())["loss"]
+            .as_f64()
+            .unwrap()
+    };
+    let adapter = ["--adapter", name.as_str()];
+    let (bare, tuned) = (loss(&[]), loss(&adapter));
+    assert!((bare - 6.8847).abs() < 1e-3, "{bare}");
+    assert!(tuned < bare - 0.5, "{tuned} after {bare}");
+
+    let generate = [
+        "generate",
+        "--model",
+        &tiny,
+        "--prompt",
+        "table: 1",
+        "--max-tokens",
+        "12",
+    ];
+    let plain = json(&[&generate[..], &["--json"]].concat());
+    let with = json(&[&generate[..], &adapter, &["--json"]].concat());
+    assert_ne!(plain["ids"], with["ids"]);
+    let streamed = tallow(&[&generate[..], &adapter].concat());
+    assert_eq!(
+        text(&streamed.stdout),
+        format!("{}\n", with["text"].as_str().unwrap())
+    );
+
+    let logits = |adapter: &[&str]| {
+        let base = ["logits", "--model", &tiny, "--ids", "0,5,9", "--json"];
+        json(&[&base[..], adapter].concat())["logits"].clone()
+    };
+    let (plain, with) = (logits(&[]), logits(&adapter));
+    assert_eq!(plain.as_array().unwrap().len(), 3);
+    assert_eq!(plain[2].as_array().unwrap().len(), 2048);
+    assert_ne!(plain, with);
+}
+
+#[test]
+fn sampling_repeats_with_its_seed_and_stops_where_told() {
+    let tiny = tiny();
+    let base = [
+        "generate",
+        "--model",
+        &tiny,
+        "--prompt",
+        "The king",
+        "--max-tokens",
+        "16",
+        "--json",
+    ];
+    let with = |more: &[&str]| json(&[&base[..], more].concat());
+    let hot = [
+        "--temperature",
+        "1.5",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.95",
+        "--seed",
+    ];
+    let draw = |seed: &str| with(&[&hot[..], &[seed]].concat())["ids"].clone();
+    assert_eq!(draw("1"), draw("1"));
+    assert_ne!(draw("1"), draw("2"));
+    let greedy = with(&[])["text"].as_str().unwrap().to_owned();
+    let stop: String = greedy.chars().skip(4).take(2).collect();
+    let stopped = with(&["--stop", &stop]);
+    let at = greedy.find(&stop).unwrap();
+    assert_eq!(stopped["text"], greedy[..at]);
+    assert_eq!(stopped["finish"], "stop");
+}
+
+#[test]
+fn verify_tells_right_from_wrong_by_its_exit_code() {
+    let out = tallow(&["verify", &golden("llama")]);
+    let lines = text(&out.stdout);
+    assert_eq!(out.status.code(), Some(0), "{lines}{}", text(&out.stderr));
+    assert!(lines.lines().all(|l| l.starts_with("ok  ")), "{lines}");
+
+    let (dir, name) = copy(&golden("llama"));
+    fs::create_dir(dir.path().join("adapter")).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        let from = Path::new(&golden("llama")).join("adapter").join(file);
+        fs::copy(from, dir.path().join("adapter").join(file)).unwrap();
+    }
+    let path = dir.path().join("reference.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let (header, about) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let loss = about.info("loss").unwrap().data_offsets.0 + header + 8;
+    let value = f32::from_le_bytes(bytes[loss..loss + 4].try_into().unwrap());
+    bytes[loss..loss + 4].copy_from_slice(&(value * 1.001).to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let out = tallow(&["verify", &name, "--json"]);
+    assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(report["pass"], false);
+    let failed: Vec<&Value> = report["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|c| c["pass"] == false)
+        .collect();
+    assert_eq!(failed.len(), 1, "{failed:?}");
+    assert_eq!(failed[0]["quantity"], "loss");
+}
+
+#[test]
+fn plans_are_explained_with_kernels_bytes_and_memory() {
+    let tiny = tiny();
+    for (what, more) in [
+        ("forward", &["--rank", "4"][..]),
+        ("train", &["--batch", "2"]),
+        ("decode", &["--time"]),
+    ] {
+        let base = [
+            "explain", what, "--model", &tiny, "--tokens", "32", "--json",
+        ];
+        let plan = json(&[&base[..], more].concat());
+        let steps = plan["steps"].as_array().unwrap();
+        assert!(steps.len() > 20, "{what}: {} steps", steps.len());
+        for s in steps {
+            assert!(s["kernel"].as_str().is_some_and(|k| !k.is_empty()));
+            assert!(s["why"].as_str().is_some_and(|w| !w.is_empty()));
+            assert!(s["bytes"].as_u64().is_some());
+            assert_eq!(s["seconds"].is_null(), what != "decode");
+        }
+        let total = plan["memory_bytes"]["total"].as_u64().unwrap();
+        assert!(total >= plan["memory_bytes"]["arena"].as_u64().unwrap());
+        let out = tallow(&base[..base.len() - 1]);
+        assert!(
+            text(&out.stdout).contains("memory "),
+            "{}",
+            text(&out.stderr)
+        );
+    }
+}
+
+#[test]
+fn the_doctor_finds_this_machine_healthy() {
+    let report = json(&["doctor", "--json"]);
+    assert_eq!(report["pass"], true, "{report}");
+    assert!(report["self_test"].as_array().unwrap().len() >= 5);
+    assert!(report["read_bytes_per_s"].as_f64().unwrap() > 1e8);
+    assert!(report["threads"].as_u64().unwrap() >= 1);
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tallow"))
+        .args(["explain", "train", "--model", &tiny(), "--tokens", "32"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(text(&out.stderr), "");
+    assert_eq!(out.status.code(), Some(0));
+}
