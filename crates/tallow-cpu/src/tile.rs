@@ -10,7 +10,7 @@ pub use strip::{Strip, run_strip};
 
 use half::bf16;
 
-use crate::simd::{Isa, Kernel, Vector};
+use crate::simd::{Isa, Kernel, Vector, prefetch};
 
 /// Columns of a panel, the same for every instruction set.
 pub const NR: usize = 32;
@@ -258,6 +258,9 @@ struct Rows<'a, E, const R: usize, const FAST: bool, const MASK: bool, const W: 
 /// Vectors a row of 32 columns may need: 8 of 4 lanes.
 const MAX_VECTORS: usize = 8;
 
+/// From this many terms on, asking for rows of `y` ahead costs next to nothing.
+const FAR_TERMS: usize = 64;
+
 type Sums<V, const R: usize> = [[V; MAX_VECTORS]; R];
 
 impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: usize> Kernel
@@ -275,6 +278,14 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
         // SAFETY: the caller's promise: `R` rows from `row` on, `cols` columns, are in the tile.
         unsafe {
             let mut sums: Sums<V, R> = [[V::zero(); MAX_VECTORS]; R];
+            let y = t.y.wrapping_add(row * t.y_row);
+            if t.k >= FAR_TERMS {
+                // Rows of `y` lie far apart; ask for them now, to write them at once later.
+                for i in 0..R {
+                    prefetch(y.wrapping_add(i * t.y_row));
+                    prefetch(y.wrapping_add(i * t.y_row + NR / 2));
+                }
+            }
             let terms = Terms {
                 k: t.k,
                 x: t.x.wrapping_add(row * t.x_row),
@@ -297,7 +308,7 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
                 };
                 terms.add::<V, R, FAST, MASK, W>(&mut sums);
             }
-            write::<V, R, W>(&sums, t.y.add(row * t.y_row), t.y_row, t.cols, t.accumulate);
+            write::<V, R, W>(&sums, y, t.y_row, t.cols, t.accumulate);
         }
     }
 }
@@ -448,18 +459,31 @@ unsafe fn write<V: Vector, const R: usize, const W: usize>(
     accumulate: bool,
 ) {
     let vectors = W / V::LANES;
-    // SAFETY: the caller's promise; lanes beyond `cols` are masked off.
+    // SAFETY: the caller's promise.
     unsafe {
         let masks = masks::<V>(cols);
         for (i, row) in sums.iter().enumerate() {
             for j in 0..vectors {
                 let at = y.wrapping_add(i * y_row + j * V::LANES);
-                let mut v = row[j];
-                if accumulate {
-                    v = v.add(V::load_mask(at, masks[j]));
-                }
-                v.store_mask(at, masks[j]);
+                put(row[j], at, accumulate, cols < W, masks[j]);
             }
+        }
+    }
+}
+
+/// Writes one vector of sums. Masked stores are slow, so `part` says whether one is needed.
+///
+/// # Safety
+/// The elements of `mask` at `at`, or all if not `part`, are writable (and readable if `accumulate`).
+#[inline(always)]
+unsafe fn put<V: Vector>(sum: V, at: *mut f32, accumulate: bool, part: bool, mask: V::Mask) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (part, accumulate) {
+            (false, false) => sum.store(at),
+            (false, true) => sum.add(V::load(at)).store(at),
+            (true, false) => sum.store_mask(at, mask),
+            (true, true) => sum.add(V::load_mask(at, mask)).store_mask(at, mask),
         }
     }
 }

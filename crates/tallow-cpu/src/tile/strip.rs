@@ -118,11 +118,7 @@ impl<E: Element> Columns<'_, E> {
                 let masks = super::masks::<V>(cols);
                 for (j, sum) in row.iter().enumerate().take(vectors) {
                     let at = s.y.wrapping_add(first + j * V::LANES);
-                    let mut v = *sum;
-                    if s.accumulate {
-                        v = v.add(V::load_mask(at, masks[j]));
-                    }
-                    v.store_mask(at, masks[j]);
+                    super::put(*sum, at, s.accumulate, cols < NR, masks[j]);
                 }
             }
         }
