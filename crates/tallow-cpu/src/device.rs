@@ -24,6 +24,8 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// What packed weights are stored as: f32, or bf16 (half the bytes, sums still in f32).
     pub weights: DType,
+    /// Instruction set; `None`: `TALLOW_ISA` or the best this machine has.
+    pub isa: Option<Isa>,
 }
 
 /// The CPU of this machine.
@@ -46,7 +48,10 @@ impl Cpu {
             device: "cpu".into(),
             what: e.to_string(),
         };
-        let isa = Isa::detect().map_err(device)?;
+        let isa = match options.isa {
+            Some(isa) => Isa::named(isa.name()).map_err(device)?,
+            None => Isa::detect().map_err(device)?,
+        };
         let pool = match options.threads {
             Some(n) => Pool::new(n),
             None => Pool::from_env().map_err(device)?,

@@ -3,6 +3,7 @@
 //! The front door: [`open`] a device, build lazy [`Tensor`]s, ask a [`Session`] to run them.
 //! Model families are in [`llm`], the training loop in [`train`].
 //! This crate holds the only list of backends.
+pub use tallow_core as core;
 pub use tallow_core::{
     Error, Result,
     backend::Backend,
@@ -12,10 +13,14 @@ pub use tallow_core::{
     tensor::{Grads, LoraWeights, Tensor, value_and_grad},
     types::{DType, Shape, TensorType},
 };
-pub use tallow_core as core;
 pub use tallow_cpu as cpu;
 pub use tallow_llm as llm;
 pub use tallow_train as train;
+
+/// The README's examples, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+pub struct Readme;
 
 use std::sync::Arc;
 use tallow_cpu::{Cpu, CpuOptions};
@@ -55,6 +60,7 @@ pub fn open_with(options: &OpenOptions) -> Result<Session> {
         "cpu" => Arc::new(Cpu::open(&CpuOptions {
             threads: options.threads,
             weights: options.weights,
+            isa: None,
         })?),
         other => {
             return Err(Error::Device {
