@@ -7,13 +7,20 @@
 
 use std::time::Instant;
 
+use tallow_core::scalar::{Inst, ScalarOp, ScalarProgram};
+use tallow_core::types::DType;
 use tallow_cpu::attention::{Backward, Forward, Heads, Mask, Shape};
+use tallow_cpu::elementwise::{Elementwise, Operand};
 use tallow_cpu::exec::Exec;
 use tallow_cpu::linear::{pack_nk, packed_len};
 use tallow_cpu::loss::{CrossEntropy, WeightLayout};
-use tallow_cpu::norm::Rows;
+use tallow_cpu::norm::{Residual, RmsNorm, RmsNormBackward, Rows};
+use tallow_cpu::optim::AdamW;
 use tallow_cpu::pool::Pool;
+use tallow_cpu::reduce::Softmax;
+use tallow_cpu::rope::{Rope, Turn};
 use tallow_cpu::simd::Isa;
+use tallow_cpu::swiglu::{SwiGlu, SwiGluBackward};
 
 /// Calls `f` until half a second has passed and prints best and median.
 fn time(name: &str, flops: f64, bytes: f64, mut f: impl FnMut()) {
@@ -186,7 +193,7 @@ fn loss(exec: Exec<'_>, rows: usize, c: usize, v: usize) {
     pack_nk(exec.pool, &w, (v, c), &mut packed);
     let targets: Vec<u32> = (0..rows).map(|i| (i * 7919 % v) as u32).collect();
     let (mut nll, mut dx) = (vec![0.0; rows], vec![0.0; rows * c]);
-    let n = CrossEntropy::workspace_elems(rows, c, v, exec.pool.threads());
+    let n = CrossEntropy::workspace_elems(rows, c, exec.pool.threads());
     let mut ws = vec![0.0; n];
     let layouts = [
         ("panels", &packed, WeightLayout::Panels),
@@ -225,6 +232,179 @@ fn loss(exec: Exec<'_>, rows: usize, c: usize, v: usize) {
     }
 }
 
+/// Rows of a dense matrix.
+fn rows_of(x: &[f32], ld: usize) -> Rows {
+    let ptr = x.as_ptr();
+    Rows { ptr, ld }
+}
+
+fn rows_of_mut(x: &mut [f32], ld: usize) -> Rows<*mut f32> {
+    let ptr = x.as_mut_ptr();
+    Rows { ptr, ld }
+}
+
+fn rows_ops(exec: Exec<'_>, rows: usize, c: usize) {
+    let n = rows * c;
+    let (a, b, d) = (random(n, 1), random(n, 2), random(n, 3));
+    let w = random(c, 4);
+    let (mut y, mut z) = (vec![0.0; n], vec![0.0; n]);
+    let bytes = |arrays: usize| (arrays * n * 4) as f64;
+    let norm = RmsNorm {
+        rows,
+        c,
+        eps: 1e-5,
+        x: rows_of(&a, c),
+        residual: Some(Residual {
+            other: rows_of(&b, c),
+            sum: rows_of_mut(&mut z, c),
+        }),
+        w: w.as_ptr(),
+        y: rows_of_mut(&mut y, c),
+    };
+    time(&format!("add + rms norm {rows}x{c}"), 0.0, bytes(4), || {
+        // SAFETY: all matrices are `[rows, c]`.
+        unsafe { norm.run(exec) }
+    });
+    let norm = RmsNormBackward {
+        rows,
+        c,
+        eps: 1e-5,
+        x: rows_of(&a, c),
+        w: w.as_ptr(),
+        dy: rows_of(&b, c),
+        residual: Some(rows_of(&d, c)),
+        dx: rows_of_mut(&mut y, c),
+        dw: std::ptr::null_mut(),
+        workspace: std::ptr::null_mut(),
+    };
+    time(
+        &format!("rms norm backward {rows}x{c}"),
+        0.0,
+        bytes(4),
+        || {
+            // SAFETY: as above.
+            unsafe { norm.run(exec) }
+        },
+    );
+    let (g, u) = (rows_of(&a, c), rows_of(&b, c));
+    let swiglu = SwiGlu {
+        rows,
+        c,
+        g,
+        u,
+        y: rows_of_mut(&mut y, c),
+    };
+    time(&format!("swiglu {rows}x{c}"), 0.0, bytes(3), || {
+        // SAFETY: as above.
+        unsafe { swiglu.run(exec) }
+    });
+    let swiglu = SwiGluBackward {
+        rows,
+        c,
+        g,
+        u,
+        dy: rows_of(&d, c),
+        dg: rows_of_mut(&mut y, c),
+        du: rows_of_mut(&mut z, c),
+    };
+    time(
+        &format!("swiglu backward {rows}x{c}"),
+        0.0,
+        bytes(5),
+        || {
+            // SAFETY: as above.
+            unsafe { swiglu.run(exec) }
+        },
+    );
+    let softmax = Softmax {
+        rows,
+        c,
+        x: rows_of(&a, c),
+        y: rows_of_mut(&mut y, c),
+    };
+    time(&format!("softmax {rows}x{c}"), 0.0, bytes(2), || {
+        // SAFETY: as above.
+        unsafe { softmax.run(exec) }
+    });
+    elementwise(exec, &[rows, c], [&a, &b, &w], &mut y);
+}
+
+/// `tanh(a * b) + w`, `w` a row, by the interpreter.
+fn elementwise(exec: Exec<'_>, shape: &[usize; 2], x: [&[f32]; 3], y: &mut [f32]) {
+    let apply = |op, args: &[u16]| Inst::Apply(op, args.to_vec());
+    let program = ScalarProgram {
+        n_inputs: 3,
+        insts: vec![
+            apply(ScalarOp::Mul, &[0, 1]),
+            apply(ScalarOp::Tanh, &[3]),
+            apply(ScalarOp::Add, &[4, 2]),
+        ],
+        outputs: vec![5],
+    };
+    let operand = |strides: [usize; 2]| Operand {
+        dtype: DType::F32,
+        strides: strides.to_vec(),
+    };
+    let dense = || operand([shape[1], 1]);
+    let inputs = [dense(), dense(), operand([0, 1])];
+    let code = Elementwise::new(&program, shape, &inputs, &[dense()]);
+    let mut ws = vec![0.0; code.workspace_elems(exec.pool.threads())];
+    let x = x.map(|x| x.as_ptr().cast());
+    let to = [y.as_mut_ptr().cast()];
+    let name = format!("elementwise tanh(a b) + w {}x{}", shape[0], shape[1]);
+    time(&name, 0.0, (3 * y.len() * 4) as f64, || {
+        // SAFETY: all buffers are as long as the shape says.
+        unsafe { code.run(exec, &x, &to, ws.as_mut_ptr()) }
+    });
+}
+
+fn rope(exec: Exec<'_>, b: usize, t: usize, h: usize, d: usize) {
+    let x = random(b * t * h * d, 1);
+    let mut y = x.clone();
+    let pos: Vec<u32> = (0..b * t).map(|i| (i % t) as u32).collect();
+    let inv_freq = random(d / 2, 2);
+    let mut ws = vec![0.0; Rope::workspace_elems(d, exec.pool.threads())];
+    let job = Rope {
+        b,
+        t,
+        h,
+        d,
+        x: dense(&x, [t, h, d]),
+        pos: pos.as_ptr(),
+        inv_freq: inv_freq.as_ptr(),
+        turn: Turn::Forward,
+        y: dense_mut(&mut y, [t, h, d]),
+        workspace: ws.as_mut_ptr(),
+    };
+    time(
+        &format!("rope b{b} t{t} h{h} d{d}"),
+        0.0,
+        (x.len() * 8) as f64,
+        || {
+            // SAFETY: all views are of live buffers of their size.
+            unsafe { job.run(exec) }
+        },
+    );
+}
+
+fn adamw(exec: Exec<'_>, n: usize) {
+    let g = random(n, 1);
+    let (mut p, mut m, mut v) = (random(n, 2), vec![0.0; n], vec![0.0; n]);
+    let numbers = [1e-3, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.03, 1.0];
+    let job = AdamW {
+        n,
+        p: p.as_mut_ptr(),
+        g: g.as_ptr(),
+        m: m.as_mut_ptr(),
+        v: v.as_mut_ptr(),
+        numbers: &numbers,
+    };
+    time(&format!("adamw {n}"), 0.0, (n * 28) as f64, || {
+        // SAFETY: all arrays hold `n` elements.
+        unsafe { job.run(exec) }
+    });
+}
+
 fn main() {
     let pool = Pool::from_env().expect("TALLOW_THREADS");
     let isa = Isa::detect().expect("TALLOW_ISA");
@@ -238,4 +418,8 @@ fn main() {
     decode(exec, 512, 14, 2, 64);
     loss(exec, 512, 256, 4096);
     loss(exec, 256, 896, 8192);
+    rows_ops(exec, 512, 256);
+    rows_ops(exec, 512, 688);
+    rope(exec, 4, 128, 8, 32);
+    adamw(exec, 1 << 18);
 }

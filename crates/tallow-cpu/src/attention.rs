@@ -9,6 +9,8 @@
 //! their left side as it lies in memory, softmax needs no sums across lanes, and the heads that
 //! share a key head fill one block together.
 
+use crate::lanes::LANES;
+
 mod backward;
 mod block;
 mod decode;
@@ -103,12 +105,12 @@ impl Shape {
 
     /// `d` rounded up to whole panels.
     fn padded_d(&self) -> usize {
-        self.d.next_multiple_of(block::LANES)
+        self.d.next_multiple_of(LANES)
     }
 
     /// Blocks of query lanes under one key head.
     fn blocks(&self) -> usize {
-        (self.t * self.group()).div_ceil(block::LANES)
+        (self.t * self.group()).div_ceil(LANES)
     }
 }
 

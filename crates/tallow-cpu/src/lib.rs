@@ -9,6 +9,7 @@ pub mod error;
 pub mod exec;
 pub mod gather;
 mod glue;
+mod lanes;
 pub mod linear;
 pub mod loss;
 pub mod norm;
@@ -20,7 +21,6 @@ pub mod rope;
 pub mod simd;
 pub mod swiglu;
 pub mod tile;
-mod transpose;
 pub mod vecmath;
 
 #[cfg(test)]

@@ -1,26 +1,23 @@
 //! Cross entropy over a projection: `nll = logsumexp(x Wᵀ) - (x Wᵀ)[target]` and its gradient by `x`.
-//! Invariant: a worker holds the logits of 32 rows at a time; rows that are not counted cost
-//! nothing; a row's bits depend on that row and the weights alone.
+//! Invariant: a worker holds 128 logits of 32 rows at a time and reads `W` once for those rows;
+//! rows that are not counted cost nothing; a row's bits depend on that row and `W` alone.
 //! Absent on purpose: gradients of `W`, and a second layout of `W` for the second product.
 //!
-//! Rows are lanes: logits are made as `[v, 32]` with `W` as the left side of the product, read in
-//! whatever layout it has. So softmax needs no sums across lanes. The gradient, `Wᵀ p` over panels
-//! and `pᵀ W` over rows, reads each piece of `W` right after its logits became probabilities.
+//! Rows are lanes: logits are made as `[128, 32]` with `W` as the left side of the product, read in
+//! whatever layout it has. So softmax, with a running maximum, needs no sums across lanes. The
+//! gradient, `Wᵀ p` over panels and `pᵀ W` over rows, reads each piece of `W` right after that.
 
 use std::ops::Range;
 
 use crate::exec::{Exec, RowKernel, spans};
+use crate::lanes::{LANES, Row, Softmax, transpose};
 use crate::norm::Rows;
 use crate::simd::{Isa, Vector};
 use crate::tile::{self, NR, Tile};
-use crate::transpose::{LANES, transpose};
-use crate::vecmath::{exp_nonpos, log_lane};
+use crate::vecmath::log_lane;
 
-/// Classes whose part of the gradient is added in one go, where the weights are rows.
+/// Classes of a piece.
 const PIECE: usize = 4 * NR;
-
-/// Panels whose sums of exponentials are added up before they join the total.
-const GROUP: usize = 64;
 
 /// How the weights `[v, c]` lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,15 +54,15 @@ pub struct CrossEntropy {
 }
 
 impl CrossEntropy {
-    /// Scratch elements for `[rows, c]` by `v` on `threads` workers.
+    /// Scratch elements for `[rows, c]` on `threads` workers.
     #[must_use]
-    pub fn workspace_elems(rows: usize, c: usize, v: usize, threads: usize) -> usize {
-        rows.next_multiple_of(16) + threads * Self::worker_elems(c, v)
+    pub fn workspace_elems(rows: usize, c: usize, threads: usize) -> usize {
+        rows.next_multiple_of(16) + threads * Self::worker_elems(c)
     }
 
-    fn worker_elems(c: usize, v: usize) -> usize {
+    fn worker_elems(c: usize) -> usize {
         // Rows (then their gradient), rows as lanes, logits.
-        2 * LANES * c.next_multiple_of(NR) + LANES * v.next_multiple_of(NR)
+        2 * LANES * c.next_multiple_of(NR) + LANES * PIECE
     }
 
     /// Computes `nll` and `dx`.
@@ -150,10 +147,6 @@ unsafe impl RowKernel for Chunks<'_> {
     }
 }
 
-/// Per-lane maxima and sums.
-#[repr(C, align(64))]
-struct Lane([f32; LANES]);
-
 impl Chunks<'_> {
     /// # Safety
     /// As for [`CrossEntropy::run`]; `rows` are at most 32 rows of this task, scratch is `worker`'s.
@@ -161,12 +154,11 @@ impl Chunks<'_> {
     unsafe fn chunk<V: Vector>(&self, rows: &[u32], worker: usize) {
         let a = self.args;
         let padded = a.c.next_multiple_of(NR);
-        let cols = rows.len().next_multiple_of(V::LANES).min(LANES);
         // SAFETY: the workspace has `worker_elems` for each worker after the list.
         unsafe {
             let scratch = a
                 .workspace
-                .add(a.rows.next_multiple_of(16) + worker * CrossEntropy::worker_elems(a.c, a.v));
+                .add(a.rows.next_multiple_of(16) + worker * CrossEntropy::worker_elems(a.c));
             let lanes = scratch.add(LANES * padded);
             let logits = lanes.add(LANES * padded);
             for i in 0..LANES {
@@ -181,155 +173,146 @@ impl Chunks<'_> {
                 }
             }
             transpose(scratch, padded, lanes);
-            let mut max = Lane([f32::MIN; LANES]);
-            let mut sum = Lane([0.0; LANES]);
-            self.logits::<V>(lanes, logits, cols, &mut max);
-            for (i, row) in rows.iter().enumerate() {
-                let target = *a.targets.add(*row as usize) as usize;
-                *a.nll.add(*row as usize) = max.0[i] - *logits.add(target * LANES + i);
-            }
             // The rows are not needed any more: their place takes the gradient.
-            self.probabilities::<V>(logits, scratch, cols, &max, &mut sum);
+            let (softmax, picked) = self.pieces::<V>(rows, lanes, logits, scratch);
             for (i, row) in rows.iter().enumerate() {
-                *a.nll.add(*row as usize) += log_lane(sum.0[i]);
+                let (max, sum) = (softmax.max.0[i], softmax.sum.0[i]);
+                *a.nll.add(*row as usize) = (max - picked.0[i]) + log_lane(sum);
                 if !a.dx.ptr.is_null() {
-                    self.write_gradient(*row as usize, scratch, i, 1.0 / sum.0[i]);
+                    self.write_gradient(*row as usize, scratch, i, 1.0 / sum);
                 }
             }
         }
     }
 
-    /// Logits `[v, 32]` and each lane's largest.
+    /// Goes through all classes. Returns the softmax and the logits of the targets; `gradient`
+    /// becomes, if wanted, the sum of `e^(logit - max) W`: `[c, 32]` where the weights are panels,
+    /// `[32, padded c]` where they are rows.
     ///
     /// # Safety
-    /// As for [`Chunks::chunk`]; `lanes` is `[c, 32]`.
+    /// As for [`Chunks::chunk`]; `lanes` is `[c, 32]`, `logits` `[PIECE, 32]`.
     #[inline(always)]
-    unsafe fn logits<V: Vector>(
+    unsafe fn pieces<V: Vector>(
         &self,
+        rows: &[u32],
+        lanes: *const f32,
+        logits: *mut f32,
+        gradient: *mut f32,
+    ) -> (Softmax, Row) {
+        let a = self.args;
+        let cols = rows.len().next_multiple_of(V::LANES).min(LANES);
+        let (mut softmax, mut picked) = (Softmax::new(), Row::splat(0.0));
+        for start in (0..a.v).step_by(PIECE) {
+            let classes = start..a.v.min(start + PIECE);
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.logits(&classes, lanes, logits, cols);
+                for (i, row) in rows.iter().enumerate() {
+                    let target = *a.targets.add(*row as usize) as usize;
+                    if classes.contains(&target) {
+                        picked.0[i] = *logits.add((target - start) * LANES + i);
+                    }
+                }
+                softmax.add::<V>(logits, classes.len(), cols);
+                if a.dx.ptr.is_null() {
+                    continue;
+                }
+                match a.layout {
+                    WeightLayout::Panels => {
+                        if start > 0 {
+                            softmax.fade_columns::<V>(gradient, a.c);
+                        }
+                        self.add_panels(&classes, logits, gradient, cols);
+                    }
+                    WeightLayout::Rows(ld) => {
+                        if start > 0 {
+                            softmax.fade_rows::<V>(gradient, a.c.next_multiple_of(NR));
+                        }
+                        self.add_rows(&classes, logits, gradient, cols, ld);
+                    }
+                }
+            }
+        }
+        (softmax, picked)
+    }
+
+    /// Logits `[classes, 32]`.
+    ///
+    /// # Safety
+    /// As for [`Chunks::pieces`].
+    unsafe fn logits(
+        &self,
+        classes: &Range<usize>,
         lanes: *const f32,
         logits: *mut f32,
         cols: usize,
-        max: &mut Lane,
     ) {
         let a = self.args;
         let (panel, class, column) = a.strides();
-        for p in 0..a.v.div_ceil(NR) {
-            let m = NR.min(a.v - p * NR);
-            // SAFETY: classes `32 p..32 p + m` are weights and rows of `logits`.
+        for first in classes.clone().step_by(NR) {
+            // SAFETY: up to 32 classes from `first` on are weights and rows of `logits`.
             unsafe {
-                let y = logits.add(p * NR * LANES);
                 let tile = Tile {
-                    m,
+                    m: NR.min(classes.end - first),
                     k: a.c,
-                    x: a.w.add(p * panel),
+                    x: a.w.add(first / NR * panel),
                     x_row: class,
                     x_col: column,
                     panel: lanes,
                     panel_row: LANES,
                     padded: true,
-                    y,
+                    y: logits.add((first - classes.start) * LANES),
                     y_row: LANES,
                     cols,
                     accumulate: false,
                 };
                 tile::run(self.isa, &tile);
-                for lane in (0..cols).step_by(V::LANES) {
-                    let most = max.0.as_mut_ptr().add(lane);
-                    let mut v = V::load(most);
-                    for j in 0..m {
-                        v = v.max(V::load(y.add(j * LANES + lane)));
-                    }
-                    v.store(most);
-                }
             }
         }
     }
 
-    /// Logits become `e^(logit - max)`; their sums; and, if wanted, the gradient, not yet divided
-    /// by the sums: `[c, 32]` where the weights are panels, `[32, padded c]` where they are rows.
+    /// `gradient: [c, 32] += Wᵀ e` over some classes.
     ///
     /// # Safety
-    /// As for [`Chunks::chunk`]; `gradient` has room for either.
-    #[inline(always)]
-    unsafe fn probabilities<V: Vector>(
+    /// As for [`Chunks::pieces`]; `e` is `[classes, 32]`, weights are panels.
+    unsafe fn add_panels(
         &self,
-        logits: *mut f32,
-        gradient: *mut f32,
-        cols: usize,
-        max: &Lane,
-        sum: &mut Lane,
-    ) {
-        let a = self.args;
-        let mut group = Lane([0.0; LANES]);
-        let panels = a.v.div_ceil(NR);
-        for p in 0..panels {
-            let classes = p * NR..a.v.min((p + 1) * NR);
-            // SAFETY: as in `logits`.
-            unsafe {
-                let e = logits.add(p * NR * LANES);
-                exponentials::<V>(e, classes.len(), cols, max, &mut group);
-                let last = p + 1 == panels;
-                if p % GROUP == GROUP - 1 || last {
-                    for (s, g) in sum.0.iter_mut().zip(&mut group.0) {
-                        *s += std::mem::take(g);
-                    }
-                }
-                if a.dx.ptr.is_null() {
-                    continue;
-                }
-                match a.layout {
-                    WeightLayout::Panels => self.add_panel(classes, e, gradient, cols),
-                    WeightLayout::Rows(ld) if classes.end % PIECE == 0 || last => {
-                        let piece = (classes.end - 1) / PIECE * PIECE..classes.end;
-                        let e = logits.add(piece.start * LANES);
-                        self.add_rows(piece, e, gradient, cols, ld);
-                    }
-                    WeightLayout::Rows(_) => {}
-                }
-            }
-        }
-    }
-
-    /// `gradient: [c, 32] += Wᵀ e` over the classes of one panel.
-    ///
-    /// # Safety
-    /// As for [`Chunks::probabilities`]; `e` is `[classes, 32]`.
-    unsafe fn add_panel(
-        &self,
-        classes: Range<usize>,
+        classes: &Range<usize>,
         e: *const f32,
         gradient: *mut f32,
         cols: usize,
     ) {
         let a = self.args;
-        let (_, class, column) = a.strides();
-        // SAFETY: the caller's promise; panels are whole.
-        unsafe {
-            let tile = Tile {
-                m: a.c,
-                k: classes.len(),
-                x: a.w.add(classes.start * a.c),
-                x_row: column,
-                x_col: class,
-                panel: e,
-                panel_row: LANES,
-                padded: true,
-                y: gradient,
-                y_row: LANES,
-                cols,
-                accumulate: classes.start > 0,
-            };
-            tile::run(self.isa, &tile);
+        let (panel, class, column) = a.strides();
+        for first in classes.clone().step_by(NR) {
+            // SAFETY: as in `logits`.
+            unsafe {
+                let tile = Tile {
+                    m: a.c,
+                    k: NR.min(classes.end - first),
+                    x: a.w.add(first / NR * panel),
+                    x_row: column,
+                    x_col: class,
+                    panel: e.add((first - classes.start) * LANES),
+                    panel_row: LANES,
+                    padded: true,
+                    y: gradient,
+                    y_row: LANES,
+                    cols,
+                    accumulate: first > 0,
+                };
+                tile::run(self.isa, &tile);
+            }
         }
     }
 
     /// `gradient: [32, padded c] += eᵀ W` over some classes.
     ///
     /// # Safety
-    /// As for [`Chunks::probabilities`]; `e` is `[classes, 32]`, weights are rows `ld` apart.
+    /// As for [`Chunks::pieces`]; `e` is `[classes, 32]`, weights are rows `ld` apart.
     unsafe fn add_rows(
         &self,
-        classes: Range<usize>,
+        classes: &Range<usize>,
         e: *const f32,
         gradient: *mut f32,
         lanes: usize,
@@ -378,35 +361,6 @@ impl Chunks<'_> {
             for l in 0..a.c {
                 *dx.add(l) = *gradient.add(start + l * step) * factor - *w.add(l * column);
             }
-        }
-    }
-}
-
-/// `e = e^(e - max)` for `k` rows of lanes, and their sum added to `group`.
-///
-/// # Safety
-/// The machine has the instructions; `e` is `[k, 32]`.
-#[inline(always)]
-unsafe fn exponentials<V: Vector>(
-    e: *mut f32,
-    k: usize,
-    cols: usize,
-    max: &Lane,
-    group: &mut Lane,
-) {
-    for lane in (0..cols).step_by(V::LANES) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let most = V::load(max.0.as_ptr().add(lane));
-            let mut sum = V::zero();
-            for j in 0..k {
-                let at = e.add(j * LANES + lane);
-                let p = exp_nonpos(V::load(at).sub(most));
-                p.store(at);
-                sum = sum.add(p);
-            }
-            let total = group.0.as_mut_ptr().add(lane);
-            sum.add(V::load(total)).store(total);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::attention::Heads;
 use crate::exec::{Exec, RowKernel, spans};
 use crate::simd::Vector;
-use crate::vecmath::sin_cos;
+use crate::vecmath::{self, WIDE};
 
 /// Which way to turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ impl Rope {
     /// Views and pointers cover what they are said to; `y` is `x` or does not overlap it; the
     /// machine has `exec.isa`.
     pub unsafe fn run(&self, exec: Exec<'_>) {
-        let token_ns = self.d * 2 + self.h * (self.d / 8 + 4);
+        let token_ns = self.d + self.h * (self.d / 8 + 4);
         // SAFETY: the caller's promise.
         unsafe { exec.over(self.b * self.t, token_ns, self) }
     }
@@ -101,12 +101,20 @@ impl Rope {
             Turn::Forward => 1.0,
             Turn::Back => -1.0,
         };
-        for l in 0..self.d / 2 {
-            // SAFETY: the caller's promise.
+        let half = self.d / 2;
+        for first in (0..half).step_by(WIDE) {
+            let n = WIDE.min(half - first);
+            // SAFETY: elements `first..first + n` are below `d / 2`.
             unsafe {
-                let (s, c) = sin_cos(pos as f32 * *self.inv_freq.add(l));
-                *cos.add(l) = c;
-                *sin.add(l) = s * sign;
+                let mut angles = [0.0; WIDE];
+                for (l, angle) in angles.iter_mut().enumerate().take(n) {
+                    *angle = pos as f32 * *self.inv_freq.add(first + l);
+                }
+                let (s, c) = vecmath::sin_cos(&angles);
+                for l in 0..n {
+                    *cos.add(first + l) = c[l];
+                    *sin.add(first + l) = s[l] * sign;
+                }
             }
         }
     }

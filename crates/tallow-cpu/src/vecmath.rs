@@ -132,12 +132,11 @@ pub fn log_lane(x: f32) -> f32 {
 }
 
 /// Above this magnitude (radians) the reduction below is no longer exact enough.
-pub(crate) const SIN_COS_MAX: f32 = 1.0e8;
+const SIN_COS_MAX: f32 = 1.0e8;
 
 /// Sine and cosine of one lane of radians, through f64. Free of branches up to 1e8 radians.
 #[inline(always)]
-#[must_use]
-pub fn sin_cos_lane(x: f32) -> (f32, f32) {
+fn sin_cos_lane(x: f32) -> (f32, f32) {
     // Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
     const SHIFT: f64 = 6_755_399_441_055_744.0;
     // pi / 2 in three parts, two of them with 26 bits: their products with n are exact.
@@ -173,16 +172,28 @@ pub fn sin_cos_lane(x: f32) -> (f32, f32) {
     (s as f32, c as f32)
 }
 
-/// Sine and cosine of any f32, with a slow path for huge and non-finite arguments.
-#[inline]
+/// Lanes of [`sin_cos`].
+pub const WIDE: usize = 16;
+
+/// Sines and cosines of any f32, with a slow path for huge and non-finite ones.
+#[inline(always)]
 #[must_use]
-pub fn sin_cos(x: f32) -> (f32, f32) {
-    if x.abs() <= SIN_COS_MAX {
-        sin_cos_lane(x)
-    } else {
-        let (s, c) = f64::from(x).sin_cos();
-        (s as f32, c as f32)
+pub fn sin_cos(x: &[f32; WIDE]) -> ([f32; WIDE], [f32; WIDE]) {
+    let (mut sin, mut cos) = ([0.0; WIDE], [0.0; WIDE]);
+    let mut near = true;
+    for l in 0..WIDE {
+        (sin[l], cos[l]) = sin_cos_lane(x[l]);
+        near &= x[l].abs() <= SIN_COS_MAX;
     }
+    if !near {
+        for l in 0..WIDE {
+            if x[l].is_nan() || x[l].abs() > SIN_COS_MAX {
+                let (s, c) = f64::from(x[l]).sin_cos();
+                (sin[l], cos[l]) = (s as f32, c as f32);
+            }
+        }
+    }
+    (sin, cos)
 }
 
 #[cfg(test)]

@@ -8,12 +8,12 @@
 
 use std::ops::Range;
 
-use super::block::{Block, LANES, Row};
-use super::forward::mask_lanes;
+use super::block::Block;
+use super::forward::mask;
 use super::{Heads, Shape};
 use crate::exec::{Exec, RowKernel, spans};
+use crate::lanes::{LANES, Row, transpose};
 use crate::simd::{Isa, Vector};
-use crate::transpose::transpose;
 use crate::vecmath::exp_nonpos;
 
 /// Keys of a chunk: two sets of scores stay in the first-level cache.
@@ -216,7 +216,8 @@ impl Part<'_> {
                 }
                 block.times_keys(self.isa, &a.k, &chunk, s.q_lanes, s.p);
                 block.times_keys(self.isa, &a.v, &chunk, s.dout_lanes, s.ds);
-                score_gradients::<V>(block, &chunk, s, &lse, &delta);
+                mask::<V>(block, &chunk, s.p);
+                score_gradients::<V>(chunk.len(), s, &lse, &delta);
                 if for_keys && !a.dv.ptr.is_null() {
                     block.add_to_keys(self.isa, &a.dv, &chunk, s.p, s.dout);
                 }
@@ -266,25 +267,15 @@ impl Part<'_> {
 /// Scores in `p` and gradients of probabilities in `ds` become probabilities and gradients of scores.
 ///
 /// # Safety
-/// The machine has the instructions; both hold a row for each key of the chunk.
+/// The machine has the instructions; both are `[n, 32]`.
 #[inline(always)]
-unsafe fn score_gradients<V: Vector>(
-    block: &Block<'_>,
-    chunk: &Range<usize>,
-    s: &Scratch,
-    lse: &Row,
-    delta: &Row,
-) {
-    let masked = chunk.start < block.all.start || chunk.end > block.all.end;
+unsafe fn score_gradients<V: Vector>(n: usize, s: &Scratch, lse: &Row, delta: &Row) {
     for lane in (0..LANES).step_by(V::LANES) {
         // SAFETY: the caller's promise.
         unsafe {
-            if masked {
-                mask_lanes::<V>(block, chunk, lane, s.p.add(lane));
-            }
             let lse = V::load(lse.0.as_ptr().add(lane));
             let delta = V::load(delta.0.as_ptr().add(lane));
-            for j in 0..chunk.len() {
+            for j in 0..n {
                 let (p, ds) = (s.p.add(j * LANES + lane), s.ds.add(j * LANES + lane));
                 let probability = exp_nonpos(V::load(p).sub(lse));
                 probability.store(p);

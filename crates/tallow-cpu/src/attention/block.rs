@@ -6,22 +6,9 @@ use std::ops::Range;
 
 use super::{Heads, Shape};
 use crate::exec::spans;
+use crate::lanes::{LANES, Row};
 use crate::simd::{Isa, Vector};
 use crate::tile::{self, NR, Tile};
-
-/// Queries of a block: the columns of a tile.
-pub(super) const LANES: usize = NR;
-
-/// Per-lane numbers.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-pub(super) struct Row(pub(super) [f32; LANES]);
-
-impl Row {
-    pub(super) fn splat(x: f32) -> Self {
-        Row([x; LANES])
-    }
-}
 
 /// The 32 lanes: row `first + i` of `[t, group]`, flattened.
 pub(super) struct Block<'a> {

@@ -4,12 +4,12 @@
 
 use std::ops::Range;
 
-use super::block::{Block, LANES, Row};
+use super::block::Block;
 use super::{Heads, Shape};
 use crate::exec::{Exec, RowKernel};
+use crate::lanes::{LANES, Row, Softmax, transpose};
 use crate::simd::{Isa, Vector};
-use crate::transpose::transpose;
-use crate::vecmath::{exp_nonpos, log_lane};
+use crate::vecmath::log_lane;
 
 /// Keys of a chunk: its scores stay in the first-level cache.
 const CHUNK: usize = 192;
@@ -108,12 +108,7 @@ impl ForwardBlocks<'_> {
     unsafe fn block<V: Vector>(&self, block: &Block<'_>, scratch: *mut f32) {
         let a = self.args;
         let padded = a.shape.padded_d();
-        let mut state = Softmax {
-            // The least number, not minus infinity: a difference with it is no NaN.
-            max: Row::splat(f32::MIN),
-            sum: Row::splat(0.0),
-            fade: Row::splat(1.0),
-        };
+        let mut state = Softmax::new();
         // SAFETY: `scratch` has `worker_elems`; the rest the caller promises.
         unsafe {
             let rows = scratch;
@@ -125,9 +120,10 @@ impl ForwardBlocks<'_> {
             let mut first = true;
             for chunk in block.chunks(CHUNK) {
                 block.times_keys(self.isa, &a.k, &chunk, lanes, scores);
-                state.add::<V>(block, &chunk, scores);
+                mask::<V>(block, &chunk, scores);
+                state.add::<V>(scores, chunk.len(), LANES);
                 if !first {
-                    fade_rows::<V>(out, padded, &state.fade);
+                    state.fade_rows::<V>(out, padded);
                 }
                 block.times_values(self.isa, &a.v, &chunk, scores, out, !first);
                 first = false;
@@ -159,93 +155,29 @@ impl ForwardBlocks<'_> {
     }
 }
 
-/// Softmax under way: maximum and sum of each lane so far.
-struct Softmax {
-    max: Row,
-    sum: Row,
-    /// What sums made before the last chunk must be multiplied with.
-    fade: Row,
-}
-
-impl Softmax {
-    /// Turns the scores of a chunk into `e^(score - max)`, zero where a lane does not see the key.
-    ///
-    /// # Safety
-    /// The machine has the instructions; `scores` is `[chunk, 32]`.
-    #[inline(always)]
-    unsafe fn add<V: Vector>(&mut self, block: &Block<'_>, chunk: &Range<usize>, scores: *mut f32) {
-        let masked = chunk.start < block.all.start || chunk.end > block.all.end;
-        let n = chunk.len();
-        for lane in (0..LANES).step_by(V::LANES) {
-            // SAFETY: lanes of rows below `n`.
-            unsafe {
-                let at = scores.add(lane);
-                if masked {
-                    mask_lanes::<V>(block, chunk, lane, at);
-                }
-                let before = V::load(self.max.0.as_ptr().add(lane));
-                let mut max = before;
-                for j in 0..n {
-                    max = max.max(V::load(at.add(j * LANES)));
-                }
-                let mut sums = [V::zero(); 2];
-                for j in 0..n {
-                    let p = exp_nonpos(V::load(at.add(j * LANES)).sub(max));
-                    p.store(at.add(j * LANES));
-                    sums[j % 2] = sums[j % 2].add(p);
-                }
-                let fade = exp_nonpos(before.sub(max));
-                let sum = V::load(self.sum.0.as_ptr().add(lane));
-                let sum = sum.mul_add(fade, sums[0].add(sums[1]));
-                max.store(self.max.0.as_mut_ptr().add(lane));
-                fade.store(self.fade.0.as_mut_ptr().add(lane));
-                sum.store(self.sum.0.as_mut_ptr().add(lane));
-            }
-        }
-    }
-}
-
-/// Minus infinity where a lane does not see the key. `at` is the column of lane `lane`.
+/// Minus infinity where a lane does not see the key; nothing if all see all keys of the chunk.
 ///
 /// # Safety
-/// The machine has the instructions; `at` has a row of 32 for each key of the chunk.
+/// The machine has the instructions; `scores` has a row of 32 for each key of the chunk.
 #[inline(always)]
-pub(super) unsafe fn mask_lanes<V: Vector>(
-    block: &Block<'_>,
-    chunk: &Range<usize>,
-    lane: usize,
-    at: *mut f32,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let lo = V::load(block.lo.0.as_ptr().add(lane));
-        let hi = V::load(block.hi.0.as_ptr().add(lane));
-        let never = V::splat(f32::NEG_INFINITY);
-        for (row, j) in chunk.clone().enumerate() {
-            if block.all.contains(&j) {
-                continue;
-            }
-            let key = V::splat(j as f32);
-            let p = at.add(row * LANES);
-            let seen = key.lt_select(hi, V::load(p), never);
-            key.lt_select(lo, never, seen).store(p);
-        }
+pub(super) unsafe fn mask<V: Vector>(block: &Block<'_>, chunk: &Range<usize>, scores: *mut f32) {
+    if chunk.start >= block.all.start && chunk.end <= block.all.end {
+        return;
     }
-}
-
-/// # Safety
-/// The machine has the instructions; `rows` is `[32, padded]`.
-#[inline(always)]
-unsafe fn fade_rows<V: Vector>(rows: *mut f32, padded: usize, fade: &Row) {
-    for (i, f) in fade.0.iter().enumerate() {
-        if *f == 1.0 {
-            continue;
-        }
-        // SAFETY: the caller's promise; `padded` is a multiple of every vector's lanes.
+    for lane in (0..LANES).step_by(V::LANES) {
+        // SAFETY: the caller's promise.
         unsafe {
-            for l in (0..padded).step_by(V::LANES) {
-                let p = rows.add(i * padded + l);
-                V::load(p).mul(V::splat(*f)).store(p);
+            let lo = V::load(block.lo.0.as_ptr().add(lane));
+            let hi = V::load(block.hi.0.as_ptr().add(lane));
+            let never = V::splat(f32::NEG_INFINITY);
+            for (row, j) in chunk.clone().enumerate() {
+                if block.all.contains(&j) {
+                    continue;
+                }
+                let key = V::splat(j as f32);
+                let p = scores.add(row * LANES + lane);
+                let seen = key.lt_select(hi, V::load(p), never);
+                key.lt_select(lo, never, seen).store(p);
             }
         }
     }

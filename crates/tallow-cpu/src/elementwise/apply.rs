@@ -6,10 +6,9 @@ use tallow_core::scalar::ScalarOp;
 
 use crate::exec::spans;
 use crate::simd::Vector;
-use crate::vecmath::{self, log_lane, sin_cos, sin_cos_lane};
+use crate::vecmath::{self, WIDE, log_lane};
 
 /// Lanes computed side by side.
-const WIDE: usize = 16;
 type Wide = [f32; WIDE];
 
 /// `to[i] = op(args[0][i], ..)` for `i < n`. Arguments beyond the op's arity are not read.
@@ -38,12 +37,8 @@ pub(super) unsafe fn apply<V: Vector>(op: ScalarOp, to: *mut f32, args: [*const 
             ScalarOp::Rsqrt => unary(to, a, n, |a| 1.0 / a.sqrt()),
             ScalarOp::Recip => unary(to, a, n, |a| 1.0 / a),
             ScalarOp::Log => unary(to, a, n, log_lane),
-            ScalarOp::Sin => {
-                unary_or(to, a, n, |a| sin_cos_lane(a).0, |a| sin_cos(a).0);
-            }
-            ScalarOp::Cos => {
-                unary_or(to, a, n, |a| sin_cos_lane(a).1, |a| sin_cos(a).1);
-            }
+            ScalarOp::Sin => wide(to, a, n, |x| vecmath::sin_cos(x).0),
+            ScalarOp::Cos => wide(to, a, n, |x| vecmath::sin_cos(x).1),
             ScalarOp::Exp => {
                 spans!(V, n, i, s => { s.store(vecmath::exp(s.load(a.add(i))), to.add(i)) });
             }
@@ -103,35 +98,16 @@ unsafe fn unary(to: *mut f32, a: *const f32, n: usize, f: impl Fn(f32) -> f32) {
     }
 }
 
-/// As [`unary`], with a function `far` for lanes where sine and cosine need it.
+/// As [`unary`], for a function of 16 lanes.
 ///
 /// # Safety
 /// As for [`apply`].
 #[inline(always)]
-unsafe fn unary_or(
-    to: *mut f32,
-    a: *const f32,
-    n: usize,
-    near: impl Fn(f32) -> f32,
-    far: impl Fn(f32) -> f32,
-) {
+unsafe fn wide(to: *mut f32, a: *const f32, n: usize, f: impl Fn(&Wide) -> Wide) {
     for i in (0..n).step_by(WIDE) {
         let k = WIDE.min(n - i);
         // SAFETY: the caller's promise.
-        unsafe {
-            let x = read(a.add(i), k);
-            let mut y = x;
-            for y in &mut y {
-                *y = near(*y);
-            }
-            let out_of_reach = |x: &f32| x.is_nan() || x.abs() > vecmath::SIN_COS_MAX;
-            if x.iter().any(out_of_reach) {
-                for (y, x) in y.iter_mut().zip(&x).filter(|(_, x)| out_of_reach(x)) {
-                    *y = far(*x);
-                }
-            }
-            write(&y, to.add(i), k);
-        }
+        unsafe { write(&f(&read(a.add(i), k)), to.add(i), k) };
     }
 }
 

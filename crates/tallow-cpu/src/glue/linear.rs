@@ -566,7 +566,7 @@ pub(super) fn cross_entropy(cpu: &Cpu, spec: &KernelSpec) -> Option<Offer> {
         bytes: packed_len(v, c) * 4,
         scale: Bits::from(1.0),
     };
-    let scratch = loss::CrossEntropy::workspace_elems(rows, c, v, cpu.threads());
+    let scratch = loss::CrossEntropy::workspace_elems(rows, c, cpu.threads());
     let run = move |io: &Io| {
         let job = loss::CrossEntropy {
             rows,

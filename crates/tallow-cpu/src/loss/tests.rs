@@ -55,7 +55,7 @@ impl Case {
         let mut nll = vec![f32::NAN; self.rows];
         let mut dx = vec![f32::NAN; self.rows * self.ld];
         let threads = exec.pool.threads();
-        let n = CrossEntropy::workspace_elems(self.rows, self.c, self.v, threads);
+        let n = CrossEntropy::workspace_elems(self.rows, self.c, threads);
         let mut workspace = vec![f32::NAN; n];
         let mut packed = vec![0.0; packed_len(self.v, self.c)];
         pack_nk(exec.pool, &self.w, (self.v, self.c), &mut packed);
