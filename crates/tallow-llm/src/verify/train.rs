@@ -18,8 +18,8 @@ use crate::model::Model;
 const UNCOUNTED: usize = 6;
 /// A target that is not counted.
 const NO_TARGET: u32 = u32::MAX;
-const BETA1: f64 = 0.9;
-const BETA2: f64 = 0.999;
+const BETA1: f32 = 0.9;
+const BETA2: f32 = 0.999;
 const EPS: f32 = 1e-8;
 
 /// A recorded training step with AdamW.
@@ -155,14 +155,17 @@ impl Step {
 
     /// Takes step number `t` (from 1 on) and returns the loss before it.
     fn run(&mut self, model: &Model, t: i32, lr: f32, weight_decay: f32) -> Result<f32> {
+        // From the betas as f32 holds them: 0.999 is off by 1.3e-8, which 1 - 0.999 turns into 1.3e-5, and a
+        // correction that does not know it would leave that in every step.
+        let correction = |beta: f32| 1.0 - f64::from(beta).powi(t);
         let hyper = [
             lr,
-            BETA1 as f32,
-            BETA2 as f32,
+            BETA1,
+            BETA2,
             EPS,
             weight_decay,
-            (1.0 - BETA1.powi(t)) as f32,
-            (1.0 - BETA2.powi(t)).sqrt() as f32,
+            correction(BETA1) as f32,
+            correction(BETA2).sqrt() as f32,
             1.0,
         ];
         model.session.write(&self.hyper, &hyper)?;

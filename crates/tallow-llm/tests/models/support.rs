@@ -16,6 +16,7 @@ pub(crate) fn session() -> Session {
     let options = CpuOptions {
         threads: Some(2),
         weights: DType::F32,
+        isa: None,
     };
     Session::new(Arc::new(Cpu::open(&options).unwrap()))
 }
