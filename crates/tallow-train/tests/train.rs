@@ -22,6 +22,7 @@ fn model() -> Model {
     let options = CpuOptions {
         threads: Some(2),
         weights: DType::F32,
+        isa: None,
     };
     let session = Session::new(Arc::new(Cpu::open(&options).unwrap()));
     Model::load(
