@@ -17,7 +17,6 @@ pub(crate) fn session() -> Session {
         threads: Some(2),
         weights: DType::F32,
         isa: None,
-        isa: None,
     };
     Session::new(Arc::new(Cpu::open(&options).unwrap()))
 }
