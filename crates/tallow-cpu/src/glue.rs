@@ -32,6 +32,10 @@ impl Io<'_> {
         self.writes[i].cast()
     }
     /// The scratch memory as floats.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "the memory belongs to the step, not to this struct"
+    )]
     pub(crate) fn scratch(&self) -> &mut [f32] {
         let (p, bytes) = self.workspace;
         if bytes == 0 {

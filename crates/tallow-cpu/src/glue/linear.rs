@@ -171,6 +171,9 @@ impl Part {
     }
 }
 
+/// Operands by number with the formats they are wanted in.
+type Wanted = Vec<(usize, Format)>;
+
 /// The parts of a linear and the formats it wants, if every operand lies as the kernels read it.
 fn parts(
     cpu: &Cpu,
@@ -178,7 +181,7 @@ fn parts(
     ins: &[LinearIns],
     spec: &KernelSpec,
     backward: bool,
-) -> Option<(Vec<Part>, Vec<(usize, Format)>)> {
+) -> Option<(Vec<Part>, Wanted)> {
     let (mut parts, mut prepare) = (vec![], vec![]);
     for (b, at) in blocks.iter().zip(ins) {
         prepare.push((at.w, panels(cpu, &spec.inputs[at.w], backward)?));

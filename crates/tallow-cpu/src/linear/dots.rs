@@ -53,13 +53,15 @@ pub(crate) unsafe fn run(isa: Isa, dots: &Dots) {
 unsafe fn block(isa: Isa, dots: &Dots, (i, r): (usize, usize), (j, c): (usize, usize)) {
     macro_rules! sizes {
         ($($r:literal)*) => {
-            match (r, c) {
-                // SAFETY: the caller's promise.
-                $(($r, 1) => unsafe { isa.dispatch(Block::<$r, 1> { dots, i, j }) },
-                  ($r, 2) => unsafe { isa.dispatch(Block::<$r, 2> { dots, i, j }) },
-                  ($r, 3) => unsafe { isa.dispatch(Block::<$r, 3> { dots, i, j }) },
-                  ($r, 4) => unsafe { isa.dispatch(Block::<$r, 4> { dots, i, j }) },)*
-                _ => unreachable!("bug in tallow: a block of {r} x {c} dot products"),
+            // SAFETY: the caller's promise.
+            unsafe {
+                match (r, c) {
+                    $(($r, 1) => isa.dispatch(Block::<$r, 1> { dots, i, j }),
+                      ($r, 2) => isa.dispatch(Block::<$r, 2> { dots, i, j }),
+                      ($r, 3) => isa.dispatch(Block::<$r, 3> { dots, i, j }),
+                      ($r, 4) => isa.dispatch(Block::<$r, 4> { dots, i, j }),)*
+                    _ => unreachable!("bug in tallow: a block of {r} x {c} dot products"),
+                }
             }
         };
     }
@@ -91,27 +93,27 @@ impl<const R: usize, const C: usize> Kernel for Block<'_, R, C> {
                 for (i, a) in a.iter_mut().enumerate() {
                     *a = V::load(x.add(i * d.x_row + l));
                 }
-                for j in 0..C {
-                    let b = V::load(w.add(j * d.w_row + l));
-                    for i in 0..R {
-                        sums[i][j] = a[i].mul_add(b, sums[i][j]);
+                let b: [V; C] = std::array::from_fn(|j| V::load(w.add(j * d.w_row + l)));
+                for (sums, a) in sums.iter_mut().zip(a) {
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum = a.mul_add(b, *sum);
                     }
                 }
                 l += V::LANES;
             }
             if l < d.k {
                 let mask = V::mask(d.k - l);
-                for i in 0..R {
+                for (i, sums) in sums.iter_mut().enumerate() {
                     let a = V::load_mask(x.add(i * d.x_row + l), mask);
-                    for j in 0..C {
+                    for (j, sum) in sums.iter_mut().enumerate() {
                         let b = V::load_mask(w.add(j * d.w_row + l), mask);
-                        sums[i][j] = a.mul_add(b, sums[i][j]);
+                        *sum = a.mul_add(b, *sum);
                     }
                 }
             }
-            for i in 0..R {
-                for j in 0..C {
-                    *d.y.add((self.i + i) * d.y_row + self.j + j) = sums[i][j].sum();
+            for (i, sums) in sums.into_iter().enumerate() {
+                for (j, sum) in sums.into_iter().enumerate() {
+                    *d.y.add((self.i + i) * d.y_row + self.j + j) = sum.sum();
                 }
             }
         }
