@@ -7,6 +7,7 @@
 mod general;
 mod linear;
 mod packing;
+mod world;
 
 use super::*;
 use crate::exec::Exec;
