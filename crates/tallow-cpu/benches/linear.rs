@@ -4,6 +4,7 @@
 //! Absent on purpose: peers (they are compared outside this crate) and judgement.
 //!
 //! `cargo bench -p tallow-cpu --bench linear [-- NAME]`, where NAME picks the tables that contain it.
+//! `TALLOW_BENCH=best` prints the fastest sample instead, for a machine that others use too.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -40,7 +41,7 @@ fn main() {
             bench.peak / 1e9,
             read / 1e9
         );
-        let tables: [(&str, fn(&Bench)); 5] = [
+        let tables: [(&str, Table); 5] = [
             ("forward", forward_table),
             ("backward", backward_table),
             ("decode", decode_table),
@@ -55,6 +56,8 @@ fn main() {
         }
     }
 }
+
+type Table = fn(&Bench<'_>);
 
 struct Bench<'a> {
     exec: Exec<'a>,
@@ -173,14 +176,12 @@ fn medians(runs: &mut [&mut dyn FnMut()]) -> Vec<f64> {
             times[i].push(start.elapsed().as_secs_f64() / calls[i] as f64);
         }
     }
+    let best = std::env::var_os("TALLOW_BENCH").is_some_and(|v| v == "best");
     times
         .into_iter()
         .map(|mut t| {
             t.sort_by(f64::total_cmp);
-            if std::env::var_os("BEST").is_some() {
-                return t[0];
-            }
-            t[t.len() / 2]
+            t[if best { 0 } else { t.len() / 2 }]
         })
         .collect()
 }
@@ -248,7 +249,7 @@ impl<E: Packed> World<E> {
             n: self.n,
             weights: self.panels.as_ptr(),
             bias: std::ptr::null(),
-            adapter: (self.r > 0).then(|| Adapter {
+            adapter: (self.r > 0).then_some(Adapter {
                 rank: self.r,
                 scale: 2.0,
                 a: self.a.as_ptr(),
