@@ -178,7 +178,12 @@ impl Adapter {
     pub(crate) fn check_fits(&self, config: &ModelConfig) -> Result<()> {
         let base = config.projections();
         let misfit = |m: &&Module| base.get(&m.name) != Some(&m.size);
-        let rest: Vec<&str> = self.modules.iter().filter(misfit).map(|m| &*m.name).collect();
+        let rest: Vec<&str> = self
+            .modules
+            .iter()
+            .filter(misfit)
+            .map(|m| &*m.name)
+            .collect();
         if rest.is_empty() {
             return Ok(());
         }

@@ -220,7 +220,9 @@ pub enum Error {
         problem: String,
     },
     /// More tokens than a model or its cache can hold.
-    #[error("{tokens} tokens are too many: the model, or the cache made for it, holds {limit}; shorten the prompt")]
+    #[error(
+        "{tokens} tokens are too many: the model, or the cache made for it, holds {limit}; shorten the prompt"
+    )]
     TooLong {
         /// Tokens given.
         tokens: usize,

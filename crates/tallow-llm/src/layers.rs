@@ -116,10 +116,7 @@ impl<'a> Forward<'a> {
             return Ok((k, v));
         };
         let (old_k, old_v) = cache.layer(layer)?;
-        let (k, v) = (
-            old_k.kv_write(&k, self.pos)?,
-            old_v.kv_write(&v, self.pos)?,
-        );
+        let (k, v) = (old_k.kv_write(&k, self.pos)?, old_v.kv_write(&v, self.pos)?);
         self.updates.push((old_k.clone(), k.clone()));
         self.updates.push((old_v.clone(), v.clone()));
         Ok((k, v))

@@ -81,8 +81,8 @@ impl Check {
 /// A folder that is not laid out like this (see the module), a model or adapter that cannot be loaded, a
 /// reference without any of the quantities.
 pub fn verify(session: &Session, dir: &Path) -> Result<Vec<Check>> {
-    let reference = Reference::open(dir)?;
     let model = Model::load(session, dir, &LoadOptions::default())?;
+    let reference = Reference::open(dir)?;
     let ids = reference.input_ids(&model)?;
     let mut checks = vec![
         logits(&model, &reference, &ids, None)?,
@@ -143,8 +143,7 @@ fn logits(model: &Model, r: &Reference, ids: &Ids, adapter: Option<&Adapter>) ->
     let mut worst = (0.0, 0);
     for (i, (g, w)) in got.iter().zip(&want).enumerate() {
         let d = (f64::from(*g) - f64::from(*w)).abs();
-        // True for NaN, which must not be lost.
-        if !matches!(d.partial_cmp(&worst.0), Some(std::cmp::Ordering::Less)) {
+        if d > worst.0 || d.is_nan() {
             worst = (d, i);
         }
         if d.is_nan() {
@@ -211,7 +210,6 @@ fn worst_part(
 ) -> Check {
     let mut worst: Option<&(String, f64)> = None;
     for part in parts {
-        // `!(a <= b)` is true for NaN.
         if worst.is_none_or(|w| part.1.is_nan() || part.1 > w.1) {
             worst = Some(part);
         }

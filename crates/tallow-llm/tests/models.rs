@@ -2,7 +2,13 @@
 //! Invariant: every number compared comes from another program, or from another way through this one.
 //! Absent on purpose: speed.
 
+#[path = "models/adapters.rs"]
+mod adapters;
+#[path = "models/generation.rs"]
+mod generation;
 #[path = "models/goldens.rs"]
 mod goldens;
+#[path = "models/shapes.rs"]
+mod shapes;
 #[path = "models/support.rs"]
 mod support;

@@ -41,7 +41,9 @@ pub(super) fn checks(
         Check::absent(quantity, tolerance, &what)
     };
     let mut step = Step::record(model, adapter, ids, r)?;
-    let (lr, weight_decay) = steps.as_ref().map_or((0.0, 0.0), |s| (s.lr, s.weight_decay));
+    let (lr, weight_decay) = steps
+        .as_ref()
+        .map_or((0.0, 0.0), |s| (s.lr, s.weight_decay));
     let first = step.run(model, 1, lr, weight_decay)?;
     let gradient = model.session.read(&step.program.outputs[1])?;
 
@@ -178,9 +180,10 @@ impl Step {
 fn targets(ids: &Ids) -> Vec<u32> {
     let mut targets = vec![NO_TARGET; ids.ids.len()];
     for (row, out) in ids.ids.chunks(ids.t).zip(targets.chunks_mut(ids.t)) {
-        for next in UNCOUNTED.max(1)..ids.t {
-            out[next - 1] = row[next];
-        }
+        // Position `i` is to say label `i + 1`.
+        let labels = row.iter().skip(UNCOUNTED);
+        let says = out.iter_mut().skip(UNCOUNTED - 1);
+        says.zip(labels).for_each(|(to, label)| *to = *label);
     }
     targets
 }
