@@ -137,11 +137,25 @@ impl KernelSpec {
             Body::Composite(c) => c.name().into(),
         }
     }
-    /// Bytes read and written once each.
+    /// Bytes read and written once each. Of a table or a cache only the rows that are touched count.
     pub fn bytes(&self) -> usize {
+        let rows = match &self.body {
+            Body::Gather => self.outputs[0]
+                .as_ref()
+                .map(|o| (1, o.bytes() + self.gathered(o))),
+            Body::Composite(Composite::KvWrite(_)) => Some((2, 2 * self.inputs[1].bytes())),
+            _ => None,
+        };
+        if let Some((index, bytes)) = rows {
+            return bytes + self.inputs[index].bytes();
+        }
         let ins: usize = self.inputs.iter().map(Operand::bytes).sum();
         let outs: usize = self.outputs.iter().flatten().map(Operand::bytes).sum();
         ins + outs
+    }
+    /// Bytes of the table's rows that a gather reads.
+    fn gathered(&self, out: &Operand) -> usize {
+        out.layout.shape.numel() * self.inputs[0].dtype.bytes()
     }
     /// Arithmetic of one run.
     pub fn flops(&self) -> f64 {
