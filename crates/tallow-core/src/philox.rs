@@ -7,6 +7,7 @@ const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
 /// Four random words for `counter` under `key`.
+#[inline]
 pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..10 {
         if round > 0 {
@@ -25,11 +26,13 @@ pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 }
 
 /// A random word as a number in `[0, 1)` that f32 holds exactly.
+#[inline]
 pub fn unit(word: u32) -> f32 {
     (word >> 8) as f32 / (1 << 24) as f32
 }
 
 /// Element `index` of the draw `id` under `seed`: lane `index % 4` of counter `[index / 4, 0, id, 0]`.
+#[inline]
 pub fn uniform(seed: [u32; 2], id: u32, index: usize) -> f32 {
     let block = (index / 4) as u64;
     let words = philox4x32([block as u32, (block >> 32) as u32, id, 0], seed);
