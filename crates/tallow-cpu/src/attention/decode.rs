@@ -28,7 +28,7 @@ pub(super) unsafe fn run(args: &Forward, exec: Exec<'_>) {
         hi - lo
     };
     let most = (0..shape.b).map(seen).max().unwrap_or(0);
-    let head_ns = most * (shape.group() * (shape.d / 16 + 4) + shape.d / 8) / 4 + 50;
+    let head_ns = most * (shape.group() * (shape.d / 16 + 4) + shape.d / 8) / 2 + 50;
     // SAFETY: the caller's promise.
     unsafe { exec.over(shape.b * shape.hk, head_ns, &DecodeHeads(args)) }
 }

@@ -211,6 +211,52 @@ fn layouts_of_operands() {
 }
 
 #[test]
+fn random_programs_keep_their_registers_apart() {
+    let mut rng = Rng::fresh();
+    // Sums and maxima of small integers are exact, so any mixed-up register shows.
+    let ops = [
+        ScalarOp::Add,
+        ScalarOp::Sub,
+        ScalarOp::Max,
+        ScalarOp::Min,
+        ScalarOp::Neg,
+    ];
+    for n in [1, 33, 600] {
+        for _ in 0..40 {
+            let mut insts = Vec::new();
+            for i in 0..rng.next_u64() % 16 + 1 {
+                let mut name = || (rng.next_u64() % (3 + i)) as u16;
+                let args = [name(), name()];
+                let op = ops[(rng.next_u64() % 5) as usize];
+                insts.push(match rng.next_u64() % 6 {
+                    0 => constant((rng.next_u64() % 9) as f32),
+                    _ => apply(op, &args[..op.arity()]),
+                });
+            }
+            let regs = 3 + insts.len() as u64;
+            let outputs: Vec<u16> = (0..rng.next_u64() % 3 + 1)
+                .map(|_| (rng.next_u64() % regs) as u16)
+                .collect();
+            let p = program(3, insts, &outputs);
+            let mut input = || (0..n).map(|_| (rng.next_u64() % 19) as f32 - 9.0).collect();
+            let inputs = [0; 3].map(|_| (input(), vec![1]));
+            everywhere(|exec| {
+                let (y, want) = run(&p, &[n], &inputs, exec);
+                for (y, want) in y.iter().zip(&want) {
+                    let y: Vec<f64> = y.iter().map(|y| f64::from(*y)).collect();
+                    assert_eq!(y, *want, "{p:?}");
+                }
+                // The sign of a zero is not part of a maximum's meaning.
+                y.iter()
+                    .flatten()
+                    .flat_map(|y| (y + 0.0).to_ne_bytes())
+                    .collect()
+            });
+        }
+    }
+}
+
+#[test]
 fn a_result_may_lie_where_an_operand_does() {
     let mut rng = Rng::fresh();
     // gelu's tanh form of x, then the product with y: x is used early and late.
