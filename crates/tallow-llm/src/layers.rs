@@ -98,8 +98,9 @@ impl<'a> Forward<'a> {
         let (b, t) = (x.dims()[0], x.dims()[1]);
         let qkv = self.project(x, layer.at, &["q_proj", "k_proj", "v_proj"], None)?;
         let heads = |from: usize, n: usize| qkv.slice(2, from * d, n * d)?.reshape([b, t, n, d]);
-        let rope = |x: Tensor| x.rope(self.pos, &self.model.inv_freq);
-        let (q, k) = (rope(heads(0, h)?)?, rope(heads(h, hk)?)?);
+        // Queries and keys lie side by side and turn alike.
+        let qk = heads(0, h + hk)?.rope(self.pos, &self.model.inv_freq)?;
+        let (q, k) = (qk.slice(2, 0, h)?, qk.slice(2, h, hk)?);
         let (k, v) = self.remember(layer.index, k, heads(h + hk, hk)?)?;
         let scale = 1.0 / (d as f32).sqrt();
         let mask = Mask::Causal {
