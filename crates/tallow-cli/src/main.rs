@@ -1,6 +1,6 @@
 //! The binary `tallow`. Parses the command line, runs one verb, turns the result into an exit code.
 //! Invariant: a mistake or a failure is one line on stderr that begins with "error:", with exit code 2; 1 means
-//! that `verify` or `doctor` measured something out of tolerance; 130 that Ctrl-C was pressed.
+//! that `verify` measured something out of tolerance; 130 that Ctrl-C was pressed.
 //! Absent on purpose: anything a library crate could do.
 #![forbid(unsafe_code)]
 

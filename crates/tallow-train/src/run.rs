@@ -231,7 +231,7 @@ impl Run<'_> {
             seconds,
         })?;
         match config.eval_every {
-            Some(every) if step % every == 0 && step < self.total => self.evaluate(),
+            Some(every) if step.is_multiple_of(every) && step < self.total => self.evaluate(),
             _ => Ok(()),
         }
     }

@@ -28,8 +28,8 @@ mod tax;
 
 use tax::Tax;
 
-/// Prompts shown side by side.
-const PROMPTS: usize = 3;
+/// Lines of the test text whose questions are asked.
+const ASKED: [usize; 3] = [0, 35, 70];
 /// Most tokens of an answer.
 const ANSWER_TOKENS: usize = 48;
 /// Where a line's question ends and its answer begins.
@@ -64,7 +64,7 @@ fn config(seed: u64) -> TrainConfig {
         eps: 1e-8,
         clip: Some(1.0),
         seed,
-        eval_every: Some(100),
+        eval_every: Some(125),
     }
 }
 
@@ -199,9 +199,9 @@ fn samples(
     let mut bare = Generator::new(model, None, options())?;
     let mut tuned = Generator::new(model, adapter, options())?;
     let mut all = vec![];
-    for text in Lines::open(test)? {
+    for (i, text) in Lines::open(test)?.enumerate() {
         let text = text?;
-        let Some(at) = text.rfind(ANSWER) else {
+        let Some(at) = text.rfind(ANSWER).filter(|_| ASKED.contains(&i)) else {
             continue;
         };
         let (prompt, wanted) = text.split_at(at + ANSWER.len());
@@ -212,9 +212,6 @@ fn samples(
             bare: bare.generate(tokenizer, prompt)?.text.trim().to_owned(),
             tuned: tuned.generate(tokenizer, prompt)?.text.trim().to_owned(),
         });
-        if all.len() == PROMPTS {
-            break;
-        }
     }
     Ok(all)
 }
@@ -260,7 +257,7 @@ fn ending(args: &Args, seconds: f64) -> String {
     let dir = args.out.display();
     format!(
         "\nAll in {seconds:.0} s. In {dir}: adapter/ (PEFT's format), curve.svg, model/ and data/. Try next:\n\
-         \x20 tallow generate --model {dir}/model --adapter {dir}/adapter --temperature 0.8 --prompt $'table: songs\\ncolumns: Title, Year\\nQ: Which songs are from 1999?\\nA:'\n\
+         \x20 tallow generate --model {dir}/model --adapter {dir}/adapter --prompt $'table: 1-1\\ncolumns: Player, Position, Team\\nQ: Who plays for Toronto?\\nA:'\n\
          \x20 tallow train --model {dir}/model --data {dir}/data/train.jsonl --valid {dir}/data/valid.jsonl --out {dir}/mine --rank 16 --epochs 3 --lr 3e-3\n\
          \x20 tallow explain train --model {dir}/model --time"
     )
