@@ -11,10 +11,7 @@ use crate::{
 };
 use anyhow::Result;
 use serde_json::{Value, json};
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{path::PathBuf, time::Instant};
 use tallow::{
     llm::{
         Adapter, ComputeDType, GenerateOptions, Generator, Model, Sampling, Targets, Tokenizer,
@@ -88,62 +85,45 @@ struct Sample {
 
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let start = Instant::now();
-    let say = |text: String| match args.json {
-        true => Ok(()),
-        false => out::line(text),
-    };
     files::prepare_output_dir(&args.out)?;
     let folder = assets::unpack(&args.out)?;
     let from = ModelArgs {
         model: folder.model.clone(),
         dtype: ComputeDType::F32,
     };
-    let model = from.load(global)?;
-    let tokenizer = from.tokenizer()?;
-    say(format!(
+    let demo = Demo {
+        args,
+        model: from.load(global)?,
+        tokenizer: from.tokenizer()?,
+        folder,
+    };
+    let c = &demo.model.config;
+    demo.say(format!(
         "A small Llama ({} layers, hidden {}) that knows English prose and no SQL learns WikiSQL.",
-        model.config.layers, model.config.hidden
+        c.layers, c.hidden
     ))?;
-    let before = Evaluator::new(&model, None).run(&folder.valid, &tokenizer)?;
-    say(format!(
-        "before: loss {:.3} a token on 100 lines it never trains on\n",
-        before.loss
+    let before = demo.evaluate(None)?;
+    demo.say(format!(
+        "before: loss {:.3} a token on {} lines it never trains on\n",
+        before.loss, before.lines
     ))?;
-
-    let mut progress = Progress::new(match args.json {
-        true => Show::Nothing,
-        false => Show::Progress,
-    });
-    let adapter_dir = args.out.join("adapter");
-    let summary = fine_tune(
-        &model,
-        &tokenizer,
-        &folder,
-        &adapter_dir,
-        args.seed,
-        &mut progress,
-    )?;
-    let curve = args.out.join("curve.svg");
-    chart::svg(&curve, &progress.curve, &progress.evals)?;
-    let smooth = chart::smooth(&progress.curve, 10);
-    say(format!("\n{}", chart::braille(&smooth).join("\n")))?;
-
+    let summary = demo.fine_tune()?;
     // From here on the adapter that was saved, read back as anyone would.
-    let adapter = open::adapter(&model, Some(&adapter_dir))?;
-    let after = Evaluator::new(&model, adapter.as_ref()).run(&folder.valid, &tokenizer)?;
-    say(format!(
+    let adapter = open::adapter(&demo.model, Some(&demo.adapter_dir()))?;
+    let after = demo.evaluate(adapter.as_ref())?;
+    demo.say(format!(
         "\nafter: loss {:.3} (was {:.3}); {:.0} tokens/s over {} steps",
         after.loss,
         before.loss,
         summary.tokens_per_s(),
         summary.steps
     ))?;
-    let samples = samples(&model, adapter.as_ref(), &tokenizer, &folder.test)?;
+    let samples = demo.samples(adapter.as_ref())?;
     for s in &samples {
-        say(s.show())?;
+        demo.say(s.show())?;
     }
-    let tax = tax::measure(&model, adapter.as_ref())?;
-    say(format!("\n{}", tax.show()))?;
+    let tax = tax::measure(&demo.model, adapter.as_ref())?;
+    demo.say(format!("\n{}", tax.show()))?;
     let report = Report {
         before,
         after,
@@ -159,61 +139,93 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     Ok(Outcome::Fine)
 }
 
-fn fine_tune(
-    model: &Model,
-    tokenizer: &Tokenizer,
-    folder: &assets::Unpacked,
-    out: &Path,
-    seed: u64,
-    progress: &mut Progress,
-) -> Result<Summary> {
-    let adapter_config = open::fresh(8, Some(16.0), Targets::AllLinear)?;
-    let adapter = Adapter::new(model, &adapter_config, seed)?;
-    let job = Job {
-        model,
-        tokenizer,
-        adapter: &adapter,
-        data: &folder.train,
-        valid: Some(&folder.valid),
-        out,
-        base_name: &folder.model.display().to_string(),
-        config: &config(seed),
-        notes: notes(&adapter_config, ComputeDType::F32.name()),
-    };
-    run_job(&job, progress)
+/// What every part of the demo works with.
+struct Demo<'a> {
+    args: &'a Args,
+    model: Model,
+    tokenizer: Tokenizer,
+    folder: assets::Unpacked,
 }
 
-/// Answers to unseen questions, likeliest token by token, without and with the adapter.
-fn samples(
-    model: &Model,
-    adapter: Option<&Adapter>,
-    tokenizer: &Tokenizer,
-    test: &Path,
-) -> Result<Vec<Sample>> {
-    let options = || GenerateOptions {
-        sampling: Sampling::greedy(),
-        max_new_tokens: ANSWER_TOKENS,
-        stop: vec!["\n".to_owned()],
-        ignore_eos: false,
-    };
-    let mut bare = Generator::new(model, None, options())?;
-    let mut tuned = Generator::new(model, adapter, options())?;
-    let mut all = vec![];
-    for (i, text) in Lines::open(test)?.enumerate() {
-        let text = text?;
-        let Some(at) = text.rfind(ANSWER).filter(|_| ASKED.contains(&i)) else {
-            continue;
-        };
-        let (prompt, wanted) = text.split_at(at + ANSWER.len());
-        let question = prompt.trim_end_matches(ANSWER).lines().last();
-        all.push(Sample {
-            question: question.unwrap_or(prompt).to_owned(),
-            wanted: wanted.trim().to_owned(),
-            bare: bare.generate(tokenizer, prompt)?.text.trim().to_owned(),
-            tuned: tuned.generate(tokenizer, prompt)?.text.trim().to_owned(),
-        });
+impl Demo<'_> {
+    fn say(&self, text: String) -> Result<()> {
+        match self.args.json {
+            true => Ok(()),
+            false => out::line(text),
+        }
     }
-    Ok(all)
+
+    fn adapter_dir(&self) -> PathBuf {
+        self.args.out.join("adapter")
+    }
+
+    fn evaluate(&self, adapter: Option<&Adapter>) -> Result<Evaluation> {
+        let mut evaluator = Evaluator::new(&self.model, adapter);
+        Ok(evaluator.run(&self.folder.valid, &self.tokenizer)?)
+    }
+
+    /// Trains, saves the adapter, draws the curve.
+    fn fine_tune(&self) -> Result<Summary> {
+        let adapter_config = open::fresh(8, Some(16.0), Targets::AllLinear)?;
+        let seed = self.args.seed;
+        let job = Job {
+            model: &self.model,
+            tokenizer: &self.tokenizer,
+            adapter: &Adapter::new(&self.model, &adapter_config, seed)?,
+            data: &self.folder.train,
+            valid: Some(&self.folder.valid),
+            out: &self.adapter_dir(),
+            base_name: &self.folder.model.display().to_string(),
+            config: &config(seed),
+            notes: notes(&adapter_config, ComputeDType::F32.name()),
+        };
+        let mut progress = Progress::new(match self.args.json {
+            true => Show::Nothing,
+            false => Show::Progress,
+        });
+        let summary = run_job(&job, &mut progress)?;
+        let curve = self.args.out.join("curve.svg");
+        chart::svg(&curve, &progress.curve, &progress.evals)?;
+        let smooth = chart::smooth(&progress.curve, 10);
+        self.say(format!("\n{}", chart::braille(&smooth).join("\n")))?;
+        Ok(summary)
+    }
+
+    /// Answers to unseen questions, likeliest token by token, without and with the adapter.
+    fn samples(&self, adapter: Option<&Adapter>) -> Result<Vec<Sample>> {
+        let options = || GenerateOptions {
+            sampling: Sampling::greedy(),
+            max_new_tokens: ANSWER_TOKENS,
+            stop: vec!["\n".to_owned()],
+            ignore_eos: false,
+        };
+        let mut bare = Generator::new(&self.model, None, options())?;
+        let mut tuned = Generator::new(&self.model, adapter, options())?;
+        let mut all = vec![];
+        for (i, text) in Lines::open(&self.folder.test)?.enumerate() {
+            let text = text?;
+            let Some(at) = text.rfind(ANSWER).filter(|_| ASKED.contains(&i)) else {
+                continue;
+            };
+            let (prompt, wanted) = text.split_at(at + ANSWER.len());
+            let question = prompt.trim_end_matches(ANSWER).lines().last();
+            all.push(Sample {
+                question: question.unwrap_or(prompt).to_owned(),
+                wanted: wanted.trim().to_owned(),
+                bare: bare
+                    .generate(&self.tokenizer, prompt)?
+                    .text
+                    .trim()
+                    .to_owned(),
+                tuned: tuned
+                    .generate(&self.tokenizer, prompt)?
+                    .text
+                    .trim()
+                    .to_owned(),
+            });
+        }
+        Ok(all)
+    }
 }
 
 impl Sample {

@@ -31,71 +31,48 @@ struct CacheLevel {
     shared_by: String,
 }
 
+/// What is known without measuring.
+struct Machine {
+    processor: String,
+    features: Vec<&'static str>,
+    isa: Isa,
+    threads: usize,
+    logical: usize,
+    caches: Vec<CacheLevel>,
+}
+
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let session = open::session(global, ComputeDType::F32)?;
-    let isa = Isa::detect()?;
-    let threads = match global.threads {
-        Some(n) => n,
-        None => pool::threads_from_env()?,
+    let machine = Machine {
+        processor: processor(),
+        features: features(),
+        isa: Isa::detect()?,
+        threads: match global.threads {
+            Some(n) => n,
+            None => pool::threads_from_env()?,
+        },
+        logical: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        caches: caches(),
     };
-    let caches = caches();
-    let model = processor();
-    let available: Vec<&str> = Isa::available().map(Isa::name).collect();
-    let logical = std::thread::available_parallelism().map_or(1, |n| n.get());
     if !args.json {
-        out::line(format!(
-            "tallow {} for {}-{}; devices: {}; models: {}",
-            env!("CARGO_PKG_VERSION"),
-            std::env::consts::ARCH,
-            std::env::consts::OS,
-            tallow::BACKENDS.join(", "),
-            Family::ALL.map(Family::architecture).join(", "),
-        ))?;
-        out::line(format!("processor   {model}"))?;
-        out::line(format!("features    {}", features().join(" ")))?;
-        out::line(format!(
-            "kernels     {} (this machine could run {}; TALLOW_ISA chooses)",
-            isa.name(),
-            available.join(", "),
-        ))?;
-        out::line(format!(
-            "threads     {threads} of {logical} logical processors (--threads or TALLOW_THREADS chooses)"
-        ))?;
-        for c in &caches {
-            out::line(format!(
-                "cache       L{} {} {}, shared by processors {}",
-                c.level, c.kind, c.size, c.shared_by
-            ))?;
-        }
+        machine.show()?;
     }
-    let rates = selftest::rates(&session, threads)?;
+    let rates = selftest::rates(&session, machine.threads)?;
     let checks = selftest::checks(&session)?;
     let pass = checks.iter().all(selftest::Check::pass);
     if args.json {
-        let cache = |c: &CacheLevel| json!({ "level": c.level, "kind": c.kind, "size": c.size, "shared_by": c.shared_by });
-        out::json(&json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "devices": tallow::BACKENDS,
-            "architectures": Family::ALL.map(Family::architecture),
-            "arch": std::env::consts::ARCH,
-            "os": std::env::consts::OS,
-            "processor": model,
-            "features": features(),
-            "isa": isa.name(),
-            "isa_available": available,
-            "threads": threads,
-            "logical_processors": logical,
-            "caches": caches.iter().map(cache).collect::<Vec<_>>(),
-            "read_bytes_per_s": rates.read_bytes_per_s,
-            "product_flops": rates.product_flops,
-            "self_test": checks.iter().map(selftest::Check::json).collect::<Vec<Value>>(),
-            "pass": pass,
-        }))?;
+        let mut report = machine.json();
+        report["read_bytes_per_s"] = json!(rates.read_bytes_per_s);
+        report["product_flops"] = json!(rates.product_flops);
+        report["self_test"] = checks.iter().map(selftest::Check::json).collect();
+        report["pass"] = json!(pass);
+        out::json(&report)?;
     } else {
         out::line(format!(
-            "speed       reads memory at {:.1} GB/s, multiplies 512 x 1024 x 1024 at {:.0} GFLOP/s (f32, {threads} threads)",
+            "speed       reads memory at {:.1} GB/s, multiplies 512 x 1024 x 1024 at {:.0} GFLOP/s (f32, {} threads)",
             rates.read_bytes_per_s / 1e9,
             rates.product_flops / 1e9,
+            machine.threads,
         ))?;
         for c in &checks {
             out::line(c.line())?;
@@ -106,6 +83,59 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         false => Err(anyhow!(
             "the self-test failed: results of this build on this machine cannot be trusted; try another TALLOW_ISA and report it"
         )),
+    }
+}
+
+impl Machine {
+    fn isa_names() -> Vec<&'static str> {
+        Isa::available().map(Isa::name).collect()
+    }
+
+    fn show(&self) -> Result<()> {
+        out::line(format!(
+            "tallow {} for {}-{}; devices: {}; models: {}",
+            env!("CARGO_PKG_VERSION"),
+            std::env::consts::ARCH,
+            std::env::consts::OS,
+            tallow::BACKENDS.join(", "),
+            Family::ALL.map(Family::architecture).join(", "),
+        ))?;
+        out::line(format!("processor   {}", self.processor))?;
+        out::line(format!("features    {}", self.features.join(" ")))?;
+        out::line(format!(
+            "kernels     {} (this machine could run {}; TALLOW_ISA chooses)",
+            self.isa.name(),
+            Self::isa_names().join(", "),
+        ))?;
+        out::line(format!(
+            "threads     {} of {} logical processors (--threads or TALLOW_THREADS chooses)",
+            self.threads, self.logical
+        ))?;
+        for c in &self.caches {
+            out::line(format!(
+                "cache       L{} {} {}, shared by processors {}",
+                c.level, c.kind, c.size, c.shared_by
+            ))?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        let cache = |c: &CacheLevel| json!({ "level": c.level, "kind": c.kind, "size": c.size, "shared_by": c.shared_by });
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "devices": tallow::BACKENDS,
+            "architectures": Family::ALL.map(Family::architecture),
+            "arch": std::env::consts::ARCH,
+            "os": std::env::consts::OS,
+            "processor": self.processor,
+            "features": self.features,
+            "isa": self.isa.name(),
+            "isa_available": Self::isa_names(),
+            "threads": self.threads,
+            "logical_processors": self.logical,
+            "caches": self.caches.iter().map(cache).collect::<Vec<_>>(),
+        })
     }
 }
 
