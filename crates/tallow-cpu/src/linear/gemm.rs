@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use super::dots::{self, Dots};
+use super::pack::turn;
 use super::split::Split;
 use super::{Raw, Rows};
 use crate::exec::Exec;
@@ -282,7 +283,7 @@ impl Part<'_> {
             let (mut whole, mut across) = (0, 0);
             if b.row == 1 {
                 (whole, across) = (terms - terms % 4, cols - cols % 4);
-                turn(from, b.col, (whole, across), self.scratch);
+                turn(from, b.col, (whole, across), 1.0, self.scratch);
             }
             for i in 0..terms {
                 for j in if i < whole { across } else { 0 }..cols {
@@ -306,30 +307,6 @@ impl Part<'_> {
             let row =
                 unsafe { std::slice::from_raw_parts_mut(self.c(column).add(i * job.c.row), cols) };
             row.iter_mut().for_each(|v| *v *= job.alpha);
-        }
-    }
-}
-
-/// `to[i, j] = from[j, i]`, `i < terms`, `j < cols`, both multiples of four, in blocks of four by
-/// four, which compilers turn into shuffles. Rows of `from` are `stride` apart, those of `to` 32.
-///
-/// # Safety
-/// The elements are readable and writable.
-unsafe fn turn(from: *const f32, stride: usize, (terms, cols): (usize, usize), to: *mut f32) {
-    // Sixteen terms at a time: a cache line of `from` is used up while it is there.
-    for start in (0..terms).step_by(16) {
-        for j in (0..cols).step_by(4) {
-            for i in (start..terms.min(start + 16)).step_by(4) {
-                // SAFETY: the block at `(i, j)` lies inside, for both extents are multiples of four.
-                unsafe {
-                    let at = |q: usize| from.add((j + q) * stride + i).cast::<[f32; 4]>();
-                    let block: [[f32; 4]; 4] = std::array::from_fn(|q| at(q).read_unaligned());
-                    for q in 0..4 {
-                        let row = to.add((i + q) * NR + j).cast::<[f32; 4]>();
-                        row.write_unaligned(block.map(|r| r[q]));
-                    }
-                }
-            }
         }
     }
 }

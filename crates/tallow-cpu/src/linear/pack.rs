@@ -152,16 +152,47 @@ pub(crate) unsafe fn tail_panel(
     scale: f32,
     out: *mut f32,
 ) {
+    let (whole, across) = (r - r % 4, columns - columns % 4);
     // SAFETY: `j < columns <= 32` and `i < r`.
     unsafe {
-        for j in 0..columns {
-            for i in 0..r {
+        if columns < NR {
+            std::slice::from_raw_parts_mut(out, r * NR).fill(0.0);
+        }
+        turn(b, r, (whole, across), scale, out);
+        for i in 0..r {
+            for j in if i < whole { across } else { 0 }..columns {
                 *out.add(i * NR + j) = scale * *b.add(j * r + i);
             }
         }
-        for i in 0..r {
-            for j in columns..NR {
-                *out.add(i * NR + j) = 0.0;
+    }
+}
+
+/// `to[i, j] = scale * from[j, i]`, `i < terms`, `j < cols`, both multiples of four, in blocks of
+/// four by four, which compilers turn into shuffles. Rows of `from` are `stride` apart, those of
+/// `to` 32.
+///
+/// # Safety
+/// The elements are readable and writable.
+pub(super) unsafe fn turn(
+    from: *const f32,
+    stride: usize,
+    (terms, cols): (usize, usize),
+    scale: f32,
+    to: *mut f32,
+) {
+    // Sixteen terms at a time: a cache line of `from` is used up while it is there.
+    for start in (0..terms).step_by(16) {
+        for j in (0..cols).step_by(4) {
+            for i in (start..terms.min(start + 16)).step_by(4) {
+                // SAFETY: the block at `(i, j)` lies inside, for both extents are multiples of four.
+                unsafe {
+                    let at = |q: usize| from.add((j + q) * stride + i).cast::<[f32; 4]>();
+                    let block: [[f32; 4]; 4] = std::array::from_fn(|q| at(q).read_unaligned());
+                    for q in 0..4 {
+                        let row = to.add((i + q) * NR + j).cast::<[f32; 4]>();
+                        row.write_unaligned(block.map(|r| scale * r[q]));
+                    }
+                }
             }
         }
     }

@@ -15,6 +15,9 @@ const MIN_CYCLES: usize = 6000;
 /// Tasks a thread, so that a thread that comes late leaves its share to others.
 const PER_THREAD: usize = 4;
 
+/// Panels that one row is multiplied with at once (see `tile::Strip`).
+const STRIP: usize = 4;
+
 /// A product cut into `row_blocks * groups` tasks.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Split {
@@ -24,6 +27,8 @@ pub(super) struct Split {
     pub(super) rows: usize,
     row_blocks: usize,
     groups: usize,
+    /// Panels that a group begins on multiples of.
+    unit: usize,
 }
 
 impl Split {
@@ -47,13 +52,21 @@ impl Split {
             .max(1);
         let rows = m.div_ceil(row_blocks).next_multiple_of(MR).min(m).max(1);
         let row_blocks = m.div_ceil(rows);
-        let groups = want.div_ceil(row_blocks.max(1)).clamp(1, panels.max(1));
+        // One row is multiplied with several panels at once, where there are enough of them.
+        let unit = if m == 1 && panels >= STRIP * want {
+            STRIP
+        } else {
+            1
+        };
+        let most = panels.div_ceil(unit).max(1);
+        let groups = want.div_ceil(row_blocks.max(1)).clamp(1, most);
         Self {
             m,
             panels,
             rows,
             row_blocks,
             groups,
+            unit,
         }
     }
 
@@ -65,7 +78,8 @@ impl Split {
     pub(super) fn task(&self, task: usize) -> (usize, Range<usize>, Range<usize>) {
         let (block, group) = (task / self.groups, task % self.groups);
         let rows = block * self.rows..self.m.min((block + 1) * self.rows);
-        let cut = |g: usize| g * self.panels / self.groups;
+        let units = self.panels.div_ceil(self.unit);
+        let cut = |g: usize| (g * units / self.groups * self.unit).min(self.panels);
         (block, rows, cut(group)..cut(group + 1))
     }
 }
