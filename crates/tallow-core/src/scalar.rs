@@ -68,6 +68,8 @@ table! {
     Rsqrt,   1, "rsqrt",   |x| 1.0 / x[0].sqrt(),       "rsqrtf({0})",          "inverseSqrt({0})";
     /// `1 / a`
     Recip,   1, "recip",   |x| 1.0 / x[0],              "(1.0f / {0})",         "(1.0 / {0})";
+    /// The largest whole number not above `a`.
+    Floor,   1, "floor",   |x| x[0].floor(),            "floorf({0})",          "floor({0})";
 }
 
 /// Target language of [`ScalarProgram::render`].

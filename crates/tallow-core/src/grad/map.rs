@@ -10,7 +10,7 @@ use crate::{
 /// The functions whose slope is 0 wherever they have one, as a pattern.
 macro_rules! flat {
     () => {
-        Less | Equal
+        Less | Equal | Floor
     };
 }
 
