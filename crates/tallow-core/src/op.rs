@@ -14,6 +14,7 @@ mod attention;
 mod composite;
 mod cross_entropy;
 mod kv_write;
+mod layer_norm;
 mod linear;
 mod norm;
 mod optim;
@@ -30,6 +31,7 @@ composite::composites! {
     attention: Attention, AttentionGrad;
     cross_entropy: CrossEntropy;
     kv_write: KvWrite;
+    layer_norm: LayerNorm;
     linear: Linear, LinearGrad;
     norm: RmsNorm, RmsNormGrad, AddRmsNorm;
     optim: AdamW;

@@ -12,6 +12,7 @@ use tallow_core::{
 };
 
 mod attention;
+mod layer_norm;
 mod linear;
 mod rows;
 mod structural;
@@ -134,6 +135,7 @@ fn offers(cpu: &Cpu, spec: &KernelSpec) -> Vec<Offer> {
             Composite::RmsNorm(n) => one(rows::rms_norm(n.eps.get(), spec)),
             Composite::RmsNormGrad(n) => one(rows::rms_norm_grad(cpu, n, spec)),
             Composite::AddRmsNorm(n) => one(rows::add_rms_norm(n.eps.get(), spec)),
+            Composite::LayerNorm(n) => one(layer_norm::offer(n, spec)),
             Composite::Softmax(_) => one(rows::softmax(spec)),
             Composite::SoftmaxGrad(_) => one(rows::softmax_grad(spec)),
             Composite::Rope(r) => one(rows::rope(cpu, r.inverse, spec)),
