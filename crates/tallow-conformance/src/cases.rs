@@ -92,13 +92,12 @@ pub fn structural() -> Vec<Case> {
         for s in [&[1usize][..], &[7, 33], &[3, 5, 257]] {
             let tys = data(&vec![s; op.arity()]);
             all.push(case(op.name(), &tys, |b, x| {
-                // Domains: logarithm and roots of squares.
-                let x: Vec<NodeId> = match op {
-                    ScalarOp::Log | ScalarOp::Sqrt | ScalarOp::Rsqrt => {
-                        vec![b.map(ScalarOp::Mul, &[x[0], x[0]])?]
+                let mut x = x.to_vec();
+                if op.wants_positive() {
+                    for x in &mut x {
+                        *x = b.map(ScalarOp::Mul, &[*x, *x])?;
                     }
-                    _ => x.to_vec(),
-                };
+                }
                 Ok(vec![b.map(*op, &x)?])
             }));
         }

@@ -87,7 +87,7 @@ impl<'a> Backward<'a> {
         }
         let mut needs = leaf.clone();
         for (id, n) in g.iter() {
-            let smooth = !matches!(n.op, Op::Map(ScalarOp::Less | ScalarOp::Equal));
+            let smooth = !matches!(n.op, Op::Map(s) if map::is_flat(s));
             let float = n.ty.dtype.is_float() || !n.parts.is_empty();
             let below = n.inputs.iter().any(|i| needs[i.index()]);
             needs[id.index()] |= smooth && float && below;

@@ -4,7 +4,9 @@
 
 macro_rules! table {
     ($($(#[$doc:meta])* $V:ident, $n:literal, $name:literal, $eval:expr, $c:literal, $w:literal;)*) => {
-        /// An elementwise function of one to three operands.
+        /// An elementwise function of one to three operands. A backend need not know them all: one it
+        /// has no kernel for runs by [`ScalarOp::eval`].
+        #[non_exhaustive]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum ScalarOp { $($(#[$doc])* $V,)* }
         impl ScalarOp {
@@ -16,6 +18,8 @@ macro_rules! table {
             pub fn name(self) -> &'static str { match self { $(Self::$V => $name,)* } }
             /// Reference meaning, in f64. `x` holds `arity` operands.
             pub fn eval(self, x: &[f64]) -> f64 { match self { $(Self::$V => { let f: fn(&[f64]) -> f64 = $eval; f(x) })* } }
+            /// Does it want positive operands? Asked of the reference.
+            pub fn wants_positive(self) -> bool { self.eval(&[-0.5; 3][..self.arity()]).is_nan() }
             /// Source template in `dialect`; `{0}`.. are the operands.
             pub fn template(self, dialect: Dialect) -> &'static str { match (self, dialect) { $((Self::$V, Dialect::C) => $c, (Self::$V, Dialect::Wgsl) => $w,)* } }
         }
@@ -64,6 +68,8 @@ table! {
     Rsqrt,   1, "rsqrt",   |x| 1.0 / x[0].sqrt(),       "rsqrtf({0})",          "inverseSqrt({0})";
     /// `1 / a`
     Recip,   1, "recip",   |x| 1.0 / x[0],              "(1.0f / {0})",         "(1.0 / {0})";
+    /// The largest whole number not above `a`.
+    Floor,   1, "floor",   |x| x[0].floor(),            "floorf({0})",          "floor({0})";
 }
 
 /// Target language of [`ScalarProgram::render`].

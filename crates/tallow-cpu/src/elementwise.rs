@@ -54,6 +54,8 @@ pub struct Elementwise {
     slots: usize,
     /// 32-bit integers take part: run in f64.
     exact: bool,
+    /// Steps without a vector version.
+    references: usize,
 }
 
 /// A merged operand.
@@ -141,9 +143,20 @@ impl Elementwise {
             exact: all
                 .iter()
                 .any(|o| matches!(o.dtype, DType::I32 | DType::U32)),
+            references: 0,
         };
         compiled.assign();
         compiled
+    }
+
+    /// The kernel's name, which tells where lanes are computed one at a time.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        if self.references > 0 {
+            "map_blocks_reference"
+        } else {
+            "map_blocks"
+        }
     }
 
     /// Scratch elements that `threads` workers need.
@@ -205,6 +218,7 @@ impl Elementwise {
                         }
                     }
                     let slot = free.pop().unwrap_or_else(fresh);
+                    self.references += usize::from(!apply::has_vector(*op));
                     self.steps.push(Step {
                         op: *op,
                         args,
@@ -264,7 +278,8 @@ impl Elementwise {
                 let row_ns = self.len * (8 + 6 * self.program.insts.len());
                 return exec.over(self.rows, row_ns, &exact::Rows(blocks));
             }
-            let lane_ns = |n: usize| n * (2 * operands + 3 * self.steps.len()) / 16 + 20;
+            let vectors = 2 * operands + 3 * self.steps.len();
+            let lane_ns = |n: usize| n * (vectors + 64 * self.references) / 16 + 20;
             let (per_row, rows) = (self.len.div_ceil(LANES), self.block_rows());
             if rows == 1 {
                 exec.over(self.rows * per_row, lane_ns(LANES.min(self.len)), &blocks);

@@ -1,7 +1,8 @@
 //! From kernel specs to kernels: which of this crate's kernels can run a spec, and with what arguments.
 //! Invariant: a candidate is offered only for layouts its kernel reads and writes as they are; a
 //! kernel function touches only the spans that the plan gives it.
-//! Absent on purpose: arithmetic, which lives in the kernel modules.
+//! Absent on purpose: arithmetic, which lives in the kernel modules; a kernel that only this glue calls
+//! may lie in one file with its binding (`layer_norm`).
 use crate::{device::Cpu, exec::Exec};
 use std::{collections::HashMap, sync::Arc};
 use tallow_core::{
@@ -11,6 +12,7 @@ use tallow_core::{
 };
 
 mod attention;
+mod layer_norm;
 mod linear;
 mod rows;
 mod structural;
@@ -133,12 +135,15 @@ fn offers(cpu: &Cpu, spec: &KernelSpec) -> Vec<Offer> {
             Composite::RmsNorm(n) => one(rows::rms_norm(n.eps.get(), spec)),
             Composite::RmsNormGrad(n) => one(rows::rms_norm_grad(cpu, n, spec)),
             Composite::AddRmsNorm(n) => one(rows::add_rms_norm(n.eps.get(), spec)),
+            Composite::LayerNorm(n) => one(layer_norm::offer(n, spec)),
             Composite::Softmax(_) => one(rows::softmax(spec)),
             Composite::SoftmaxGrad(_) => one(rows::softmax_grad(spec)),
             Composite::Rope(r) => one(rows::rope(cpu, r.inverse, spec)),
             Composite::SwiGlu(_) => one(rows::swiglu(spec)),
             Composite::SwiGluGrad(_) => one(rows::swiglu_grad(spec)),
             Composite::AdamW(_) => one(rows::adamw(spec)),
+            // No kernel: it runs as its decomposition.
+            _ => vec![],
         },
         Body::MatMul { ta, tb, alpha } => linear::matmul(cpu, *ta, *tb, alpha.get(), spec),
         Body::Map(_)

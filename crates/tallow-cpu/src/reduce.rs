@@ -154,7 +154,7 @@ unsafe impl RowKernel for Columns<'_> {
 /// # Safety
 /// The machine has the instructions; they are readable.
 #[inline(always)]
-unsafe fn sum<V: Vector>(x: *const f32, n: usize) -> f32 {
+pub(crate) unsafe fn sum<V: Vector>(x: *const f32, n: usize) -> f32 {
     let mut total = 0.0;
     for piece in (0..n).step_by(PIECE) {
         // SAFETY: the caller's promise.

@@ -1,11 +1,23 @@
 //! Derivatives of the scalar functions: one row each.
 //! Invariant: a rule uses the result where that is cheaper than the operand.
-//! Absent on purpose: `less` and `equal`, which are flat.
+//! Absent on purpose: the slopes of flat functions.
 use crate::{
     Result,
     graph::{Builder, NodeId},
     scalar::ScalarOp::{self, *},
 };
+
+/// The functions whose slope is 0 wherever they have one, as a pattern.
+macro_rules! flat {
+    () => {
+        Less | Equal | Floor
+    };
+}
+
+/// Is its slope 0 wherever it has one? Nothing below it is differentiated through it.
+pub(super) fn is_flat(s: ScalarOp) -> bool {
+    matches!(s, flat!())
+}
 
 /// Cotangents of the operands `x` of `y = s(x)` from the cotangent `d`; only those in `needs` are
 /// built. Ties: `max` and `min` pass everything to the first operand; `abs` has slope 0 at 0.
@@ -32,7 +44,7 @@ fn operand(
     k: usize,
 ) -> Result<Option<NodeId>> {
     Ok(Some(match (s, k) {
-        (Less | Equal, _) | (Select, 0) => return Ok(None),
+        (flat!(), _) | (Select, 0) => return Ok(None),
         (Add, _) | (Sub, 0) => d,
         (Sub, _) | (Neg, _) => b.map(Neg, &[d])?,
         (Mul, _) => b.map(Mul, &[d, x[1 - k]])?,

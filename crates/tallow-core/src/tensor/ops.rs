@@ -97,6 +97,8 @@ impl Tensor {
         rsqrt Rsqrt;
         /// `1 / self`.
         recip Recip;
+        /// The largest whole number not above.
+        floor Floor;
     }
     /// `self + v`.
     #[track_caller]
@@ -268,6 +270,12 @@ impl Tensor {
     pub fn rms_norm(&self, w: &Tensor, eps: f32) -> Result<Self> {
         let eps = eps.into();
         Ok(Self::composite(RmsNorm { eps }, &[self, w])?.remove(0))
+    }
+    /// Layer norm of `[.., c]` with weight and bias `[c]`.
+    #[track_caller]
+    pub fn layer_norm(&self, w: &Tensor, b: &Tensor, eps: f32) -> Result<Self> {
+        let eps = eps.into();
+        Ok(Self::composite(LayerNorm { eps }, &[self, w, b])?.remove(0))
     }
     /// Rotary embedding of `[b, t, h, d]` at `pos [b, t]`, with `inv_freq [d/2]` radians a token.
     #[track_caller]

@@ -1,11 +1,12 @@
 //! One instruction over the lanes of a block.
-//! Invariant: lanes are read before they are written, so the result may lie where an operand does.
+//! Invariant: lanes are read before they are written, so the result may lie where an operand does; an
+//! op without a vector version here runs by the table's reference, so a new op runs everywhere.
 //! Absent on purpose: anything that sees more than one lane.
 
 use tallow_core::scalar::ScalarOp;
 
 use crate::exec::spans;
-use crate::simd::Vector;
+use crate::simd::{F32x8, Vector};
 use crate::vecmath::{self, WIDE, log_lane};
 
 /// Lanes computed side by side.
@@ -18,6 +19,26 @@ type Wide = [f32; WIDE];
 /// exactly where the result does or does not overlap it.
 #[inline(always)]
 pub(super) unsafe fn apply<V: Vector>(op: ScalarOp, to: *mut f32, args: [*const f32; 3], n: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if !vector::<V>(op, to, args, n) {
+            reference(op, to, args, n);
+        }
+    }
+}
+
+/// Has `op` a vector version?
+pub(super) fn has_vector(op: ScalarOp) -> bool {
+    // SAFETY: of no lanes, none is read or written; `F32x8` needs nothing of the machine.
+    unsafe { vector::<F32x8>(op, std::ptr::null_mut(), [std::ptr::null(); 3], 0) }
+}
+
+/// [`apply`] for the ops that have a vector version; for others nothing, and false.
+///
+/// # Safety
+/// As for [`apply`].
+#[inline(always)]
+unsafe fn vector<V: Vector>(op: ScalarOp, to: *mut f32, args: [*const f32; 3], n: usize) -> bool {
     let [a, b, c] = args;
     // SAFETY: the caller's promise.
     unsafe {
@@ -48,8 +69,10 @@ pub(super) unsafe fn apply<V: Vector>(op: ScalarOp, to: *mut f32, args: [*const 
             ScalarOp::Sigmoid => {
                 spans!(V, n, i, s => { s.store(vecmath::sigmoid(s.load(a.add(i))), to.add(i)) });
             }
+            _ => return false,
         }
     }
+    true
 }
 
 /// # Safety
@@ -149,6 +172,24 @@ unsafe fn select(to: *mut f32, a: *const f32, b: *const f32, c: *const f32, n: u
                 x[l] = if a[l] != 0.0 { b[l] } else { x[l] };
             }
             write(&x, to.add(i), k);
+        }
+    }
+}
+
+/// The meaning of any op, one lane after another in f64.
+///
+/// # Safety
+/// As for [`apply`].
+pub(super) unsafe fn reference(op: ScalarOp, to: *mut f32, args: [*const f32; 3], n: usize) {
+    let mut x = [0.0; 3];
+    let x = &mut x[..op.arity()];
+    for i in 0..n {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (x, from) in x.iter_mut().zip(&args) {
+                *x = f64::from(*from.add(i));
+            }
+            *to.add(i) = op.eval(x) as f32;
         }
     }
 }

@@ -149,6 +149,35 @@ fn every_op_over_plain_and_special_numbers() {
 }
 
 #[test]
+fn an_op_without_a_vector_version_runs_by_its_reference() {
+    let mut rng = Rng::fresh();
+    for op in ScalarOp::ALL {
+        let inputs: Vec<Vec<f32>> = (0..op.arity()).map(|_| rng.vec(37)).collect();
+        let mut y = inputs[0].clone();
+        let mut args = [std::ptr::null(); 3];
+        for (arg, x) in args.iter_mut().zip(&inputs) {
+            *arg = x.as_ptr();
+        }
+        args[0] = y.as_ptr();
+        // SAFETY: 37 elements each; the result lies exactly where the first argument does.
+        unsafe { apply::reference(*op, y.as_mut_ptr(), args, 37) };
+        for i in 0..37 {
+            let x: Vec<f64> = inputs.iter().map(|x| f64::from(x[i])).collect();
+            let want = op.eval(&x) as f32;
+            assert!(y[i] == want || (y[i].is_nan() && want.is_nan()), "{op:?}");
+        }
+        let registers: Vec<u16> = (0..op.arity() as u16).collect();
+        let n_inputs = op.arity() as u16;
+        let p = program(n_inputs, vec![apply(*op, &registers)], &[n_inputs]);
+        let operands = vec![f32_operand(vec![1]); op.arity()];
+        let code = Elementwise::new(&p, &[37], &operands, &[f32_operand(vec![1])]);
+        let slow = code.name() == "map_blocks_reference";
+        assert_eq!(slow, !apply::has_vector(*op), "{op:?}");
+    }
+    assert!(apply::has_vector(ScalarOp::Add));
+}
+
+#[test]
 fn layouts_of_operands() {
     let mut rng = Rng::fresh();
     // (a * b + c, and -b): with constants, two outputs, operands of many layouts.

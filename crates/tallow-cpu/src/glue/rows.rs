@@ -10,14 +10,16 @@ use crate::{
 };
 use tallow_core::{kernel::KernelSpec, op::RmsNormGrad, types::DType};
 
-fn read(io: &Io, i: usize, ld: usize) -> Rows {
+/// Operand `i` as rows `ld` apart.
+pub(super) fn read(io: &Io, i: usize, ld: usize) -> Rows {
     Rows {
         ptr: io.read(i),
         ld,
     }
 }
 
-fn write(io: &Io, i: usize, ld: usize) -> Rows<*mut f32> {
+/// Result `i` as rows `ld` apart.
+pub(super) fn write(io: &Io, i: usize, ld: usize) -> Rows<*mut f32> {
     Rows {
         ptr: io.write(i),
         ld,
@@ -25,14 +27,15 @@ fn write(io: &Io, i: usize, ld: usize) -> Rows<*mut f32> {
 }
 
 /// Extents `[rows, c]` of the first operand and the row stride of every operand and result.
-struct Strides {
-    rows: usize,
-    c: usize,
-    ins: Vec<usize>,
-    outs: Vec<usize>,
+pub(super) struct Strides {
+    pub(super) rows: usize,
+    pub(super) c: usize,
+    pub(super) ins: Vec<usize>,
+    pub(super) outs: Vec<usize>,
 }
 
-fn strides(spec: &KernelSpec) -> Option<Strides> {
+/// Nothing if one is not dense rows.
+pub(super) fn strides(spec: &KernelSpec) -> Option<Strides> {
     let s = &spec.inputs[0].layout.shape;
     let out = |o: &Option<_>| o.as_ref().map_or(Some(0), row_stride);
     Some(Strides {

@@ -78,13 +78,13 @@ fn map(cpu: &Cpu, p: &ScalarProgram, spec: &KernelSpec) -> Option<Offer> {
     };
     let ins: Vec<_> = spec.inputs.iter().map(operand).collect();
     let code = Elementwise::new(p, shape, &ins, &[operand(out)]);
-    let scratch = code.workspace_elems(cpu.threads());
+    let (name, scratch) = (code.name(), code.workspace_elems(cpu.threads()));
     let run = move |io: &Io| {
         // SAFETY: the plan's spans hold the operands with these strides; the planner lets a result
         // lie only exactly where an operand of its type does.
         unsafe { code.run(io.exec, io.reads, io.writes, io.workspace.0.cast()) };
     };
-    Some(Offer::new("map_blocks", run).scratch(scratch))
+    Some(Offer::new(name, run).scratch(scratch))
 }
 
 /// Extents or strides, right-aligned in the kernel's fixed rank.
