@@ -4,10 +4,10 @@
 mod canonical;
 mod edit;
 pub mod expand;
+pub mod fuse;
 pub mod group;
 pub mod recognise;
 pub mod simplify;
-pub mod fuse;
 #[cfg(test)]
 mod testing;
 pub use canonical::canonical;
