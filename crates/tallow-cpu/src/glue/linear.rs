@@ -549,10 +549,13 @@ fn matrices(o: &Operand, transposed: bool) -> Option<Matrices> {
     })
 }
 
-/// Cross entropy of rows under a frozen projection.
+/// Cross entropy of rows under a projection: f32 weights are read where they lie, others from panels.
 pub(super) fn cross_entropy(cpu: &Cpu, spec: &KernelSpec) -> Option<Offer> {
     let (x, w) = (&spec.inputs[0], &spec.inputs[1]);
-    order(w).filter(|_| w.frozen && w.dtype.is_float())?;
+    let in_place = w.dtype == DType::F32 && w.is_dense();
+    if !in_place {
+        order(w).filter(|_| w.frozen && w.dtype.is_float())?;
+    }
     let (rows, c, v) = (
         x.layout.shape.0[0],
         x.layout.shape.0[1],
@@ -580,7 +583,10 @@ pub(super) fn cross_entropy(cpu: &Cpu, spec: &KernelSpec) -> Option<Offer> {
                 ld: x_row,
             },
             w: io.read(1),
-            layout: loss::WeightLayout::Panels,
+            layout: match in_place {
+                true => loss::WeightLayout::Rows(c),
+                false => loss::WeightLayout::Panels,
+            },
             targets: io.read(2),
             nll: io.write(0),
             dx: crate::norm::Rows {
@@ -592,9 +598,13 @@ pub(super) fn cross_entropy(cpu: &Cpu, spec: &KernelSpec) -> Option<Offer> {
         // SAFETY: the plan's spans hold these arrays; results and workspace overlap nothing.
         unsafe { job.run(io.exec) };
     };
-    let offer = Offer::new("cross_entropy_chunks_f32", run);
+    let name = match in_place {
+        true => "cross_entropy_rows_f32",
+        false => "cross_entropy_panels_f32",
+    };
+    let offer = Offer::new(name, run);
     Some(Offer {
-        prepare: vec![(1, format)],
+        prepare: if in_place { vec![] } else { vec![(1, format)] },
         ..offer.scratch(scratch)
     })
 }
