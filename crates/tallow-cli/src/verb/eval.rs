@@ -16,7 +16,7 @@ pub(crate) struct Args {
     /// Adapter folder, in PEFT's format.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// JSON lines, {"text": "..."}; each is evaluated as <bos> + text + <eos>.
+    /// JSON lines, {"text": "..."}; each is evaluated as bos + text + eos.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Print one JSON document.

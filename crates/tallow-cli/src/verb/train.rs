@@ -17,7 +17,7 @@ use tallow::{
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to train on: JSON lines, {"text": "..."}; each becomes <bos> + text + <eos>.
+    /// Text to train on: JSON lines, {"text": "..."}; each becomes bos + text + eos.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Folder for the adapter.
