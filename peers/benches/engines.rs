@@ -5,12 +5,13 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use tallow_peers::candle::{Attention, Candle, CandleDecoder};
+use tallow_peers::tallow::Tallow;
 use tallow_peers::weights::{AdapterShape, Batch, ModelShape, Weights};
 use tallow_peers::{Contender, Result, Settings, Summary, rounds, versions};
 
 fn main() -> Result<()> {
     let settings = Settings {
-        rounds: argument("--rounds")?.unwrap_or(9),
+        rounds: argument("--rounds")?.unwrap_or(15),
         steps: argument("--steps")?.unwrap_or(4),
         batch: (4, 128),
         decode: (32, 64),
@@ -32,9 +33,12 @@ fn main() -> Result<()> {
         "candle: {alive} of {} adapter gradients are non-zero",
         norms.len()
     );
-    let mut contenders: Vec<Box<dyn Contender>> = vec![Box::new(candle)];
-    rounds::print(&rounds::run(&shape, &mut contenders, &settings)?);
-    Ok(())
+    // The last one is what the others are compared with.
+    let mut contenders: Vec<Box<dyn Contender>> =
+        vec![Box::new(Tallow::new(&weights)?), Box::new(candle)];
+    let all = rounds::run(&shape, &mut contenders, &settings)?;
+    rounds::print(&all);
+    rounds::check(&all)
 }
 
 /// The attention path that decodes fastest here, and the medians of all.

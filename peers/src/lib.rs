@@ -8,6 +8,7 @@ pub mod candle;
 pub mod products;
 pub mod rounds;
 pub mod stats;
+pub mod tallow;
 pub mod versions;
 pub mod weights;
 

@@ -32,7 +32,7 @@ pub struct Round {
     pub train_tok_per_s: Vec<f64>,
     /// Generated tokens a second, the prompt's time included.
     pub decode_tok_per_s: Vec<f64>,
-    /// Loss of every step, in order.
+    /// Loss of every step, in order, from the same start for everyone.
     pub losses: Vec<f32>,
     /// Tokens of the first decode.
     pub greedy: Vec<u32>,
@@ -55,19 +55,11 @@ pub fn run(
         })
         .collect();
     let prompt = Batch::random(shape, 1, settings.decode.0, 77).ids;
-    let mut step = 0;
+    // The same in every round, so that they are learnt and a forgotten update shows in the losses.
+    let batches: Vec<Batch> = (0..settings.steps as u64)
+        .map(|i| Batch::random(shape, settings.batch.0, settings.batch.1, 1000 + i))
+        .collect();
     for round in 0..=settings.rounds {
-        let batches: Vec<Batch> = (0..settings.steps)
-            .map(|i| {
-                Batch::random(
-                    shape,
-                    settings.batch.0,
-                    settings.batch.1,
-                    1000 + step + i as u64,
-                )
-            })
-            .collect();
-        step += settings.steps as u64;
         for turn in 0..contenders.len() {
             let who = (turn + round) % contenders.len();
             let contender = &mut contenders[who];
@@ -116,24 +108,64 @@ pub fn print(all: &[Round]) {
             );
         }
     }
-    for round in all {
-        let same = round
-            .greedy
-            .iter()
-            .zip(&base.greedy)
-            .take_while(|(a, b)| a == b)
-            .count();
-        let apart = round
-            .losses
-            .iter()
-            .zip(&base.losses)
+}
+
+/// Largest relative difference of losses that may be called equal.
+const LOSSES_APART: f32 = 1e-5;
+
+/// Prints how far everyone's losses and greedy tokens are from the last contender's.
+///
+/// # Errors
+/// Losses or tokens that differ: the times were not of the same work.
+pub fn check(all: &[Round]) -> Result<()> {
+    let Some((base, others)) = all.split_last() else {
+        return Ok(());
+    };
+    for round in others {
+        let greedy = round.greedy.iter().zip(&base.greedy);
+        let same = greedy.take_while(|(a, b)| a == b).count();
+        let losses = round.losses.iter().zip(&base.losses);
+        let apart = losses
             .map(|(a, b)| ((a - b) / b).abs())
-            .fold(0.0, f32::max);
+            .fold(
+                0.0,
+                |most: f32, x| if x > most || x.is_nan() { x } else { most },
+            );
+        let (name, other, tokens) = (&round.name, &base.name, base.greedy.len());
+        let ends =
+            [round.losses.first(), round.losses.last()].map(|l| l.copied().unwrap_or(f32::NAN));
         println!(
-            "check {:<28} losses within {apart:.1e} of {}, greedy equal for {same} of {}",
-            round.name,
-            base.name,
-            base.greedy.len()
+            "check {name}: losses {:.4} to {:.4}, all {} within {apart:.1e} of {other}, greedy equal for {same} of {tokens}",
+            ends[0],
+            ends[1],
+            round.losses.len()
         );
+        if same < tokens || apart.is_nan() || apart > LOSSES_APART {
+            return Err(format!("INVALID: {name} and {other} did not compute the same").into());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_losses_or_tokens_are_an_error() {
+        let base = Round {
+            losses: vec![8.0, 7.0],
+            greedy: vec![1, 2],
+            ..Round::default()
+        };
+        let against = |change: fn(&mut Round)| {
+            let mut other = base.clone();
+            change(&mut other);
+            check(&[other, base.clone()]).is_ok()
+        };
+        assert!(against(|r| r.losses[1] = 7.000_01));
+        assert!(!against(|r| r.losses[1] = 7.1));
+        assert!(!against(|r| r.losses[0] = f32::NAN));
+        assert!(!against(|r| r.greedy[1] = 3));
     }
 }

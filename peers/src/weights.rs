@@ -1,6 +1,6 @@
 //! The model that every contender runs, as plain rows of f32, and the ids it runs on.
-//! Invariant: names, layout ([out, in]) and seed are the same for everyone; `write_dir` gives it to engines that load
-//! a Hugging Face directory.
+//! Invariant: names, layout ([out, in]) and seed are the same for everyone; `write_dir` and `write_adapter` give
+//! it to engines that load Hugging Face directories.
 //! Absent on purpose: a tokenizer. Ids are random.
 
 use std::collections::BTreeMap;
@@ -187,24 +187,43 @@ impl Weights {
             "bos_token_id": 0, "eos_token_id": 1,
         });
         std::fs::write(dir.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-        let bytes: Vec<(&String, &Rows, Vec<u8>)> = self
-            .base
-            .iter()
-            .map(|(name, rows)| {
-                let raw = rows.data.iter().flat_map(|v| v.to_le_bytes()).collect();
-                (name, rows, raw)
-            })
-            .collect();
-        let views = bytes
-            .iter()
-            .map(|(name, rows, raw)| {
-                Ok((*name, TensorView::new(Dtype::F32, rows.shape.clone(), raw)?))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let file = safetensors::serialize(views, None)?;
-        std::fs::write(dir.join("model.safetensors"), file)?;
-        Ok(())
+        write_tensors(&dir.join("model.safetensors"), "", &self.base)
     }
+
+    /// Writes the adapter as PEFT lays it out, in f32.
+    ///
+    /// # Errors
+    /// Any failure to create or write the files.
+    pub fn write_adapter(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir)?;
+        let config = serde_json::json!({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": true,
+            "r": self.adapter.rank, "lora_alpha": self.adapter.alpha, "lora_dropout": 0.0,
+            "target_modules": self.adapter.modules,
+        });
+        let path = dir.join("adapter_config.json");
+        std::fs::write(path, serde_json::to_vec_pretty(&config)?)?;
+        let path = dir.join("adapter_model.safetensors");
+        write_tensors(&path, "base_model.model.", &self.lora)
+    }
+}
+
+/// Writes f32 tensors as one safetensors file, every name behind `prefix`.
+fn write_tensors(path: &Path, prefix: &str, tensors: &BTreeMap<String, Rows>) -> Result<()> {
+    let bytes: Vec<(String, &Rows, Vec<u8>)> = tensors
+        .iter()
+        .map(|(name, rows)| {
+            let raw = rows.data.iter().flat_map(|v| v.to_le_bytes()).collect();
+            (format!("{prefix}{name}"), rows, raw)
+        })
+        .collect();
+    let views = bytes
+        .iter()
+        .map(|(name, rows, raw)| Ok((name, TensorView::new(Dtype::F32, rows.shape.clone(), raw)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let file = safetensors::serialize(views, None)?;
+    std::fs::write(path, file)?;
+    Ok(())
 }
 
 /// Names and extents of the base tensors.
