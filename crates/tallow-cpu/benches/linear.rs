@@ -198,6 +198,7 @@ struct World<E> {
     a: Vec<f32>,
     b: Vec<f32>,
     tail: Vec<f32>,
+    turned: Vec<f32>,
     hidden: Vec<f32>,
     workspace: Vec<f32>,
 }
@@ -218,6 +219,9 @@ impl<E: Packed> World<E> {
         let b = random(n * r, 3);
         let mut tail = vec![0.0; packed_len(n, r)];
         pack_tail(&b, (n, r), 2.0, &mut tail);
+        let a = random(r * k, 2);
+        let mut turned = vec![0.0; head_len(r, k)];
+        pack_head(&a, (r, k), &mut turned);
         let (x, y) = if forward {
             (m * k, m * n)
         } else {
@@ -231,9 +235,10 @@ impl<E: Packed> World<E> {
             x: random(x, 5),
             y: vec![0.0; y],
             panels,
-            a: random(r * k, 2),
+            a,
             b,
             tail,
+            turned,
             hidden: vec![0.0; m * r],
             workspace: Vec::new(),
         };
@@ -256,6 +261,14 @@ impl<E: Packed> World<E> {
                 b: self.b.as_ptr(),
                 tail: if packed_tail {
                     self.tail.as_ptr()
+                } else {
+                    std::ptr::null()
+                },
+                turned: if packed_tail
+                    && self.m == 1
+                    && self.r <= tallow_cpu::tile::head_limit(Isa::best())
+                {
+                    self.turned.as_ptr()
                 } else {
                     std::ptr::null()
                 },

@@ -1,6 +1,7 @@
 //! The LoRA linear: the adapter rides in the matrix product, forward and backward; and its gradients.
 //! Invariant: an output's bits depend on the instruction set and on the sizes it is a sum over, not
-//! on the number of rows, the threads, or which other projections share the call.
+//! on the number of rows, the threads, or which other projections share the call (one row with a
+//! turned `A` has bits of its own).
 //! Absent on purpose: gradients of frozen weights, dropout, merging an adapter into a weight.
 //!
 //! A *linear* has one input `x: [m, k]` and blocks (projections that share `x`: q, k, v). Block `i`
@@ -24,7 +25,7 @@ pub use backward::{Backward, backward, backward_workspace};
 pub use forward::{Forward, forward, forward_workspace};
 pub use gemm::{Gemm, Strided, gemm, gemm_workspace};
 pub use outer::{Outer, outer};
-pub use pack::{Packed, Source, pack_kn, pack_nk, pack_tail, packed_len};
+pub use pack::{Packed, Source, head_len, pack_head, pack_kn, pack_nk, pack_tail, packed_len};
 
 /// An adapter of one block. Matrices are row-major and dense.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +40,9 @@ pub struct Adapter {
     pub b: *const f32,
     /// `s B` packed by [`pack_tail`], or null: then the forward product packs `b` as it goes.
     pub tail: *const f32,
+    /// `A` turned by [`pack_head`], or null. With `tail` and one row, `h` is then summed in the same
+    /// pass over `x` as `y`, and `a` is not read; its last bits differ from those of `a`'s way.
+    pub turned: *const f32,
 }
 
 /// One projection of a linear. `E` is what its panels are made of: `f32` or `bf16`.

@@ -6,7 +6,7 @@
 
 mod strip;
 
-pub use strip::{Strip, run_strip};
+pub use strip::{HEAD_PAD, Head, Strip, head_limit, run_strip};
 
 use half::bf16;
 

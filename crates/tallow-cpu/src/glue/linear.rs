@@ -6,11 +6,11 @@ use crate::{
     device::Cpu,
     linear::{
         Adapter, Backward, Block, Forward, Gemm, Outer, Packed, Rows, Source, Strided,
-        backward_workspace, forward_workspace, gemm_workspace, outer, pack_kn, pack_nk, pack_tail,
-        packed_len,
+        backward_workspace, forward_workspace, gemm_workspace, head_len, outer, pack_head, pack_kn,
+        pack_nk, pack_tail, packed_len,
     },
     loss,
-    tile::Element,
+    tile::{Element, head_limit},
 };
 use half::{bf16, f16};
 use tallow_core::{
@@ -24,6 +24,7 @@ const NK_BF16: &str = "panels32_bf16";
 const KN_F32: &str = "panels32_grad_f32";
 const KN_BF16: &str = "panels32_grad_bf16";
 const TAIL: &str = "tail32_f32";
+const HEAD: &str = "turned_f32";
 
 /// How an operand `[n, k]` lies in memory.
 #[derive(Clone, Copy, PartialEq)]
@@ -82,6 +83,12 @@ pub(super) unsafe fn prepare(
                 let b = std::slice::from_raw_parts(from.cast::<f32>(), n * r);
                 let out = std::slice::from_raw_parts_mut(to.cast::<f32>(), f.bytes / 4);
                 pack_tail(b, (n, r), f.scale.get(), out);
+            }
+            HEAD => {
+                let (r, k) = (op.layout.shape.0[0], op.layout.shape.0[1]);
+                let a = std::slice::from_raw_parts(from.cast::<f32>(), r * k);
+                let out = std::slice::from_raw_parts_mut(to.cast::<f32>(), f.bytes / 4);
+                pack_head(a, (r, k), out);
             }
             NK_F32 => pack_any::<f32>(cpu, from, op, false, to, f.bytes / 4),
             KN_F32 => pack_any::<f32>(cpu, from, op, true, to, f.bytes / 4),
@@ -143,6 +150,8 @@ struct Part {
     adapter: Option<(usize, f32)>,
     /// `B` comes packed and scaled.
     packed_tail: bool,
+    /// `A` comes turned.
+    turned: bool,
 }
 
 impl Part {
@@ -154,12 +163,17 @@ impl Part {
                 true => (std::ptr::null(), io.read(b)),
                 false => (io.read(b), std::ptr::null()),
             };
+            let (a, turned) = match self.turned {
+                true => (std::ptr::null(), io.read(a)),
+                false => (io.read(a), std::ptr::null()),
+            };
             Adapter {
                 rank,
                 scale,
-                a: io.read(a),
+                a,
                 b,
                 tail,
+                turned,
             }
         });
         Block {
@@ -188,7 +202,7 @@ fn parts(
         if at.bias.is_some_and(|i| !spec.inputs[i].is_dense()) {
             return None;
         }
-        let mut packed_tail = false;
+        let (mut packed_tail, mut turned) = (false, false);
         if let (Some((ia, ib)), Some((r, scale))) = (at.ab, b.adapter) {
             let (a, up) = (&spec.inputs[ia], &spec.inputs[ib]);
             if !a.is_dense() || !up.is_dense() || r == 0 {
@@ -202,6 +216,17 @@ fn parts(
                 };
                 prepare.push((ib, format));
                 packed_tail = true;
+                // One row: `A` is read in step with the weights.
+                let one = spec.inputs[0].layout.shape.rows() == 1;
+                if one && a.frozen && r <= head_limit(cpu.isa()) {
+                    let format = Format {
+                        name: HEAD,
+                        bytes: head_len(r, a.layout.shape.last()) * 4,
+                        scale: Bits::from(1.0),
+                    };
+                    prepare.push((ia, format));
+                    turned = true;
+                }
             }
         }
         parts.push(Part {
@@ -209,6 +234,7 @@ fn parts(
             at: *at,
             adapter: b.adapter.map(|(r, s)| (r, s.get())),
             packed_tail,
+            turned,
         });
     }
     Some((parts, prepare))
@@ -222,6 +248,7 @@ fn shapes<E>(parts: &[Part]) -> Vec<Block<E>> {
             a: std::ptr::null(),
             b: std::ptr::null(),
             tail: std::ptr::null(),
+            turned: std::ptr::null(),
         })
     };
     let block = |p: &Part| Block {

@@ -8,7 +8,7 @@ use super::product::{PIECE, Product, Tails, copy_len};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
 use super::{Block, Raw, Rows, add_to};
 use crate::exec::Exec;
-use crate::tile::{self, Element, NR, Tail, Tile};
+use crate::tile::{self, Element, Head, NR, Tail, Tile};
 
 /// A backward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
 #[derive(Clone, Copy, Debug)]
@@ -202,6 +202,7 @@ impl<E: Element> Part<'_, E> {
                 y_row: job.dx.row,
                 accumulate: i > 0 || job.residual.is(job.dx),
                 scratch: self.scratch.wrapping_add(Scratch::new(job.blocks).copy),
+                head: Head::NONE,
             };
             let dh = self.scratch.wrapping_add(1 + MAX_ROWS * rank).cast_const();
             let each = |p: usize| self.tail(block, p, dh);

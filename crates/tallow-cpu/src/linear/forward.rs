@@ -10,7 +10,7 @@ use super::product::{Product, Tails, copy_len};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
 use super::{Block, Raw, Rows, add_to};
 use crate::exec::Exec;
-use crate::tile::{Element, NR, Tail};
+use crate::tile::{Element, HEAD_PAD, Head, NR, Tail};
 
 /// A forward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +53,7 @@ impl Scratch {
         let total: usize = blocks.iter().map(Block::rank).sum();
         let largest = blocks.iter().map(Block::rank).max().unwrap_or(0);
         let h = blocks.len();
-        let tail = h + MAX_ROWS * total;
+        let tail = h + MAX_ROWS * total + HEAD_PAD;
         let copy = tail + NR * largest;
         Self {
             h,
@@ -100,6 +100,12 @@ pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspac
     });
 }
 
+/// `h` of a block, and how it is made if it is not there yet.
+struct Hidden {
+    at: *const f32,
+    head: Head,
+}
+
 /// Rows `row..row + m` of a job on one worker.
 struct Part<'a, E> {
     exec: Exec<'a>,
@@ -126,8 +132,11 @@ impl<E: Element> Part<'_, E> {
                 // SAFETY: the caller's promise; `column` and `rank` are where the block's outputs
                 // and its part of `h` begin.
                 unsafe {
-                    let h = self.hidden(i, block, rank, from == 0);
-                    self.panels(block, from..to, column, h);
+                    let hidden = self.hidden(i, block, rank);
+                    self.panels(block, from..to, column, &hidden);
+                    if from == 0 {
+                        self.keep(block, rank, hidden.at);
+                    }
                 }
             }
             first += count;
@@ -136,20 +145,34 @@ impl<E: Element> Part<'_, E> {
         }
     }
 
-    /// `h` of a block for these rows, computed unless this worker has it; written out if `keep`.
+    /// `h` of a block for these rows, computed unless this worker has it, or to be computed with the
+    /// next panels.
     ///
     /// # Safety
-    /// As for [`Part::run`].
-    unsafe fn hidden(&self, i: usize, block: &Block<E>, rank: usize, keep: bool) -> *const f32 {
+    /// As for [`Part::run`]. If there is a head, the block's panels are computed next.
+    unsafe fn hidden(&self, i: usize, block: &Block<E>, rank: usize) -> Hidden {
+        let mut head = Head::NONE;
         let Some(adapter) = block.adapter else {
-            return std::ptr::null();
+            return Hidden {
+                at: std::ptr::null(),
+                head,
+            };
         };
         let job = self.job;
         // SAFETY: the scratch holds a key for each block and then `MAX_ROWS` rows of every rank.
         unsafe {
             let key = self.scratch.add(i);
             let h = self.scratch.add(self.at.h + MAX_ROWS * rank);
-            if (*key).to_bits() != self.key {
+            let here = (*key).to_bits() == self.key;
+            let streams = self.m == 1 && !adapter.turned.is_null() && !adapter.tail.is_null();
+            if !here && streams {
+                head = Head {
+                    a: adapter.turned,
+                    out: h,
+                    accumulate: false,
+                    r: adapter.rank,
+                };
+            } else if !here {
                 let dots = Dots {
                     m: self.m,
                     n: adapter.rank,
@@ -162,24 +185,42 @@ impl<E: Element> Part<'_, E> {
                     y_row: adapter.rank,
                 };
                 dots::run(self.exec.isa, &dots);
-                *key = f32::from_bits(self.key);
             }
-            if keep && !job.h.at.is_null() {
-                for row in 0..self.m {
-                    let to = job.h.at.add((self.row + row) * job.h.row + rank);
-                    std::ptr::copy_nonoverlapping(h.add(row * adapter.rank), to, adapter.rank);
-                }
+            *key = f32::from_bits(self.key);
+            Hidden { at: h, head }
+        }
+    }
+
+    /// Writes `h` of a block out for the backward product, if it is wanted.
+    ///
+    /// # Safety
+    /// As for [`Part::run`]; `h` is the block's.
+    unsafe fn keep(&self, block: &Block<E>, rank: usize, h: *const f32) {
+        let (to, r) = (self.job.h, block.rank());
+        if to.at.is_null() || r == 0 {
+            return;
+        }
+        for row in 0..self.m {
+            // SAFETY: the scratch holds `m` rows of `r`, and `to` row `self.row + row`.
+            unsafe {
+                let to = to.at.add((self.row + row) * to.row + rank);
+                std::ptr::copy_nonoverlapping(h.add(row * r), to, r);
             }
-            h
         }
     }
 
     /// Panels of a block whose outputs begin at `column`.
     ///
     /// # Safety
-    /// As for [`Part::run`]; `h` is the block's.
-    unsafe fn panels(&self, block: &Block<E>, panels: Range<usize>, column: usize, h: *const f32) {
-        let job = self.job;
+    /// As for [`Part::run`]; `hidden` is the block's.
+    unsafe fn panels(
+        &self,
+        block: &Block<E>,
+        panels: Range<usize>,
+        column: usize,
+        hidden: &Hidden,
+    ) {
+        let (job, h) = (self.job, hidden.at);
         let first = panels.start * NR;
         let product = Product {
             isa: self.exec.isa,
@@ -193,6 +234,7 @@ impl<E: Element> Part<'_, E> {
             y_row: job.y.row,
             accumulate: job.residual.is(job.y),
             scratch: self.scratch.wrapping_add(self.at.copy),
+            head: hidden.head,
         };
         let y = Rows {
             at: product.y.wrapping_add(first),

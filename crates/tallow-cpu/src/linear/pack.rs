@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::Raw;
 use crate::pool::Pool;
-use crate::tile::{Element, NR};
+use crate::tile::{Element, HEAD_PAD, NR};
 
 /// A number that weights are stored as in a checkpoint.
 pub trait Source: Copy + Send + Sync + 'static {
@@ -138,6 +138,35 @@ pub fn pack_tail(b: &[f32], (n, r): (usize, usize), scale: f32, out: &mut [f32])
         let rows = &b[p * NR * r..n.min((p + 1) * NR) * r];
         // SAFETY: `rows` has `columns * r` elements and `panel` `r * 32`.
         unsafe { tail_panel(rows.as_ptr(), rows.len() / r, r, scale, panel.as_mut_ptr()) };
+    }
+}
+
+/// Elements of an `A: [r, k]` turned by [`pack_head`].
+#[must_use]
+pub fn head_len(r: usize, k: usize) -> usize {
+    r * k + HEAD_PAD
+}
+
+/// Turns `a: [r, k]`, row-major, to `out: [k][r]` and some zeros, for a forward product of one row.
+///
+/// # Panics
+/// If `a` has not `r * k` elements or `out` not `head_len(r, k)`.
+pub fn pack_head(a: &[f32], (r, k): (usize, usize), out: &mut [f32]) {
+    assert_eq!(
+        a.len(),
+        r * k,
+        "bug in tallow: pack_head: want r * k elements"
+    );
+    assert_eq!(
+        out.len(),
+        head_len(r, k),
+        "bug in tallow: pack_head: want head_len(r, k)"
+    );
+    out[r * k..].fill(0.0);
+    for (i, row) in a.chunks_exact(k.max(1)).enumerate() {
+        for (l, &v) in row.iter().enumerate() {
+            out[l * r + i] = v;
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::split::MAX_ROWS;
 use crate::simd::{Isa, prefetch_far};
-use crate::tile::{Element, MR, NR, Strip, Tail, Tile, run_strip, run_with_tail};
+use crate::tile::{Element, Head, MR, NR, Strip, Tail, Tile, run_strip, run_with_tail};
 
 /// The longest piece of a sum: a panel's piece and that of [`MAX_ROWS`] rows fit the second-level
 /// cache, and rounding errors grow slower than in one chain.
@@ -42,6 +42,8 @@ pub(super) struct Product<E> {
     pub(super) accumulate: bool,
     /// `copy_len(k)` floats.
     pub(super) scratch: *mut f32,
+    /// For one row with a packed tail: its `x` is made on the way.
+    pub(super) head: Head,
 }
 
 /// The tail of the panels of a product.
@@ -184,6 +186,14 @@ impl<E: Element> Product<E> {
             tail_x: tail.x,
             tail_k: tail.k,
             tail: tail.panel,
+            head: Head {
+                a: match self.head.a.is_null() {
+                    true => std::ptr::null(),
+                    false => self.head.a.wrapping_add(piece.from * self.head.r),
+                },
+                accumulate: piece.from > 0,
+                ..self.head
+            },
             y: self.y.wrapping_add(first),
             columns: self.n.min(panels.end * NR) - first,
             accumulate: piece.accumulate,

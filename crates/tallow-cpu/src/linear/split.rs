@@ -12,6 +12,9 @@ pub(super) const MAX_ROWS: usize = 8 * MR;
 pub(super) const MIN_ROWS: usize = 4 * MR;
 /// The least work of a task in cycles of the multipliers, a microsecond or two.
 const MIN_CYCLES: usize = 6000;
+/// Cycles to load a row of a panel: from the second-level cache, from the last one.
+const LOAD: usize = 5;
+const COLD_LOAD: usize = 16;
 /// Tasks a thread, so that a thread that comes late leaves its share to others.
 const PER_THREAD: usize = 4;
 
@@ -39,12 +42,17 @@ impl Split {
         limits: RangeInclusive<usize>,
         threads: usize,
     ) -> Self {
-        // A panel's row costs two cycles a row of `x`, and at least the time to load it.
-        let cycles = panels.max(1) * k * (2 * m).max(5);
+        // A panel's row costs two cycles a row of `x`, and at least the time to load it. One row is a
+        // decoded token: all weights are read for it, so they come from afar.
+        let (load, per_thread) = match m {
+            1 => (COLD_LOAD, PER_THREAD / 2),
+            _ => (LOAD, PER_THREAD),
+        };
+        let cycles = panels.max(1) * k * (2 * m).max(load);
         let want = if threads == 1 {
             1
         } else {
-            (threads * PER_THREAD).min(cycles / MIN_CYCLES)
+            (threads * per_thread).min(cycles / MIN_CYCLES)
         };
         let row_blocks = m
             .div_ceil(*limits.end())

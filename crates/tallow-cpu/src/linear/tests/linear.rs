@@ -14,8 +14,8 @@ fn run_forward<E: Packed>(
     world: &World,
     panels: &[Vec<E>],
 ) -> (Matrix, Matrix) {
-    let tails = world.tails(case);
-    let blocks = world.blocks(case, panels, &tails);
+    let (tails, heads) = (world.tails(case), world.heads(case));
+    let blocks = world.blocks(case, panels, &tails, &heads);
     let mut y = Matrix::poisoned(case.m, case.n());
     let mut h = Matrix::poisoned(case.m, case.r());
     let mut workspace = vec![POISON; forward_workspace(&blocks, case.k, pool.threads())];
@@ -92,7 +92,7 @@ fn run_backward(
     panels: &[Vec<f32>],
     need_dx: bool,
 ) -> (Matrix, Matrix) {
-    let blocks = world.blocks(case, panels, &[]);
+    let blocks = world.blocks(case, panels, &[], &[]);
     let mut dx = Matrix::poisoned(case.m, case.k);
     let mut dh = Matrix::poisoned(case.m, case.r());
     let mut workspace = vec![POISON; backward_workspace(&blocks, pool.threads())];
@@ -199,6 +199,7 @@ fn no_rows_is_no_work() {
         bias: true,
         residual: true,
         packed_tail: false,
+        turned: false,
     };
     for pool in pools() {
         check_forward(
@@ -230,6 +231,7 @@ fn the_adapter_adds_what_it_says_and_costs_a_bare_block_nothing() {
             bias: false,
             residual: false,
             packed_tail: false,
+            turned: false,
         };
         let mut world = World::new(&adapted, &mut rng);
         let bare = Case {
@@ -282,6 +284,7 @@ fn a_residual_may_be_the_output_itself() {
         bias: true,
         residual: true,
         packed_tail: false,
+        turned: false,
     };
     let world = World::new(&case, &mut rng);
     let panels = [
@@ -298,7 +301,7 @@ fn a_residual_may_be_the_output_itself() {
             data: world.residual.data.clone(),
         };
         let (mut y, mut dx) = (copy(), copy());
-        let blocks = world.blocks(&case, &panels[0], &[]);
+        let blocks = world.blocks(&case, &panels[0], &[], &[]);
         let mut workspace =
             vec![POISON; forward_workspace(&blocks, case.k, 2).max(backward_workspace(&blocks, 2))];
         let job = Forward {
@@ -312,7 +315,7 @@ fn a_residual_may_be_the_output_itself() {
         };
         // SAFETY: every matrix has the size that the case asks for; `residual` is `y`.
         unsafe { forward(exec, &job, &mut workspace) };
-        let blocks = world.blocks(&case, &panels[1], &[]);
+        let blocks = world.blocks(&case, &panels[1], &[], &[]);
         let job = Backward {
             m: case.m,
             k: case.k,
@@ -352,6 +355,7 @@ fn bf16_panels_are_the_rounded_weights() {
                 bias: true,
                 residual: false,
                 packed_tail: true,
+                turned: false,
             };
             let mut world = World::new(&case, &mut rng);
             let (narrow, _) = run_forward(
@@ -383,6 +387,7 @@ fn bits_do_not_depend_on_the_batch() {
             bias: true,
             residual: false,
             packed_tail: true,
+            turned: false,
         };
         let world = World::new(&case, &mut rng);
         let panels = world.panels::<f32>(&case, true);

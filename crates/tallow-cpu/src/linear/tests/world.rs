@@ -13,6 +13,8 @@ pub(super) struct Case {
     pub(super) bias: bool,
     pub(super) residual: bool,
     pub(super) packed_tail: bool,
+    /// `A` comes turned too, where its rank allows; for one row.
+    pub(super) turned: bool,
 }
 
 impl Case {
@@ -70,6 +72,7 @@ impl World {
         case: &Case,
         panels: &'a [Vec<E>],
         tails: &'a [Vec<f32>],
+        heads: &'a [Vec<f32>],
     ) -> Vec<Block<E>> {
         let block = |i: usize| Block {
             n: case.blocks[i].0,
@@ -93,6 +96,10 @@ impl World {
                 } else {
                     std::ptr::null()
                 },
+                turned: match heads.get(i) {
+                    Some(head) if case.turned && case.blocks[i].1 <= 16 => head.as_ptr(),
+                    _ => std::ptr::null(),
+                },
             }),
         };
         (0..case.blocks.len()).map(block).collect()
@@ -106,6 +113,16 @@ impl World {
             out
         };
         (0..case.blocks.len()).map(tail).collect()
+    }
+
+    pub(super) fn heads(&self, case: &Case) -> Vec<Vec<f32>> {
+        let head = |i: usize| {
+            let (r, k) = (case.blocks[i].1, case.k);
+            let mut out = vec![POISON; head_len(r, k)];
+            pack_head(&self.a[i][..r * k], (r, k), &mut out);
+            out
+        };
+        (0..case.blocks.len()).map(head).collect()
     }
 
     pub(super) fn panels<E: Packed>(&self, case: &Case, forward: bool) -> Vec<Vec<E>> {
@@ -156,7 +173,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
             let count = pick(&[1, 1, 2, 3]);
             let blocks = (0..count).map(|_| (pick(&SIZES), pick(&ranks))).collect();
             let mut flip = || pick(&[0, 1]) == 1;
-            let (bias, residual, packed_tail) = (flip(), flip(), flip());
+            let (bias, residual, packed_tail, turned) = (flip(), flip(), flip(), flip());
             cases.push(Case {
                 m,
                 k,
@@ -164,6 +181,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
                 bias,
                 residual,
                 packed_tail,
+                turned,
             });
         }
     }
@@ -175,6 +193,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         bias: true,
         residual: true,
         packed_tail: false,
+        turned: false,
     });
     // Rows (with the gap) that fall on the same cache lines.
     let blocks = vec![(100, 3), (921, 0)];
@@ -185,6 +204,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         bias: true,
         residual: false,
         packed_tail: true,
+        turned: true,
     });
     let blocks = vec![(70, 4)];
     cases.push(Case {
@@ -194,6 +214,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         bias: false,
         residual: false,
         packed_tail: true,
+        turned: true,
     });
     let blocks = vec![(4500, 9)];
     cases.push(Case {
@@ -203,6 +224,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         bias: false,
         residual: false,
         packed_tail: true,
+        turned: true,
     });
     cases
 }
