@@ -7,9 +7,12 @@ use std::time::Instant;
 use tallow_peers::candle::{Attention, Candle, CandleDecoder};
 use tallow_peers::tallow::Tallow;
 use tallow_peers::weights::{AdapterShape, Batch, ModelShape, Weights};
-use tallow_peers::{Contender, Result, Settings, Summary, rounds, versions};
+use tallow_peers::{Contender, Result, Settings, Summary, rounds, threads, versions};
 
 fn main() -> Result<()> {
+    if threads::run_again_with_all()? {
+        return Ok(());
+    }
     let settings = Settings {
         rounds: argument("--rounds")?.unwrap_or(15),
         steps: argument("--steps")?.unwrap_or(4),
@@ -19,7 +22,7 @@ fn main() -> Result<()> {
     };
     let shape = ModelShape::SMALL;
     let weights = Weights::random(shape, AdapterShape::QV8, 1);
-    println!("{}", versions::line());
+    println!("{}, peers use {}", versions::line(), threads::given());
     println!("{shape:?}, {:?}", weights.adapter);
     println!("{settings:?}, decode counts generated tokens over prompt and generation time");
     let (attention, paths) = fastest_decode(&weights, &shape, &settings)?;

@@ -9,15 +9,18 @@ use std::time::Instant;
 use candle_core::Tensor;
 use tallow_peers::products::{CandleLora, LoraData, LoraShape, faer_forward, gemm_forward};
 use tallow_peers::tallow::TallowLora;
-use tallow_peers::{Result, Summary, versions};
+use tallow_peers::{Result, Summary, threads, versions};
 
 const ROUNDS: usize = 15;
 /// Errors allowed, in units of `eps_f32 · Σ|terms|`.
 const WORST: f64 = 16.0;
 
 fn main() -> Result<()> {
+    if threads::run_again_with_all()? {
+        return Ok(());
+    }
     let all = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("{}", versions::line());
+    println!("{}, peers use {}", versions::line(), threads::given());
     for (m, k) in [(1, 1024), (1, 2048), (128, 512), (128, 2048)] {
         let shape = LoraShape { m, k, n: k, r: 8 };
         compare("bare product", shape, false, all)?;

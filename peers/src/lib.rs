@@ -9,6 +9,7 @@ pub mod products;
 pub mod rounds;
 pub mod stats;
 pub mod tallow;
+pub mod threads;
 pub mod versions;
 pub mod weights;
 
