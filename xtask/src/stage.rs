@@ -1,6 +1,7 @@
 //! The stages of CI, in order: what each is called and what it runs.
 //! Invariant: a check that cannot run here says so in its line; nothing is skipped in silence.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -48,6 +49,11 @@ pub(crate) const STAGES: &[Stage] = &[
         },
     },
     Stage {
+        name: "neon",
+        what: "type-checks the CPU kernels for aarch64, where its standard library is installed",
+        run: neon,
+    },
+    Stage {
         name: "deny",
         what: "licences, duplicate and banned crates, sources, advisories",
         run: deny,
@@ -66,6 +72,23 @@ fn fmt() -> Result<String> {
 
 fn clippy() -> Result<String> {
     cargo("clippy --workspace --all-targets -- -D warnings", &[])
+}
+
+/// The NEON paths compile for no other processor.
+fn neon() -> Result<String> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    let found = Command::new("rustc")
+        .args(["--print", "target-libdir", "--target", TARGET])
+        .output()
+        .context("cannot run rustc")?;
+    let libraries = String::from_utf8_lossy(&found.stdout);
+    if !Path::new(libraries.trim()).is_dir() {
+        return Ok(format!("NEON NOT checked: rustup target add {TARGET}"));
+    }
+    cargo(
+        "check -p tallow-cpu --target aarch64-unknown-linux-gnu",
+        &[],
+    )
 }
 
 /// Licences, bans and sources need no network. Advisories need a database from outside: where it cannot be had, the
