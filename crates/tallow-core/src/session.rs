@@ -13,9 +13,10 @@ use crate::{
     types::{DType, Shape, TensorType},
 };
 use std::{
+    any::Any,
     collections::HashMap,
     ops::Range,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
 };
 
 /// A plan with what the passes did, without buffers.
@@ -37,7 +38,8 @@ struct Shared {
     backend: Arc<dyn Backend>,
     chooser: Box<dyn Chooser>,
     plans: Mutex<PlanCache>,
-    prepared: Mutex<HashMap<PreparedKey, Buffer>>,
+    /// Each with its source, which it does not keep alive.
+    prepared: Mutex<HashMap<PreparedKey, (Weak<dyn Any + Send + Sync>, Buffer)>>,
 }
 
 /// Most recently used plans; older ones are dropped.
@@ -264,7 +266,8 @@ impl Session {
             _leaves: low.leaves,
         })
     }
-    /// A frozen operand in the backend's format, made once for all recordings of this session.
+    /// A frozen operand in the backend's format, made once for all recordings of this session and given
+    /// back with the last tensor over its source.
     fn prepare(&self, p: &plan::Prepared, src: &Buffer) -> Result<Buffer> {
         let key = PreparedKey {
             raw: src.raw,
@@ -273,25 +276,23 @@ impl Session {
             format: p.format,
         };
         let mut cache = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(b) = cache.get(&key) {
+        // An address may be used again, but only after its first owner is gone.
+        cache.retain(|_, (source, _)| source.strong_count() > 0);
+        if let Some((_, b)) = cache.get(&key) {
             return Ok(b.clone());
         }
         let b = self.0.backend.alloc(p.format.bytes)?;
         self.0
             .backend
             .prepare(p.format, src, p.offset, &p.operand, &b)?;
-        // The source is kept alive with its copy, so that its address cannot be reused.
-        let kept = Buffer {
-            keep: Arc::new((b.keep.clone(), src.keep.clone())),
-            ..b
-        };
-        cache.insert(key, kept.clone());
-        Ok(kept)
+        cache.insert(key, (Arc::downgrade(&src.keep), b.clone()));
+        Ok(b)
     }
-    /// Forgets prepared weights that no recording uses.
-    pub fn forget_prepared(&self) {
+    /// Bytes of prepared weights that this session keeps.
+    pub fn prepared_bytes(&self) -> usize {
         let mut cache = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
-        cache.retain(|_, b| Arc::strong_count(&b.keep) > 1);
+        cache.retain(|_, (source, _)| source.strong_count() > 0);
+        cache.values().map(|(_, b)| b.bytes).sum()
     }
 }
 

@@ -233,3 +233,23 @@ fn peak_memory_is_within_a_tenth_of_the_prediction() {
     );
     assert_eq!(a.params.dtype(), DType::F32);
 }
+
+/// Weights in a device's own layout live as long as their model, not as long as the session.
+#[test]
+fn packed_weights_are_given_back_with_their_model() {
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let dir = tempfile::tempdir().unwrap();
+    write_model(dir.path(), [64, 2, 4, 2, 96, 128]);
+    let s = session();
+    let m = Model::load(&s, dir.path(), &LoadOptions::default()).unwrap();
+    let a = Adapter::new(&m, &AdapterConfig::new(4, 8.0, Targets::AllLinear), 1).unwrap();
+    let step = training_step(&s, &m, &a, 1, 8);
+    let packed = s.prepared_bytes();
+    let again = training_step(&s, &m, &a, 1, 8);
+    assert!(packed > 100_000, "{packed} bytes");
+    assert_eq!(s.prepared_bytes(), packed, "one copy for both recordings");
+    drop((step, again, a));
+    assert_eq!(s.prepared_bytes(), packed, "the model is still there");
+    drop(m);
+    assert_eq!(s.prepared_bytes(), 0);
+}
