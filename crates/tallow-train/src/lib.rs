@@ -4,10 +4,13 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod eval;
 pub mod feed;
+pub mod memory;
+pub mod optim;
 pub mod run;
 pub mod schedule;
 pub mod step;
@@ -17,6 +20,7 @@ pub use config::TrainConfig;
 pub use error::{Error, Result};
 pub use eval::{Evaluation, Evaluator};
 pub use feed::{Drawn, Feed, FeedSettings, FeedStats, Line};
-pub use run::{Event, Job, Observer, Summary, train};
+pub use optim::{Optimizer, OptimizerKind};
+pub use run::{Event, Job, Keep, Observer, Start, Summary, train};
 pub use schedule::Schedule;
-pub use step::{StepResult, TrainStep, Trainer};
+pub use step::{Snapshot, StepGraph, StepResult, Trainer};
