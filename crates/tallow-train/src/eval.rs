@@ -17,7 +17,7 @@ const BATCH_TOKENS: usize = 2048;
 const MOST_ROWS: usize = 16;
 
 /// The loss of a model on a file.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Evaluation {
     /// Mean over all tokens predicted, in nats.
     pub loss: f64,

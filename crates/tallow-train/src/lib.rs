@@ -4,9 +4,13 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod eval;
+pub mod feed;
+pub mod memory;
+pub mod optim;
 pub mod run;
 pub mod schedule;
 pub mod step;
@@ -15,6 +19,8 @@ pub use batch::{Batch, Buckets, Rows};
 pub use config::TrainConfig;
 pub use error::{Error, Result};
 pub use eval::{Evaluation, Evaluator};
-pub use run::{Event, Job, Observer, Summary, train};
+pub use feed::{Drawn, Feed, FeedSettings, FeedStats, Line};
+pub use optim::{Optimizer, OptimizerKind};
+pub use run::{Event, Job, Keep, Observer, Start, Summary, train};
 pub use schedule::Schedule;
-pub use step::{StepResult, TrainStep, Trainer};
+pub use step::{Snapshot, StepGraph, StepResult, Trainer};
