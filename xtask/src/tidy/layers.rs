@@ -41,6 +41,11 @@ const LAYERS: &[Layer] = &[
         tests_need: &["tallow-cpu"],
     },
     Layer {
+        name: "tallow-fuzz",
+        needs: &["tallow-llm", "tallow-train"],
+        tests_need: &[],
+    },
+    Layer {
         name: "tallow",
         needs: &["tallow-core", "tallow-cpu", "tallow-llm", "tallow-train"],
         tests_need: &[],
