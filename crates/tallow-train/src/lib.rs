@@ -10,6 +10,7 @@ pub mod eval;
 pub mod run;
 pub mod schedule;
 pub mod step;
+pub mod watch;
 
 pub use batch::{Batch, Buckets, Rows};
 pub use config::TrainConfig;
