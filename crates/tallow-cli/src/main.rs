@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod chart;
+mod dashboard;
 mod interrupt;
 mod open;
 mod out;

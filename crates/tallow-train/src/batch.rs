@@ -66,16 +66,15 @@ impl Rows {
         self.lines[i]
     }
 
-    /// CRC-32 of all ids and of where rows end: other data has another, as good as always.
+    /// CRC-32C of all ids and of where rows end: other data has another, as good as always.
     pub fn checksum(&self) -> u32 {
-        let mut sum = crc32fast::Hasher::new();
-        for id in &self.ids {
-            sum.update(&id.to_le_bytes());
-        }
-        for end in &self.ends {
-            sum.update(&(*end as u64).to_le_bytes());
-        }
-        sum.finalize()
+        let ids = self
+            .ids
+            .iter()
+            .fold(0, |sum, id| crc32c::crc32c_append(sum, &id.to_le_bytes()));
+        self.ends.iter().fold(ids, |sum, end| {
+            crc32c::crc32c_append(sum, &(*end as u64).to_le_bytes())
+        })
     }
 
     /// Number of rows.

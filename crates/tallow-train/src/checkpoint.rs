@@ -196,24 +196,24 @@ impl Store {
     }
 }
 
-/// Tells a base model from another: CRC-32 of names, types, and both ends of every weight.
+/// Tells a base model from another: CRC-32C of names, types, and both ends of every weight.
 ///
 /// # Errors
 /// A device that fails.
 pub fn fingerprint(model: &Model) -> Result<u32> {
-    let mut sum = crc32fast::Hasher::new();
+    let mut sum = 0;
     let mut bytes = vec![0; SAMPLED_BYTES];
     for (name, t) in model.tensors() {
-        sum.update(format!("{name} {};", t.ty()).as_bytes());
+        sum = crc32c::crc32c_append(sum, format!("{name} {};", t.ty()).as_bytes());
         let Some(buffer) = t.buffer() else { continue };
         let n = buffer.bytes.min(SAMPLED_BYTES);
         for at in [0, buffer.bytes - n] {
             let backend = model.session.backend();
             backend.download(buffer, at, &mut bytes[..n])?;
-            sum.update(&bytes[..n]);
+            sum = crc32c::crc32c_append(sum, &bytes[..n]);
         }
     }
-    Ok(sum.finalize())
+    Ok(sum)
 }
 
 fn bug(e: serde_json::Error) -> Error {
@@ -269,7 +269,7 @@ fn sums(dir: &Path) -> Result<BTreeMap<String, Sum>> {
         let bytes = fs::read(entry.path()).map_err(fail)?;
         let sum = Sum {
             bytes: bytes.len() as u64,
-            crc32: crc32fast::hash(&bytes),
+            crc32: crc32c::crc32c(&bytes),
         };
         all.insert(entry.file_name().to_string_lossy().into_owned(), sum);
     }

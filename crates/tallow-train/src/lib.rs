@@ -14,6 +14,7 @@ pub mod optim;
 pub mod run;
 pub mod schedule;
 pub mod step;
+pub mod watch;
 
 pub use batch::{Batch, Buckets, Rows};
 pub use config::TrainConfig;
