@@ -360,7 +360,6 @@ fn variants_are_refused_by_name() {
             json!({"trainable_token_indices": [1]}),
             "trainable_token_indices is not supported",
         ),
-        (json!({"use_dora": true}), "use_dora is not supported"),
         (json!({"use_qalora": true}), "use_qalora is not supported"),
         (
             json!({"alora_invocation_tokens": [1]}),
