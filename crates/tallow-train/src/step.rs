@@ -113,6 +113,7 @@ impl StepGraph {
         };
         let Optimizer { m, v, hyper } = optimizer;
         let [p1, m1, v1] = adapter.params.adamw(&grad, m, v, hyper)?;
+        let p1 = adapter.pace(&p1)?;
         let updates = vec![
             (adapter.params.clone(), p1),
             (m.clone(), m1),
@@ -213,7 +214,7 @@ impl Trainer {
         config.validate()?;
         Ok(Trainer {
             model: model.clone(),
-            adapter: adapter.clone(),
+            adapter: adapter.for_training(&model.session)?,
             config: config.clone(),
             optimizer: Optimizer::new(&model.session, adapter)?,
             steps: BTreeMap::new(),
@@ -246,6 +247,7 @@ impl Trainer {
         let session = self.model.session.clone();
         let number = self.done + 1;
         self.optimizer.upload(&session, &self.config, lr, number)?;
+        self.adapter.draw(&session, self.config.seed, number)?;
         let step = self.recording([batch.b, batch.t])?;
         step.upload(&session, batch)?;
         let got = step.run(&session)?;

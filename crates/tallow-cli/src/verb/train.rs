@@ -1,6 +1,8 @@
 //! `tallow train`: fine-tunes an adapter and writes it in PEFT's format.
 use crate::{
-    Outcome, interrupt,
+    Outcome,
+    adapter_args::AdapterArgs,
+    interrupt,
     open::{self, Global, ModelArgs},
     out,
     progress::{Progress, Show},
@@ -44,6 +46,8 @@ pub(crate) struct Args {
     /// What to adapt: all-linear, names with commas (q_proj,v_proj), or a regular expression of module paths.
     #[arg(long, value_name = "WHICH", default_value = "all-linear")]
     targets: String,
+    #[command(flatten)]
+    variant: AdapterArgs,
     /// Peak learning rate.
     #[arg(long, value_name = "X", default_value_t = 1e-3)]
     lr: f64,
@@ -123,10 +127,14 @@ pub(crate) fn notes(config: &AdapterConfig, dtype: &str) -> Vec<(&'static str, V
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let config = args.config();
     config.validate()?;
-    let adapter_config = args.adapter_config()?;
+    let mut adapter_config = args.adapter_config()?;
     let model = args.model.load(global)?;
+    args.variant.apply(&mut adapter_config, &model.config)?;
     let tokenizer = args.model.tokenizer()?;
     let adapter = Adapter::new(&model, &adapter_config, args.seed)?;
+    let adapter = args.variant.paced(&model.session, adapter)?;
+    let mut notes = notes(&adapter_config, args.model.dtype.name());
+    notes.extend(args.variant.notes());
     let job = Job {
         model: &model,
         tokenizer: &tokenizer,
@@ -136,7 +144,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         out: &args.out,
         base_name: &args.model.name(),
         config: &config,
-        notes: notes(&adapter_config, args.model.dtype.name()),
+        notes,
     };
     let mut progress = Progress::new(match args.json {
         true => Show::Nothing,
