@@ -288,7 +288,7 @@ fn variants_that_cannot_be_are_refused() {
         ),
         (&["--rank-pattern", "q_proj"], "want NAME=NUMBER"),
         (&["--rank-pattern", "q_proj=0"], "want a rank from 1"),
-        (&["--loraplus", "-3"], "want a number above 0"),
+        (&["--loraplus=-3"], "want a number above 0"),
         (&["--init", "pissa", "--dora"], "another start than pissa"),
         (
             &["--init", "pissa", "--rank", "4096"],
