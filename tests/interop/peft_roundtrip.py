@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 transformers.utils.logging.disable_progress_bar()
 
 TOLERANCE = 5e-5
+# For merged models whose base is stored in 16 bits.
+HALF_TOLERANCE = 0.1
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "assets/wikisql/valid.jsonl"
 
 # Every way a supported config can say which modules, at which rank and scale.
@@ -56,11 +58,29 @@ SUPPORTED = {
         alpha_pattern={"gate_proj": 9, "v_proj": 1},
     ),
     "some layers": dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
+    "dora": dict(r=8, lora_alpha=16, target_modules="all-linear", use_dora=True),
+    "dora, some projections": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], use_dora=True),
+    "embedding and output": dict(
+        r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens", "lm_head"], ensure_weight_tying=False
+    ),
+    "dora, rslora": dict(r=8, lora_alpha=8, use_rslora=True, target_modules="all-linear", use_dora=True),
+}
+
+# Of these the merged model is compared as well.
+MERGED = ["all seven", "rslora", "dora", "embedding and output"]
+
+# What tallow trains, by the options of `tallow train`.
+TRAINED = {
+    "LoRA": [],
+    "rsLoRA": ["--rslora"],
+    "DoRA": ["--dora"],
+    "PiSSA": ["--init", "pissa"],
+    "embedding and output": ["--targets", "q_proj,embed_tokens,lm_head"],
+    "layers and ranks": ["--layers", "1-2", "--rank-pattern", "q_proj=12", "--dropout", "0.1", "--loraplus", "4"],
 }
 
 # What tallow must refuse, and the word its message must contain.
 REFUSED = {
-    "use_dora": dict(r=8, target_modules=["q_proj"], use_dora=True),
     "bias": dict(r=8, target_modules=["q_proj"], bias="all"),
     "lora_bias": dict(r=8, target_modules=["q_proj"], lora_bias=True),
     "modules_to_save": dict(r=8, target_modules=["q_proj"], modules_to_save=["norm"]),
@@ -116,6 +136,7 @@ class Case:
         self.dir = model
         self.tallow = tallow
         config = transformers.AutoConfig.from_pretrained(model)
+        self.stored = config.dtype or torch.float32
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(3, config.vocab_size, (40,), generator=generator).tolist()
         self.bare = logits_of(self.base(), self.ids)
@@ -159,8 +180,11 @@ def randomised(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + noise)
+            elif "lora_" in name:
+                parameter.copy_(noise)
     return model.eval()
 
 
@@ -170,7 +194,33 @@ def peft_to_tallow(case, report, work):
         model = randomised(get_peft_model(case.base(), LoraConfig(task_type="CAUSAL_LM", **settings)), seed)
         adapter = work / f"peft-{seed}"
         model.save_pretrained(adapter)
-        case.compare(report, what, adapter, logits_of(model, case.ids))
+        theirs = logits_of(model, case.ids)
+        case.compare(report, what, adapter, theirs)
+        if name in MERGED and case.tallow:
+            merged_both_ways(case, report, work, name, adapter, model, theirs)
+
+
+def merged_both_ways(case, report, work, name, adapter, model, theirs):
+    """tallow's merge read by transformers, and PEFT's merge read by tallow, against PEFT's adapter."""
+    ours = work / f"tallow-merged-{name}"
+    try:
+        case.tallow.must("merge", "--model", case.dir, "--adapter", adapter, "--out", ours)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32).eval()
+        apart = (logits_of(loaded, case.ids) - theirs).abs().max().item()
+        # A merged weight is rounded to the type its base is stored in.
+        detail, bound = f"logits {apart:.1e}", TOLERANCE
+        if case.stored != torch.float32:
+            detail, bound = f"{detail}, rounded to {case.stored}", HALF_TOLERANCE
+        report.line(apart <= bound, f"merged by tallow -> transformers: {name}", detail)
+    except (RuntimeError, OSError, ValueError) as error:
+        report.line(False, f"merged by tallow -> transformers: {name}", str(error)[-160:])
+    peft_merged = work / f"peft-merged-{name}"
+    model.merge_and_unload().save_pretrained(peft_merged)
+    try:
+        apart = (case.tallow.logits(peft_merged, case.ids) - theirs).abs().max().item()
+        report.line(apart <= TOLERANCE, f"merged by PEFT -> tallow: {name}", f"logits {apart:.1e}")
+    except (RuntimeError, OSError, ValueError) as error:
+        report.line(False, f"merged by PEFT -> tallow: {name}", str(error)[-160:])
 
 
 def refusals(case, report, work):
@@ -189,17 +239,28 @@ def refusals(case, report, work):
 
 
 def tallow_to_peft(case, report, work, adapter, data):
-    what = "tallow -> PEFT"
-    if adapter is None:
-        if case.tallow is None:
-            report.skip(what, "no --tallow and no --adapter given")
-            return
-        if not (case.dir / "tokenizer.json").exists():
-            report.skip(what, f"{case.dir} has no tokenizer to train with")
-            return
-        adapter = work / "trained"
-        args = ["--data", data, "--steps", 20, "--seed", 1, "--lr", "5e-3"]
-        case.tallow.must("train", "--model", case.dir, "--out", adapter, *args)
+    if adapter is not None:
+        bound_by_peft(case, report, work, "tallow -> PEFT", adapter)
+        return
+    if case.tallow is None:
+        report.skip("tallow -> PEFT", "no --tallow and no --adapter given")
+        return
+    if not (case.dir / "tokenizer.json").exists():
+        report.skip("tallow -> PEFT", f"{case.dir} has no tokenizer to train with")
+        return
+    for name, options in TRAINED.items():
+        what = f"tallow -> PEFT: {name}"
+        adapter = work / f"trained-{name.replace(' ', '-')}"
+        args = ["--data", data, "--steps", 20, "--seed", 1, "--lr", "5e-3", *options]
+        try:
+            case.tallow.must("train", "--model", case.dir, "--out", adapter, *args)
+        except RuntimeError as error:
+            report.line(False, what, str(error)[-160:])
+            continue
+        bound_by_peft(case, report, work, what, adapter)
+
+
+def bound_by_peft(case, report, work, what, adapter):
     model = PeftModel.from_pretrained(case.base(), adapter).eval()
     stored = load_file(adapter / "adapter_model.safetensors")
     bound = get_peft_model_state_dict(model)
@@ -209,7 +270,7 @@ def tallow_to_peft(case, report, work, adapter, data):
     report.line(not lost and not missing, f"{what}: every tensor binds", detail)
     theirs = logits_of(model, case.ids)
     case.compare(report, f"{what}: logits", adapter, theirs)
-    again = work / "saved-again"
+    again = work / f"{adapter.name}-saved-again"
     model.save_pretrained(again)
     case.compare(report, f"{what} -> tallow: logits", again, theirs)
 

@@ -4,6 +4,7 @@
 //! Absent on purpose: anything a library crate could do.
 #![forbid(unsafe_code)]
 
+mod adapter_args;
 mod chart;
 mod dashboard;
 mod interrupt;

@@ -42,7 +42,7 @@ pub(crate) struct ModelArgs {
     pub dtype: ComputeDType,
 }
 
-fn dtype(text: &str) -> Result<ComputeDType, String> {
+pub(crate) fn dtype(text: &str) -> Result<ComputeDType, String> {
     text.parse().map_err(|_| "want f32 or bf16".to_owned())
 }
 

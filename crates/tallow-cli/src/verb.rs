@@ -6,12 +6,15 @@ use anyhow::Result;
 use clap::Subcommand;
 use std::ffi::OsString;
 
+mod convert;
 mod demo;
 mod doctor;
 mod eval;
 mod explain;
 mod generate;
+mod inspect;
 mod logits;
+mod merge;
 mod train;
 mod verify;
 
@@ -28,6 +31,12 @@ pub(crate) enum Verb {
     Generate(generate::Args),
     /// Scores of every next token, for given token ids.
     Logits(logits::Args),
+    /// Fold an adapter into its base model.
+    Merge(merge::Args),
+    /// Convert an adapter between PEFT's format and mlx-lm's.
+    Convert(convert::Args),
+    /// What a model, an adapter or a checkpoint holds, and what training and decoding it would take.
+    Inspect(inspect::Args),
     /// Compare a model with reference outputs that lie beside it.
     Verify(verify::Args),
     /// Show the plan of a forward pass, a training step or a decoded token.
@@ -49,6 +58,9 @@ impl Verb {
             Verb::Eval(a) => eval::run(a, global),
             Verb::Generate(a) => generate::run(a, global),
             Verb::Logits(a) => logits::run(a, global),
+            Verb::Merge(a) => merge::run(a, global),
+            Verb::Convert(a) => convert::run(a, global),
+            Verb::Inspect(a) => inspect::run(a, global),
             Verb::Verify(a) => verify::run(a, global),
             Verb::Explain(a) => explain::run(a, global),
             Verb::Doctor(a) => doctor::run(a, global),

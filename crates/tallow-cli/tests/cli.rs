@@ -8,6 +8,8 @@ use std::{
 };
 use tempfile::TempDir;
 
+#[path = "cli/adapters.rs"]
+mod adapters;
 #[path = "cli/refused.rs"]
 mod refused;
 #[cfg(unix)]

@@ -13,6 +13,7 @@ use crate::{
 mod attention;
 mod composite;
 mod cross_entropy;
+mod dropout;
 mod kv_write;
 mod layer_norm;
 mod linear;
@@ -30,6 +31,7 @@ pub use linear::{Block, LinearIns};
 composite::composites! {
     attention: Attention, AttentionGrad;
     cross_entropy: CrossEntropy;
+    dropout: Dropout, DropoutLinear;
     kv_write: KvWrite;
     layer_norm: LayerNorm;
     linear: Linear, LinearGrad;

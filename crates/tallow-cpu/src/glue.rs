@@ -12,6 +12,7 @@ use tallow_core::{
 };
 
 mod attention;
+mod dropout;
 mod layer_norm;
 mod linear;
 mod rows;
@@ -129,6 +130,7 @@ fn offers(cpu: &Cpu, spec: &KernelSpec) -> Vec<Offer> {
             Composite::Linear(l) => one(linear::forward(cpu, l, spec)),
             Composite::LinearGrad(l) => one(linear::backward(cpu, l, spec)),
             Composite::CrossEntropy(_) => one(linear::cross_entropy(cpu, spec)),
+            Composite::Dropout(d) => one(dropout::offer(d, spec)),
             Composite::Attention(a) => one(attention::forward(cpu, a, spec)),
             Composite::AttentionGrad(a) => one(attention::backward(cpu, &a.0, spec)),
             Composite::KvWrite(_) => one(attention::kv_write(spec)),

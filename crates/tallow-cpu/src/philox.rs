@@ -22,6 +22,22 @@ fn words(quad: u64, id: u32, seed: [u32; 2]) -> [u32; 4] {
     philox4x32([quad as u32, (quad >> 32) as u32, id, 0], seed)
 }
 
+/// Elements made side by side.
+pub(crate) const BLOCK: usize = 4 * WIDE;
+
+/// Elements `block * BLOCK ..` of a draw, in `[0, 1)`.
+#[inline(always)]
+pub(crate) fn numbers(block: usize, id: u32, seed: [u32; 2]) -> [f32; BLOCK] {
+    let mut numbers = [0.0; BLOCK];
+    for i in 0..WIDE {
+        let words = words((block * WIDE + i) as u64, id, seed);
+        for (k, word) in words.into_iter().enumerate() {
+            numbers[4 * i + k] = unit(word);
+        }
+    }
+    numbers
+}
+
 /// Arguments for filling an array with uniform numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Uniform {
@@ -42,7 +58,7 @@ impl Uniform {
     /// `y` holds `n` elements; the machine has `exec.isa`.
     pub unsafe fn run(&self, exec: Exec<'_>) {
         // SAFETY: the caller's promise.
-        unsafe { exec.over(self.n.div_ceil(4 * WIDE), 4 * WIDE, self) }
+        unsafe { exec.over(self.n.div_ceil(BLOCK), BLOCK, self) }
     }
 }
 
@@ -53,15 +69,9 @@ unsafe impl RowKernel for Uniform {
         // SAFETY: the caller's promise.
         let seed = unsafe { *self.seed };
         for block in rows {
-            let mut numbers = [0.0; 4 * WIDE];
-            for i in 0..WIDE {
-                let words = words((block * WIDE + i) as u64, self.id, seed);
-                for (k, word) in words.into_iter().enumerate() {
-                    numbers[4 * i + k] = unit(word);
-                }
-            }
-            let first = block * 4 * WIDE;
-            let n = (self.n - first).min(4 * WIDE);
+            let numbers = numbers(block, self.id, seed);
+            let first = block * BLOCK;
+            let n = (self.n - first).min(BLOCK);
             // SAFETY: `first + n <= self.n`.
             unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), self.y.add(first), n) };
         }

@@ -1,18 +1,23 @@
-//! A LoRA adapter on a device: one flat buffer, of which every `A` and `B` is a view.
+//! A LoRA adapter on a device: one flat buffer, of which every `A`, `B` and magnitude is a view.
 //! Invariant: the views cover the buffer exactly once, in order of offset; modules are sorted by name, `A`
-//! before `B`. So the gradient of the buffer is the gradients of the views, one after another.
+//! before `B` before the magnitude. So the gradient of the buffer is the gradients of the views, one after another.
 //! Absent on purpose: files (see `peft.rs`), optimizers, merging into the weights.
+
+pub(crate) mod branch;
+mod start;
 
 use std::path::Path;
 
 use tallow_core::op::Role;
 use tallow_core::session::Session;
 use tallow_core::tensor::Tensor;
+use tallow_core::types::TensorType;
 
 use crate::config::{ModelConfig, Projection};
 use crate::error::{Error, Result, list, quote};
 use crate::model::Model;
-use crate::peft::{self, AdapterConfig, LoraModule};
+use crate::peft::{self, AdapterConfig, Init, LoraModule};
+use branch::{Branch, Dropout, Magnitude};
 
 /// An adapter of a model: `y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ` for each adapted projection. Cheap to clone; clones
 /// share the parameters.
@@ -23,6 +28,10 @@ pub struct Adapter {
     /// Every parameter, `[P]` f32: state where it is trained, frozen where it only runs.
     pub params: Tensor,
     modules: Vec<Module>,
+    /// While training, if the configuration asks for it.
+    dropout: Option<Dropout>,
+    /// A learning rate's factor for each parameter, `[P]`, where they differ.
+    rates: Option<Tensor>,
 }
 
 /// One adapted projection.
@@ -35,32 +44,47 @@ struct Module {
     /// `A [r, k]` and `B [n, r]`, views of the parameters.
     a: Tensor,
     b: Tensor,
-    /// Where `A` begins in the parameters; `B` follows it.
+    magnitude: Option<Magnitude>,
+    /// PiSSA: `A` and `B` as they started, frozen.
+    start: Option<[Tensor; 2]>,
+    /// Where `A` begins in the parameters; `B` follows it, then the magnitude.
     offset: usize,
 }
 
 impl Module {
-    fn parts(&self) -> [(String, &Tensor, usize); 2] {
-        let Self { name, a, b, .. } = self;
-        [
-            (format!("{name}.lora_A.weight"), a, self.offset),
-            (
-                format!("{name}.lora_B.weight"),
-                b,
-                self.offset + self.rank * self.size.k,
-            ),
-        ]
+    fn parts(&self) -> Vec<(String, &Tensor, usize)> {
+        let (name, b_at) = (&self.name, self.offset + self.rank * self.size.k);
+        let mut all = vec![
+            (format!("{name}.lora_A.weight"), &self.a, self.offset),
+            (format!("{name}.lora_B.weight"), &self.b, b_at),
+        ];
+        if let Some(m) = &self.magnitude {
+            let at = b_at + self.rank * self.size.n;
+            all.push((format!("{name}.lora_magnitude_vector.weight"), &m.m, at));
+        }
+        all
     }
 }
 
 impl Adapter {
-    /// A fresh adapter to train, as PEFT starts one: every `A` uniform in ±1/sqrt(k), every `B` zero, so that
-    /// it changes nothing yet. Equal seeds give equal adapters.
+    /// A fresh adapter to train. With [`Init::Uniform`] as PEFT starts one: every `A` uniform in ±1/sqrt(k), every
+    /// `B` zero, magnitudes those of the base, so that it changes nothing yet. With [`Init::Pissa`] it changes
+    /// nothing yet either, up to rounding. Equal seeds give equal adapters.
     ///
     /// # Errors
-    /// A configuration that selects nothing of the model, or more than its projections.
+    /// A configuration that selects nothing of the model, or more than its projections; PiSSA with DoRA.
     pub fn new(model: &Model, config: &AdapterConfig, seed: u64) -> Result<Self> {
-        let made = peft::Adapter::init(config.clone(), &model.config.projections(), seed)?;
+        let mut made = peft::Adapter::init(config.clone(), &model.config.projections(), seed)?;
+        if config.init == Init::Pissa {
+            if config.use_dora {
+                return Err(Error::Setting {
+                    name: "init",
+                    want: "another start than pissa where DoRA is on",
+                    got: "pissa".to_owned(),
+                });
+            }
+            start::pissa(model, &mut made.modules, seed)?;
+        }
         Self::place(model, made.config, made.modules, Role::State)
     }
 
@@ -84,34 +108,46 @@ impl Adapter {
         let all = model.session.read(&self.params)?;
         let module = |m: &Module| {
             let (a, b) = (m.rank * m.size.k, m.rank * m.size.n);
-            let from = &all[m.offset..m.offset + a + b];
+            let from = &all[m.offset..];
             LoraModule {
                 module: m.name.clone(),
                 projection: m.size,
                 rank: m.rank,
                 scale: m.scale,
                 a: from[..a].to_vec(),
-                b: from[a..].to_vec(),
+                b: from[a..a + b].to_vec(),
+                magnitude: m
+                    .magnitude
+                    .as_ref()
+                    .map(|_| from[a + b..a + b + m.size.n].to_vec()),
             }
         };
-        let config = AdapterConfig {
-            base_model: Some(base_name.to_owned()),
-            ..self.config.clone()
-        };
-        let file = peft::Adapter {
-            config,
+        let mut file = peft::Adapter {
+            config: AdapterConfig {
+                base_model: Some(base_name.to_owned()),
+                ..self.config.clone()
+            },
             modules: self.modules.iter().map(module).collect(),
             warnings: Vec::new(),
         };
+        for (m, to) in self.modules.iter().zip(&mut file.modules) {
+            if let Some([a, b]) = &m.start {
+                start::double(to, &model.session.read(a)?, &model.session.read(b)?);
+            }
+        }
+        if self.config.init == Init::Pissa {
+            file.config = file.config.doubled();
+        }
         file.write(dir)
     }
 
-    /// Every `A` and `B` by PEFT's name ("model.layers.0.self_attn.q_proj.lora_A.weight") as a view `[r, k]` or
-    /// `[n, r]` of the parameters. In order of offset and covering all of them once: their gradients, flattened
-    /// and joined, are the gradient of [`params`](Self::params).
+    /// Every `A`, `B` and magnitude by PEFT's name ("model.layers.0.self_attn.q_proj.lora_A.weight",
+    /// "….lora_magnitude_vector.weight") as a view `[r, k]`, `[n, r]` or `[n]` of the parameters. In order of offset
+    /// and covering all of them once: their gradients, flattened and joined, are the gradient of
+    /// [`params`](Self::params).
     pub fn parts(&self) -> Result<Vec<(String, Tensor)>> {
-        let of = |m: &Module| m.parts().map(|(name, view, _)| (name, view.clone()));
-        Ok(self.modules.iter().flat_map(of).collect())
+        let parts = self.modules.iter().flat_map(Module::parts);
+        Ok(parts.map(|(name, view, _)| (name, view.clone())).collect())
     }
 
     /// The adapted projections, sorted, each with its rank and scale.
@@ -123,6 +159,78 @@ impl Adapter {
     /// Number of parameters.
     pub fn elems(&self) -> usize {
         self.params.shape().numel()
+    }
+
+    /// This adapter as a training step runs it: with the dropout its configuration asks for. Everything but a
+    /// training step uses the adapter as it is. The numbers drawn are those of the last [`draw`](Self::draw).
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn for_training(&self, session: &Session) -> Result<Self> {
+        if self.config.dropout == 0.0 {
+            return Ok(self.clone());
+        }
+        let dropout = Dropout {
+            seed: session.zeros(TensorType::u32([2]), Role::Data)?,
+            keep: (1.0 - self.config.dropout) as f32,
+        };
+        Ok(Self {
+            dropout: Some(dropout),
+            ..self.clone()
+        })
+    }
+
+    /// Chooses the dropout masks of the next replay: equal seeds and steps give equal masks. Nothing without dropout.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn draw(&self, session: &Session, seed: u64, step: u64) -> Result<()> {
+        let Some(d) = &self.dropout else {
+            return Ok(());
+        };
+        // A key a step: seeds that differ in either half differ in the first word or are told apart by the second.
+        let key = [
+            (seed ^ (seed >> 32)) as u32,
+            (step ^ (seed >> 32).rotate_left(16)) as u32,
+        ];
+        Ok(session.write_u32(&d.seed, &key)?)
+    }
+
+    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): every `B` learns `ratio` times as fast. See [`pace`](Self::pace).
+    ///
+    /// # Errors
+    /// A ratio that is not a positive number; no memory.
+    pub fn with_b_rate(&self, session: &Session, ratio: f64) -> Result<Self> {
+        if !(ratio.is_finite() && ratio > 0.0) {
+            return Err(Error::Setting {
+                name: "learning rate ratio of LoRA+",
+                want: "a number above 0",
+                got: ratio.to_string(),
+            });
+        }
+        let mut rates = vec![1.0_f32; self.elems()];
+        for m in &self.modules {
+            let b_at = m.offset + m.rank * m.size.k;
+            rates[b_at..b_at + m.rank * m.size.n].fill(ratio as f32);
+        }
+        Ok(Self {
+            rates: Some(session.tensor(&rates, [rates.len()], Role::Frozen)?),
+            ..self.clone()
+        })
+    }
+
+    /// What the parameters become where the optimizer, at the plain learning rate, would make them `next [P]`: each
+    /// goes its own multiple of the way. Every rule whose step is proportional to the learning rate (AdamW with its
+    /// decoupled decay, SGD, Lion) then steps at the multiplied rate. Without rates of its own, `next`.
+    ///
+    /// # Errors
+    /// Another number of parameters.
+    pub fn pace(&self, next: &Tensor) -> Result<Tensor> {
+        let Some(rates) = &self.rates else {
+            return Ok(next.clone());
+        };
+        let way = next.sub(&self.params)?.mul(rates)?;
+        Ok(self.params.add(&way)?)
     }
 
     /// Overwrites one part, named as in [`parts`](Self::parts); row-major. For tests and imports: it moves all
@@ -165,13 +273,25 @@ impl Adapter {
         })
     }
 
-    /// `A`, `B` and the scale of a projection, where it is adapted.
-    pub(crate) fn of(&self, module: &str) -> Option<(Tensor, Tensor, f32)> {
+    /// What is added to a projection, where it is adapted.
+    pub(crate) fn of(&self, module: &str) -> Result<Option<Branch>> {
         let at = self
             .modules
             .binary_search_by(|m| m.name.as_str().cmp(module));
-        let m = &self.modules[at.ok()?];
-        Some((m.a.clone(), m.b.clone(), m.scale))
+        let Ok(at) = at else { return Ok(None) };
+        let m = &self.modules[at];
+        let (mut a, mut b) = (m.a.clone(), m.b.clone());
+        if let Some([a0, minus_b0]) = &m.start {
+            a = Tensor::concat(0, &[&a, a0])?;
+            b = Tensor::concat(1, &[&b, minus_b0])?;
+        }
+        Ok(Some(Branch {
+            a,
+            b,
+            scale: m.scale,
+            magnitude: m.magnitude.clone(),
+            dropout: self.dropout.clone().map(|d| (d, at as u32)),
+        }))
     }
 
     /// Every module is a projection of this model, so that none is left out silently.
@@ -199,40 +319,60 @@ impl Adapter {
     fn place(
         model: &Model,
         config: AdapterConfig,
-        modules: Vec<LoraModule>,
+        mut modules: Vec<LoraModule>,
         role: Role,
     ) -> Result<Self> {
+        let squares = start::magnitudes(model, &config, &mut modules)?;
         let mut all = Vec::new();
         for m in &modules {
             all.extend_from_slice(&m.a);
             all.extend_from_slice(&m.b);
+            all.extend(m.magnitude.iter().flatten());
         }
         let params = model.session.tensor(&all, [all.len()], role)?;
-        let mut at = 0;
-        let mut view = |rows: usize, columns: usize| -> Result<Tensor> {
-            let flat = params.slice(0, at, rows * columns)?;
-            at += rows * columns;
-            Ok(flat.reshape([rows, columns])?)
-        };
         let mut placed = Vec::with_capacity(modules.len());
         let mut offset = 0;
-        for m in modules {
+        for (m, squares) in modules.into_iter().zip(squares) {
             let Projection { n, k } = m.projection;
-            placed.push(Module {
-                a: view(m.rank, k)?,
-                b: view(n, m.rank)?,
+            let (rank, b_at) = (m.rank, offset + m.rank * k);
+            let end = b_at + n * rank;
+            let view = |at: usize, shape: [usize; 2]| -> Result<Tensor> {
+                let flat = params.slice(0, at, shape[0] * shape[1])?;
+                Ok(flat.reshape(shape)?)
+            };
+            let pissa = config.init == Init::Pissa && role == Role::State;
+            let mut one = Module {
+                a: view(offset, [rank, k])?,
+                b: view(b_at, [n, rank])?,
+                magnitude: None,
+                start: match pissa {
+                    true => Some(start::frozen(&model.session, &m)?),
+                    false => None,
+                },
                 size: m.projection,
                 name: m.module,
-                rank: m.rank,
+                rank,
                 scale: m.scale,
                 offset,
-            });
-            offset += m.rank * (n + k);
+            };
+            offset = end;
+            if let Some(squares) = squares {
+                let at = [one.offset, b_at, end];
+                let made = Magnitude::new(&params, at, [rank, k, n], &squares, &model.session)?;
+                one.magnitude = Some(match role {
+                    Role::Frozen => made.fixed(model, &one.name, one.scale)?,
+                    _ => made,
+                });
+                offset += n;
+            }
+            placed.push(one);
         }
         Ok(Self {
             config,
             params,
             modules: placed,
+            dropout: None,
+            rates: None,
         })
     }
 }

@@ -4,9 +4,10 @@
 //! Absent on purpose: what makes a family. The families call these by name, one file each.
 
 use tallow_core::op::Mask;
-use tallow_core::tensor::{LoraWeights, Tensor};
+use tallow_core::tensor::Tensor;
 
 use crate::adapter::Adapter;
+use crate::adapter::branch::{self, Part};
 use crate::cache::Cache;
 use crate::error::Result;
 use crate::model::Model;
@@ -75,14 +76,14 @@ impl<'a> Forward<'a> {
     ) -> Result<Tensor> {
         let one = |name: &&str| {
             let module = format!("{at}.{name}");
-            Ok(LoraWeights {
+            Ok(Part {
                 w: self.weight(&format!("{module}.weight"))?.clone(),
                 bias: self.model.weights.get(&format!("{module}.bias")).cloned(),
-                adapter: self.adapter.and_then(|a| a.of(&module)),
+                branch: self.adapter.map_or(Ok(None), |a| a.of(&module))?,
             })
         };
-        let weights = names.iter().map(one).collect::<Result<Vec<_>>>()?;
-        Ok(x.linears(&weights, residual)?)
+        let parts = names.iter().map(one).collect::<Result<Vec<_>>>()?;
+        branch::project(x, &parts, residual)
     }
 
     /// Grouped-query attention with rotary positions: `x` normed and `residual`, both `[b, t, c]`, to

@@ -1,7 +1,7 @@
 //! LoRA adapters in PEFT's format, in and out.
 //! Invariant: an adapter that was read binds whole: every module its configuration selects has both its
 //! tensors, every tensor belongs to such a module, every number is finite, shapes are the base model's.
-//! Absent on purpose: other adapter kinds and variants (DoRA, adapters on embeddings): refused by name.
+//! Absent on purpose: other adapter kinds and variants (adapters on embeddings, trained biases): refused by name.
 
 mod config;
 mod matching;
@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
 use safetensors::View;
 
-pub use config::{AdapterConfig, Targets};
+pub use config::{AdapterConfig, Init, Targets};
 
 use crate::config::{Projection, Projections};
 use crate::error::{Error, Result, list, quote};
@@ -29,6 +29,9 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 const PREFIX: &str = "base_model.model.";
+const LORA_A: &str = "lora_A.weight";
+const LORA_B: &str = "lora_B.weight";
+const MAGNITUDE: &str = "lora_magnitude_vector";
 const HINT: &str =
     "give a PEFT adapter folder, with adapter_config.json and adapter_model.safetensors";
 
@@ -47,6 +50,31 @@ pub struct LoraModule {
     pub a: Vec<f32>,
     /// `B: [n, r]`, row-major.
     pub b: Vec<f32>,
+    /// With DoRA: the magnitude of each row of `W + scale·B·A`, `[n]`.
+    pub magnitude: Option<Vec<f32>>,
+}
+
+impl LoraModule {
+    /// Its tensors as PEFT names them in a file, each with its shape.
+    fn tensors(&self) -> Vec<(String, Vec<usize>, &[f32])> {
+        let (Projection { n, k }, at) = (self.projection, &self.module);
+        let mut all = vec![
+            (
+                format!("{PREFIX}{at}.{LORA_A}"),
+                vec![self.rank, k],
+                &*self.a,
+            ),
+            (
+                format!("{PREFIX}{at}.{LORA_B}"),
+                vec![n, self.rank],
+                &*self.b,
+            ),
+        ];
+        if let Some(m) = &self.magnitude {
+            all.push((format!("{PREFIX}{at}.{MAGNITUDE}"), vec![n], m));
+        }
+        all
+    }
 }
 
 /// An adapter that fits a base model.
@@ -73,13 +101,16 @@ impl Adapter {
             });
         }
         let weights = Weights::open_file_hinted(&path, HINT)?;
-        let found = sort_tensors(&weights)?;
+        let found = sort_tensors(&weights, config.use_dora)?;
         let mut modules = config.resolve(base)?;
-        check_bound(dir, &found, &modules, base)?;
+        check_bound(dir, &found, &modules, base, config.use_dora)?;
         for m in &mut modules {
-            let pair = &found[m.module.as_str()];
-            m.a = values(pair.a, &[m.rank, m.projection.k])?;
-            m.b = values(pair.b, &[m.projection.n, m.rank])?;
+            let of = &found[m.module.as_str()];
+            m.a = values(of.a, &[m.rank, m.projection.k])?;
+            m.b = values(of.b, &[m.projection.n, m.rank])?;
+            if config.use_dora {
+                m.magnitude = Some(values(of.magnitude, &[m.projection.n])?);
+            }
         }
         Ok(Self {
             config,
@@ -88,8 +119,8 @@ impl Adapter {
         })
     }
 
-    /// A fresh adapter: every `A` uniform in ±1/sqrt(k) (PEFT's default), every `B` zero. The numbers of a
-    /// module depend on the seed and its name only.
+    /// A fresh adapter: every `A` uniform in ±1/sqrt(k) (PEFT's default), every `B` zero, magnitudes not set (they
+    /// are the base model's). The numbers of a module depend on the seed and its name only.
     pub fn init(config: AdapterConfig, base: &Projections, seed: u64) -> Result<Self> {
         let mut modules = config.resolve(base)?;
         for m in &mut modules {
@@ -119,9 +150,7 @@ impl Adapter {
     fn serialize(&self, path: &Path) -> Result<Vec<u8>> {
         let mut tensors = Vec::with_capacity(2 * self.modules.len());
         for m in &self.modules {
-            let Projection { n, k } = m.projection;
-            for (which, shape, values) in [("A", [m.rank, k], &m.a), ("B", [n, m.rank], &m.b)] {
-                let name = format!("{PREFIX}{}.lora_{which}.weight", m.module);
+            for (name, shape, values) in m.tensors() {
                 finite(path, &name, values)?;
                 tensors.push((name, F32View { shape, values }));
             }
@@ -134,34 +163,37 @@ impl Adapter {
     }
 }
 
-/// The two tensors of a module, as far as they were found.
+/// The tensors of a module, as far as they were found.
 #[derive(Clone, Copy, Default)]
-struct Pair<'a> {
+struct Parts<'a> {
     a: Option<&'a TensorView>,
     b: Option<&'a TensorView>,
+    magnitude: Option<&'a TensorView>,
 }
 
-/// Sorts an adapter's tensors by module; anything that is not `lora_A` or `lora_B` of a module is an error.
-fn sort_tensors(weights: &Weights) -> Result<BTreeMap<&str, Pair<'_>>> {
-    let mut found: BTreeMap<&str, Pair> = BTreeMap::new();
+/// Sorts an adapter's tensors by module; anything that is not one of a LoRA (or, with `dora`, DoRA) module is an error.
+fn sort_tensors(weights: &Weights, dora: bool) -> Result<BTreeMap<&str, Parts<'_>>> {
+    let mut found: BTreeMap<&str, Parts> = BTreeMap::new();
     let mut foreign = Vec::new();
     for tensor in weights.iter() {
-        let module = tensor.name.strip_prefix(PREFIX).unwrap_or(&tensor.name);
-        if let Some(name) = matching::outside_the_layers(module) {
+        let name = tensor.name.strip_prefix(PREFIX);
+        let bare = name.unwrap_or(&tensor.name);
+        if let Some(outside) = matching::outside_the_layers(bare) {
             return Err(Error::Unsupported {
                 path: weights.path().to_path_buf(),
-                what: format!("an adapter on {name} (tensor {})", quote(&tensor.name)),
+                what: format!("an adapter on {outside} (tensor {})", quote(&tensor.name)),
                 hint: "train it on the projections of the layers only".to_owned(),
             });
         }
-        let inside = tensor.name.starts_with(PREFIX);
-        match (
-            module.strip_suffix(".lora_A.weight"),
-            module.strip_suffix(".lora_B.weight"),
-        ) {
-            (Some(module), _) if inside => found.entry(module).or_default().a = Some(tensor),
-            (_, Some(module)) if inside => found.entry(module).or_default().b = Some(tensor),
-            _ => foreign.push(quote(&tensor.name)),
+        let of = |end: &str| name?.strip_suffix(end)?.strip_suffix('.');
+        if let Some(module) = of(LORA_A) {
+            found.entry(module).or_default().a = Some(tensor);
+        } else if let Some(module) = of(LORA_B) {
+            found.entry(module).or_default().b = Some(tensor);
+        } else if let Some(module) = of(MAGNITUDE).filter(|_| dora) {
+            found.entry(module).or_default().magnitude = Some(tensor);
+        } else {
+            foreign.push(quote(&tensor.name));
         }
     }
     if foreign.is_empty() {
@@ -172,16 +204,17 @@ fn sort_tensors(weights: &Weights) -> Result<BTreeMap<&str, Pair<'_>>> {
         count: foreign.len(),
         problem: "tensors that do not belong to a LoRA adapter",
         names: list(foreign),
-        hint: "only <module>.lora_A.weight and .lora_B.weight are understood",
+        hint: "only <module>.lora_A.weight and .lora_B.weight are understood, and with use_dora .lora_magnitude_vector",
     })
 }
 
 /// Every selected module has its tensors, and every tensor a selected module.
 fn check_bound(
     dir: &Path,
-    found: &BTreeMap<&str, Pair<'_>>,
+    found: &BTreeMap<&str, Parts<'_>>,
     wanted: &[LoraModule],
     base: &Projections,
+    dora: bool,
 ) -> Result<()> {
     let mut unbound = Vec::new();
     let selected = |module: &str| {
@@ -189,8 +222,9 @@ fn check_bound(
         place.is_ok()
     };
     for LoraModule { module, .. } in wanted {
-        let pair = found.get(module.as_str()).copied().unwrap_or_default();
-        let reason = match (pair.a, pair.b) {
+        let of = found.get(module.as_str()).copied().unwrap_or_default();
+        let reason = match (of.a, of.b) {
+            (Some(_), Some(_)) if dora && of.magnitude.is_none() => "no lora_magnitude_vector",
             (Some(_), Some(_)) => continue,
             (None, None) => "no tensors",
             (None, Some(_)) => "no lora_A",
@@ -218,8 +252,8 @@ fn check_bound(
 }
 
 /// The numbers of a tensor in f32, after a look at its shape and at each of them.
-fn values(tensor: Option<&TensorView>, shape: &[usize]) -> Result<Vec<f32>> {
-    let tensor = tensor.expect("bug in tallow: check_bound saw both tensors of every module");
+pub(crate) fn values(tensor: Option<&TensorView>, shape: &[usize]) -> Result<Vec<f32>> {
+    let tensor = tensor.expect("bug in tallow: check_bound saw the tensors of every module");
     match tensor.dtype {
         StoredDtype::F32 | StoredDtype::BF16 | StoredDtype::F16 => {}
         _ => return Err(tensor.wrong_type("F32, BF16 or F16")),
@@ -232,7 +266,7 @@ fn values(tensor: Option<&TensorView>, shape: &[usize]) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-fn finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
+pub(crate) fn finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
         Some(index) => Err(Error::NotFinite {
@@ -254,7 +288,7 @@ fn rank_warning(m: &LoraModule) -> Option<String> {
 }
 
 /// `count` numbers uniform in ±1/sqrt(k), from a stream of their own for each name.
-fn uniform(seed: u64, name: &str, count: usize, k: usize) -> Vec<f32> {
+pub(crate) fn uniform(seed: u64, name: &str, count: usize, k: usize) -> Vec<f32> {
     // FNV-1a: stable over versions and machines, unlike the standard hasher.
     let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
         (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
@@ -270,12 +304,12 @@ fn uniform(seed: u64, name: &str, count: usize, k: usize) -> Vec<f32> {
 }
 
 /// Values on their way into a file.
-struct F32View<'a> {
-    shape: [usize; 2],
-    values: &'a [f32],
+pub(crate) struct F32View<V> {
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: V,
 }
 
-impl View for F32View<'_> {
+impl<V: AsRef<[f32]>> View for F32View<V> {
     fn dtype(&self) -> StoredDtype {
         StoredDtype::F32
     }
@@ -286,6 +320,7 @@ impl View for F32View<'_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         self.values
+            .as_ref()
             .iter()
             .flat_map(|v| v.to_le_bytes())
             .collect::<Vec<u8>>()
@@ -293,6 +328,30 @@ impl View for F32View<'_> {
     }
 
     fn data_len(&self) -> usize {
-        size_of_val(self.values)
+        size_of_val(self.values.as_ref())
     }
+}
+
+/// The projections that the tensors of a PEFT folder are for, by their shapes: for work on an adapter whose base is
+/// not at hand. What is missing from the folder cannot be noticed then.
+///
+/// # Errors
+/// A folder without usable tensors.
+pub fn shapes(dir: &Path) -> Result<Projections> {
+    let weights = Weights::open_file_hinted(&dir.join(WEIGHTS_FILE), HINT)?;
+    let side = |t: &TensorView, axis: usize| t.shape.get(axis).copied().unwrap_or(0);
+    let mut found: BTreeMap<String, [usize; 2]> = BTreeMap::new();
+    for t in weights.iter() {
+        let Some(name) = t.name.strip_prefix(PREFIX) else {
+            continue;
+        };
+        let of = |end: &str| Some(name.strip_suffix(end)?.strip_suffix('.')?.to_owned());
+        if let Some(module) = of(LORA_A) {
+            found.entry(module).or_default()[1] = side(t, 1);
+        } else if let Some(module) = of(LORA_B) {
+            found.entry(module).or_default()[0] = side(t, 0);
+        }
+    }
+    let one = |(name, [n, k]): (String, [usize; 2])| (name, Projection { n, k });
+    Ok(found.into_iter().map(one).collect())
 }

@@ -12,3 +12,5 @@ mod goldens;
 mod shapes;
 #[path = "models/support.rs"]
 mod support;
+#[path = "models/variants.rs"]
+mod variants;

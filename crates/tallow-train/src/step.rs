@@ -100,7 +100,11 @@ impl Update {
             }
         };
         let grad = gate.select(&grad, &Tensor::scalar(0.0))?;
-        let updates = optimizer.updates(&adapter.params, &grad, &gate)?;
+        let mut updates = optimizer.updates(&adapter.params, &grad, &gate)?;
+        for (state, next) in updates.iter_mut().take(1) {
+            debug_assert!(state.shape() == adapter.params.shape(), "parameters first");
+            *next = adapter.pace(next)?;
+        }
         Ok(Update { norm, updates })
     }
 }

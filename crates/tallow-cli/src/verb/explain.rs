@@ -62,9 +62,9 @@ enum What {
 }
 
 /// Tensors to plan, and what to fill their inputs with before timing.
-struct Subject {
-    outs: Vec<Tensor>,
-    updates: Vec<(Tensor, Tensor)>,
+pub(super) struct Subject {
+    pub(super) outs: Vec<Tensor>,
+    pub(super) updates: Vec<(Tensor, Tensor)>,
     ints: Vec<(Tensor, Vec<u32>)>,
     floats: Vec<(Tensor, Vec<f32>)>,
 }
@@ -184,7 +184,11 @@ fn forward(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Resu
     })
 }
 
-fn train(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Result<Subject> {
+pub(super) fn train(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    [b, t]: [usize; 2],
+) -> Result<Subject> {
     let adapter = adapter.ok_or_else(|| anyhow!("training needs an adapter; give --rank"))?;
     let optimizer = Optimizer::new(&model.session, adapter, OptimizerKind::AdamW)?;
     let g = StepGraph::build(model, adapter, &optimizer, [b, t], Some(1.0))?;
@@ -206,7 +210,11 @@ fn train(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Result
 }
 
 /// One token at the end of a cache with room for `tokens`; also returns how many it has room for.
-fn decode(model: &Model, adapter: Option<&Adapter>, tokens: usize) -> Result<(Subject, usize)> {
+pub(super) fn decode(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    tokens: usize,
+) -> Result<(Subject, usize)> {
     let cache = Cache::new(model, tokens)?;
     let leaf = || model.session.zeros(TensorType::u32([1, 1]), Role::Data);
     let (ids, pos) = (leaf()?, leaf()?);

@@ -1,7 +1,9 @@
 //! `tallow train`: fine-tunes an adapter and writes it in PEFT's format, with checkpoints on the way.
 //! Invariant: every setting is an option, and stands in `train.yaml` under the option's name.
 use crate::{
-    Outcome, interrupt,
+    Outcome,
+    adapter_args::AdapterArgs,
+    interrupt,
     open::{self, Global, ModelArgs},
     out,
     progress::{Progress, Show},
@@ -53,6 +55,8 @@ pub(crate) struct Args {
     /// What to adapt: all-linear, names with commas (q_proj,v_proj), or a regular expression of module paths.
     #[arg(long, value_name = "WHICH", default_value = "all-linear")]
     targets: String,
+    #[command(flatten)]
+    variant: AdapterArgs,
     /// Peak learning rate.
     #[arg(long, value_name = "X", default_value_t = 1e-3)]
     lr: f64,
@@ -233,16 +237,19 @@ pub(crate) fn notes(config: &AdapterConfig, dtype: &str) -> Vec<(&'static str, V
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let config = args.config();
     config.validate()?;
-    let adapter_config = args.adapter_config()?;
+    let mut adapter_config = args.adapter_config()?;
     let threads = args.threads(global)?;
     let global = &Global {
         threads: Some(threads),
         ..global.clone()
     };
     let model = args.model.load(global)?;
+    args.variant.apply(&mut adapter_config, &model.config)?;
     let tokenizer = args.model.tokenizer()?;
     let adapter = Adapter::new(&model, &adapter_config, args.seed)?;
+    let adapter = args.variant.paced(&model.session, adapter)?;
     let mut notes = notes(&adapter_config, args.model.dtype.name());
+    notes.extend(args.variant.notes());
     notes.extend(args.keeping(threads));
     let data = FeedSettings {
         paths: args.data.clone(),

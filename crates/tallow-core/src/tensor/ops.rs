@@ -339,6 +339,14 @@ impl Tensor {
         let shape = shape.into();
         Self::apply(Op::Random { id, shape }, &[seed])
     }
+    /// `dropout(self) aᵀ` for `self [.., k]`, `a [r, k]`: an element of `self` stays with probability `keep`, scaled
+    /// by `1 / keep`. Calls with one `id` under one `seed [2] u32` draw one mask; see [`Dropout`].
+    #[track_caller]
+    pub fn dropout_linear(&self, a: &Tensor, seed: &Tensor, id: u32, keep: f32) -> Result<Self> {
+        let keep = keep.into();
+        let op = DropoutLinear(Dropout { id, keep });
+        Ok(Self::composite(op, &[self, a, seed])?.remove(0))
+    }
     /// The same value, kept apart from equal ones: what is computed from it is computed again.
     #[track_caller]
     pub fn barrier(&self, id: u32) -> Result<Self> {

@@ -22,6 +22,17 @@ pub enum Targets {
     Regex(String),
 }
 
+/// How a fresh adapter starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Init {
+    /// As PEFT does: `A` uniform in ±1/sqrt(k), `B` zero, so that it changes nothing yet.
+    #[default]
+    Uniform,
+    /// PiSSA (Meng et al. 2024, arXiv:2404.02948): `A` and `B` from the largest singular values of `W`, whose share
+    /// is taken off again by a frozen second block. Saved as plain LoRA of twice the rank.
+    Pissa,
+}
+
 /// What `adapter_config.json` says. Public fields; [`AdapterConfig::new`] fills in the usual rest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig {
@@ -33,6 +44,10 @@ pub struct AdapterConfig {
     pub alpha: f64,
     /// Scale is alpha / sqrt(rank) and not alpha / rank.
     pub use_rslora: bool,
+    /// The result is rescaled row by row to a trained magnitude (DoRA, Liu et al. 2024, arXiv:2402.09353).
+    pub use_dora: bool,
+    /// How a fresh adapter starts. Not in the file: what is saved is an adapter of the base as it is.
+    pub init: Init,
     /// Probability that an input of the branch is dropped while training.
     pub dropout: f64,
     /// The adapted projections.
@@ -54,7 +69,7 @@ pub struct AdapterConfig {
 }
 
 /// Switched on, these change what an adapter computes, and this version does not compute it.
-const REFUSED: [&str; 15] = [
+const REFUSED: [&str; 14] = [
     "alora_invocation_tokens",
     "arrow_config",
     "fan_in_fan_out",
@@ -67,13 +82,12 @@ const REFUSED: [&str; 15] = [
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 ];
 
 /// Understood elsewhere in this file, or without effect on a trained adapter.
-const KNOWN: [&str; 27] = [
+const KNOWN: [&str; 28] = [
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -100,6 +114,7 @@ const KNOWN: [&str; 27] = [
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
 ];
 
@@ -111,6 +126,8 @@ impl AdapterConfig {
             rank,
             alpha,
             use_rslora: false,
+            use_dora: false,
+            init: Init::Uniform,
             dropout: 0.0,
             targets,
             exclude: None,
@@ -121,6 +138,22 @@ impl AdapterConfig {
             base_model: None,
             task_type: Some("CAUSAL_LM".to_owned()),
         }
+    }
+
+    /// The configuration of the same adapter with a second block of its rank: twice the ranks at the same scales.
+    pub(crate) fn doubled(mut self) -> Self {
+        let factor = match self.use_rslora {
+            true => std::f64::consts::SQRT_2,
+            false => 2.0,
+        };
+        self.rank *= 2;
+        self.alpha *= factor;
+        self.rank_pattern.iter_mut().for_each(|(_, r)| *r *= 2);
+        self.alpha_pattern
+            .iter_mut()
+            .for_each(|(_, a)| *a *= factor);
+        self.init = Init::Uniform;
+        self
     }
 
     /// Reads `adapter_config.json` of an adapter folder.
@@ -137,6 +170,8 @@ impl AdapterConfig {
             rank: f.count("r", LARGEST_RANK)?.unwrap_or(8),
             alpha: f.number("lora_alpha")?.unwrap_or(8.0),
             use_rslora: f.flag("use_rslora", false)?,
+            use_dora: f.flag("use_dora", false)?,
+            init: Init::Uniform,
             dropout: dropout(&f)?,
             targets: targets(&f, "target_modules")?
                 .ok_or_else(|| f.bad("target_modules", "module names or a pattern", "nothing"))?,
@@ -213,7 +248,7 @@ impl AdapterConfig {
             "task_type": self.task_type,
             "trainable_token_indices": null,
             "use_bdlora": null,
-            "use_dora": false,
+            "use_dora": self.use_dora,
             "use_qalora": false,
             "use_rslora": self.use_rslora,
             "velora_config": null,
@@ -245,7 +280,8 @@ fn refuse(f: &Fields) -> Result<()> {
     let unsupported = |what: String| Error::Unsupported {
         path: f.path.to_path_buf(),
         what,
-        hint: "this version reads plain LoRA; merge or retrain the adapter without it".to_owned(),
+        hint: "this version reads LoRA, rsLoRA and DoRA; merge or retrain the adapter without it"
+            .to_owned(),
     };
     match f.text("peft_type")? {
         Some("LORA") => {}

@@ -87,6 +87,7 @@ impl AdapterConfig {
                 rank,
                 a: Vec::new(),
                 b: Vec::new(),
+                magnitude: None,
             });
         }
         Ok(modules)

@@ -360,7 +360,6 @@ fn variants_are_refused_by_name() {
             json!({"trainable_token_indices": [1]}),
             "trainable_token_indices is not supported",
         ),
-        (json!({"use_dora": true}), "use_dora is not supported"),
         (json!({"use_qalora": true}), "use_qalora is not supported"),
         (
             json!({"alora_invocation_tokens": [1]}),
@@ -506,6 +505,68 @@ fn a_diverged_adapter_is_not_written() {
     let got = message(dir.path(), adapter.write(dir.path()));
     assert!(got.contains("holds NaN at element 5"), "{got}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn dora_wants_its_magnitudes_finite_and_whole() {
+    let magnitude = "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector";
+    let dora = golden("llama-dora").join("adapter");
+    let refusal = |change: &dyn Fn(&mut Vec<u8>)| {
+        let dir = tempfile::tempdir().unwrap();
+        fs::copy(dora.join(CONFIG_FILE), dir.path().join(CONFIG_FILE)).unwrap();
+        let mut bytes = fs::read(dora.join(WEIGHTS_FILE)).unwrap();
+        change(&mut bytes);
+        fs::write(dir.path().join(WEIGHTS_FILE), bytes).unwrap();
+        message(dir.path(), Adapter::read(dir.path(), &base()))
+    };
+    let rename = |bytes: &mut Vec<u8>| {
+        let at = bytes
+            .windows(magnitude.len())
+            .position(|w| w == magnitude.as_bytes());
+        let end = at.unwrap() + magnitude.len();
+        bytes[end - 1] = b'x';
+    };
+    let got = refusal(&rename);
+    assert!(got.contains("do not belong to a LoRA adapter (1)"), "{got}");
+    let adapter = Adapter::read(&dora, &base()).unwrap();
+    let value = adapter.modules[0].magnitude.as_ref().unwrap()[3].to_le_bytes();
+    let spoil = |bytes: &mut Vec<u8>| {
+        let at = bytes.windows(4).rposition(|w| w == value).unwrap();
+        bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    };
+    let got = refusal(&spoil);
+    assert!(
+        got.contains("lora_magnitude_vector\" holds NaN at element 3"),
+        "{got}"
+    );
+    // Without the magnitudes the rest is another adapter, and without `use_dora` they are foreign.
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(dora.join(CONFIG_FILE), dir.path().join(CONFIG_FILE)).unwrap();
+    fs::copy(
+        golden_dir().join(WEIGHTS_FILE),
+        dir.path().join(WEIGHTS_FILE),
+    )
+    .unwrap();
+    let got = message(dir.path(), Adapter::read(dir.path(), &base()));
+    assert!(
+        got.contains("0 of 14 modules bound") && got.contains("(no lora_magnitude_vector)"),
+        "{got}"
+    );
+}
+
+#[test]
+fn a_config_nested_10_000_deep_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
+        let deep = format!("{}1{}", open.repeat(10_000), close.repeat(10_000));
+        let text = format!("{{\"peft_type\": \"LORA\", \"rank_pattern\": {deep}}}");
+        fs::write(dir.path().join(CONFIG_FILE), text).unwrap();
+        let got = message(dir.path(), Adapter::read(dir.path(), &base()));
+        assert!(
+            got.contains("not valid JSON") && got.contains("recursion"),
+            "{got}"
+        );
+    }
 }
 
 #[test]

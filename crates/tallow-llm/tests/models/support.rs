@@ -15,7 +15,13 @@ use tallow_cpu::{Cpu, CpuOptions};
 use tallow_llm::{Adapter, LoadOptions, Model, Weights};
 use tempfile::TempDir;
 
-pub(crate) const GOLDENS: [&str; 4] = ["llama", "llama3-rope", "qwen2", "mistral-window"];
+pub(crate) const GOLDENS: [&str; 5] = [
+    "llama",
+    "llama-dora",
+    "llama3-rope",
+    "qwen2",
+    "mistral-window",
+];
 /// A position that means padding, a target that is not counted.
 pub(crate) const NONE: u32 = u32::MAX;
 

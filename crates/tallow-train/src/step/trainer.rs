@@ -67,7 +67,7 @@ impl Trainer {
         };
         Ok(Trainer {
             model: model.clone(),
-            adapter: adapter.clone(),
+            adapter: adapter.for_training(s)?,
             config: config.clone(),
             optimizer,
             recorded,
@@ -143,9 +143,13 @@ impl Trainer {
         let counted: usize = batches.iter().map(|b| b.counted).sum();
         let inv = [(1.0 / counted.max(1) as f64) as f32];
         let mut bad_batch = None;
+        // Every batch drops other inputs, the same ones whenever it is computed.
+        let (seed, drawn) = (self.config.seed, self.done * batches.len() as u64);
+        let draw = |i: usize| self.adapter.draw(&s, seed, drawn + i as u64 + 1);
         let (program, inv_count) = match &mut self.recorded {
             Recorded::Whole(all) => {
                 let b = &batches[0];
+                draw(0)?;
                 let (program, g) = found(all, b);
                 g.inputs.upload(&s, b)?;
                 (program, &g.inv_count)
@@ -154,6 +158,7 @@ impl Trainer {
                 for (i, b) in batches.iter().enumerate() {
                     let (program, g) = found(micro, b);
                     g.inputs.upload(&s, b)?;
+                    draw(i)?;
                     program.replay()?;
                     let loss = one(&s, &program.outputs[0])?;
                     bad_batch = bad_batch.or((!loss.is_finite()).then_some(i));

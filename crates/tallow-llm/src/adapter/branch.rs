@@ -1,0 +1,199 @@
+//! What an adapter adds to a projection, beyond the two matrices that ride in its product: magnitudes and dropout.
+//! Invariant: without magnitude and dropout there is nothing here to do and nothing is done; `W + s·B·A` is never formed.
+//! Absent on purpose: the gradient of the norm, which DoRA treats as a constant in backward (its section 4.3).
+
+use tallow_core::op::Role;
+use tallow_core::session::Session;
+use tallow_core::tensor::{LoraWeights, Tensor};
+use tallow_core::types::DType;
+
+use crate::error::Result;
+use crate::model::Model;
+
+/// Keeps what is only read for its value apart from what is differentiated.
+const DETACHED: u32 = u32::MAX;
+/// Below every norm that means anything: a row of zeros has a magnitude of zero, and not 0/0.
+const LEAST: f32 = 1e-30;
+
+/// The adapter of one projection while a forward pass is written down.
+pub(crate) struct Branch {
+    /// `A [r, k]` and `B [n, r]`.
+    pub(crate) a: Tensor,
+    pub(crate) b: Tensor,
+    pub(crate) scale: f32,
+    pub(crate) magnitude: Option<Magnitude>,
+    /// With the number of the module, whose mask is its own.
+    pub(crate) dropout: Option<(Dropout, u32)>,
+}
+
+/// Dropout on the inputs of all branches.
+#[derive(Clone, Debug)]
+pub(crate) struct Dropout {
+    /// `[2]` u32, data.
+    pub(crate) seed: Tensor,
+    /// Probability that an input stays.
+    pub(crate) keep: f32,
+}
+
+/// DoRA's magnitude of one projection (Liu et al. 2024, arXiv:2402.09353): the result is scaled row by row with
+/// `m / ‖W + s·B·A‖`.
+#[derive(Clone, Debug)]
+pub(crate) struct Magnitude {
+    /// `[n]`, a view of the parameters.
+    pub(crate) m: Tensor,
+    /// `A` and `B` again, as values that no gradient goes through.
+    a: Tensor,
+    b: Tensor,
+    /// `‖W‖²` of each row, `[n]`, frozen.
+    squares: Tensor,
+    /// The factors, where the parameters never change.
+    fixed: Option<Tensor>,
+}
+
+impl Magnitude {
+    /// Views of `params` where `A`, `B` and `m` begin; `squares`: `‖W‖²` by row.
+    pub(crate) fn new(
+        params: &Tensor,
+        [a_at, b_at, m_at]: [usize; 3],
+        [r, k, n]: [usize; 3],
+        squares: &[f32],
+        session: &Session,
+    ) -> Result<Self> {
+        // A value behind a barrier is another one than the view that gradients are asked for.
+        let values = params.barrier(DETACHED)?;
+        Ok(Self {
+            m: params.slice(0, m_at, n)?,
+            a: values.slice(0, a_at, r * k)?.reshape([r, k])?,
+            b: values.slice(0, b_at, n * r)?.reshape([n, r])?,
+            squares: session.tensor(squares, [n], Role::Frozen)?,
+            fixed: None,
+        })
+    }
+
+    /// The same with the factors computed now, for parameters that never change.
+    pub(crate) fn fixed(self, model: &Model, module: &str, scale: f32) -> Result<Self> {
+        let factors = self.factors(model.weight(&format!("{module}.weight"))?, scale)?;
+        let values = model.session.read(&factors)?;
+        let fixed = model
+            .session
+            .tensor(&values, [values.len()], Role::Frozen)?;
+        Ok(Self {
+            fixed: Some(fixed),
+            ..self
+        })
+    }
+
+    /// `m / ‖W + s·B·A‖ [n]`, by rows. With `u = (W + s/2·B·A)·Aᵀ`, one thin product,
+    /// `‖W + s·B·A‖² = ‖W‖² + 2s·Σ_r u∘B`.
+    pub(crate) fn factors(&self, w: &Tensor, scale: f32) -> Result<Tensor> {
+        if let Some(fixed) = &self.fixed {
+            return Ok(fixed.clone());
+        }
+        let n = self.m.shape().numel();
+        let u = self.a.lora_linear(w, &self.a, &self.b, scale / 2.0)?;
+        let cross = u.mul(&self.b.t()?)?.sum(0)?.reshape([n])?;
+        let squares = cross.mul_scalar(2.0 * scale)?.add(&self.squares)?;
+        let norm = squares.maximum(&Tensor::scalar(LEAST))?.sqrt()?;
+        Ok(self.m.div(&norm)?)
+    }
+}
+
+/// `‖W‖²` of each row of `w [n, k]`.
+pub(crate) fn row_squares(session: &Session, w: &Tensor) -> Result<Vec<f32>> {
+    let w = w.cast(DType::F32)?;
+    Ok(session.read(&w.mul(&w)?.sum(1)?)?)
+}
+
+/// One of the projections that read the same tensor.
+pub(crate) struct Part {
+    pub(crate) w: Tensor,
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) branch: Option<Branch>,
+}
+
+impl Part {
+    fn n(&self) -> usize {
+        self.w.dims()[0]
+    }
+    fn magnitude(&self) -> Option<&Magnitude> {
+        self.branch.as_ref()?.magnitude.as_ref()
+    }
+    fn dropout(&self) -> Option<&(Dropout, u32)> {
+        self.branch.as_ref()?.dropout.as_ref()
+    }
+}
+
+/// Projections of one `x [.., k]`, side by side `[.., Σn]`, plus `residual` if given.
+pub(crate) fn project(x: &Tensor, parts: &[Part], residual: Option<&Tensor>) -> Result<Tensor> {
+    let scaled = parts.iter().any(|p| p.magnitude().is_some());
+    let weights = |p: &Part| LoraWeights {
+        w: p.w.clone(),
+        // A magnitude scales the product only, so what is added comes after it.
+        bias: p.bias.clone().filter(|_| !scaled),
+        adapter: match (&p.branch, p.dropout()) {
+            (Some(b), None) => Some((b.a.clone(), b.b.clone(), b.scale)),
+            _ => None,
+        },
+    };
+    let weights: Vec<LoraWeights> = parts.iter().map(weights).collect();
+    let mut y = x.linears(&weights, residual.filter(|_| !scaled))?;
+    if parts.iter().any(|p| p.dropout().is_some()) {
+        y = y.add(&dropped(x, parts)?)?;
+    }
+    if scaled {
+        y = y.mul(&factors(parts)?)?;
+        if let Some(bias) = biases(parts)? {
+            y = y.add(&bias)?;
+        }
+        if let Some(residual) = residual {
+            y = y.add(residual)?;
+        }
+    }
+    Ok(y)
+}
+
+/// The branches of `x` with dropout, side by side; zeros where a projection has none.
+fn dropped(x: &Tensor, parts: &[Part]) -> Result<Tensor> {
+    let lead = x.shape().clone();
+    let one = |p: &Part| -> Result<Tensor> {
+        let (Some(b), Some((d, id))) = (&p.branch, p.dropout()) else {
+            return Ok(Tensor::scalar(0.0).broadcast(lead.with_last(p.n()))?);
+        };
+        let h = x.dropout_linear(&b.a, &d.seed, *id, d.keep)?;
+        let h = h.reshape([h.shape().rows(), h.shape().last()])?;
+        let up = h.matmul_t(false, &b.b, true)?.mul_scalar(b.scale)?;
+        Ok(up.reshape(lead.with_last(p.n()))?)
+    };
+    let all = parts.iter().map(one).collect::<Result<Vec<_>>>()?;
+    joined(&all, lead.rank() - 1)
+}
+
+/// What each output is multiplied with, `[Σn]`; 1 where there is no magnitude.
+fn factors(parts: &[Part]) -> Result<Tensor> {
+    let one = |p: &Part| match (&p.branch, p.magnitude()) {
+        (Some(b), Some(m)) => m.factors(&p.w, b.scale),
+        _ => Ok(Tensor::scalar(1.0).broadcast([p.n()])?),
+    };
+    let all = parts.iter().map(one).collect::<Result<Vec<_>>>()?;
+    joined(&all, 0)
+}
+
+/// The biases `[Σn]`, if any projection has one; 0 for the others.
+fn biases(parts: &[Part]) -> Result<Option<Tensor>> {
+    if parts.iter().all(|p| p.bias.is_none()) {
+        return Ok(None);
+    }
+    let one = |p: &Part| match &p.bias {
+        Some(bias) => Ok(bias.clone()),
+        None => Ok(Tensor::scalar(0.0).broadcast([p.n()])?),
+    };
+    let all = parts.iter().map(one).collect::<Result<Vec<_>>>()?;
+    joined(&all, 0).map(Some)
+}
+
+fn joined(all: &[Tensor], axis: usize) -> Result<Tensor> {
+    match all {
+        [one] => Ok(one.clone()),
+        _ => Ok(Tensor::concat(axis, &all.iter().collect::<Vec<_>>())?),
+    }
+}
