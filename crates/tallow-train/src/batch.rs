@@ -19,6 +19,8 @@ const SHORTEST_BUCKET: usize = 16;
 pub struct Rows {
     ids: Vec<u32>,
     ends: Vec<usize>,
+    /// The line each row comes from, 0 where none is known.
+    lines: Vec<u64>,
     /// Rows that were cut to the longest allowed length.
     pub cut: usize,
     /// Lines left out because they have fewer than two tokens.
@@ -26,29 +28,28 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Reads a JSONL file: each line as `<bos>` + text + `<eos>`, cut after `longest` tokens.
+    /// Adds a JSONL file: each line as `<bos>` + text + `<eos>`, cut after `longest` tokens.
     ///
     /// # Errors
-    /// A line that cannot be read, or [`Error::NothingToPredict`] if no row has two tokens.
+    /// A line that cannot be read.
     pub fn read(
+        &mut self,
         path: &Path,
         tokenizer: &Tokenizer,
         config: &ModelConfig,
         longest: usize,
-    ) -> Result<Self> {
-        let mut rows = Rows::default();
-        for text in Lines::open(path)? {
-            rows.push(&tokenizer.encode_line(&text?, config)?, longest);
+    ) -> Result<()> {
+        let mut lines = Lines::open(path)?;
+        while let Some(text) = lines.next() {
+            let ids = tokenizer.encode_line(&text?, config)?;
+            self.push(&ids, longest, lines.line());
         }
-        if rows.is_empty() {
-            let path = path.to_path_buf();
-            return Err(Error::NothingToPredict { path });
-        }
-        Ok(rows)
+        Ok(())
     }
 
-    /// Adds a row, cut after `longest` tokens; a row of fewer than two is only counted.
-    pub fn push(&mut self, ids: &[u32], longest: usize) {
+    /// Adds a row, cut after `longest` tokens; a row of fewer than two is only counted. `line`: where it
+    /// stands in its file, from 1.
+    pub fn push(&mut self, ids: &[u32], longest: usize, line: u64) {
         if ids.len() < 2 {
             self.too_short += 1;
             return;
@@ -57,6 +58,24 @@ impl Rows {
         self.cut += usize::from(kept.len() < ids.len());
         self.ids.extend_from_slice(kept);
         self.ends.push(self.ids.len());
+        self.lines.push(line);
+    }
+
+    /// The line that row `i` comes from, counted from 1.
+    pub fn line(&self, i: usize) -> u64 {
+        self.lines[i]
+    }
+
+    /// CRC-32 of all ids and of where rows end: other data has another, as good as always.
+    pub fn checksum(&self) -> u32 {
+        let mut sum = crc32fast::Hasher::new();
+        for id in &self.ids {
+            sum.update(&id.to_le_bytes());
+        }
+        for end in &self.ends {
+            sum.update(&(*end as u64).to_le_bytes());
+        }
+        sum.finalize()
     }
 
     /// Number of rows.
@@ -126,6 +145,19 @@ impl Order {
     /// The epoch of the batch given out last, counted from 0.
     pub fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// Epoch, and how many of its rows were given out.
+    pub fn cursor(&self) -> (u64, usize) {
+        (self.epoch, self.at)
+    }
+
+    /// Continues at a cursor of an order with this seed and number of rows.
+    pub fn seek(&mut self, epoch: u64, at: usize) {
+        if epoch != self.epoch {
+            self.order = shuffled(self.seed, epoch, self.rows);
+        }
+        (self.epoch, self.at) = (epoch, at.min(self.rows));
     }
 }
 
@@ -300,9 +332,10 @@ mod tests {
     #[test]
     fn rows_are_cut_and_counted() {
         let mut rows = Rows::default();
-        for row in [&[1][..], &[1, 2, 3, 4], &[5, 6]] {
-            rows.push(row, 3);
+        for (row, line) in [&[1][..], &[1, 2, 3, 4], &[5, 6]].into_iter().zip(1..) {
+            rows.push(row, 3, line);
         }
+        assert_eq!((rows.line(0), rows.line(1)), (2, 3));
         assert_eq!((rows.len(), rows.cut, rows.too_short), (2, 1, 1));
         assert_eq!((rows.row(0), rows.row(1)), (&[1, 2, 3][..], &[5, 6][..]));
         assert_eq!((rows.tokens(), rows.longest()), (5, 3));

@@ -48,6 +48,14 @@ pub enum Error {
         /// The data file.
         path: PathBuf,
     },
+    /// Data that is not what it was when a checkpoint was made.
+    #[error("{}: not the data of the checkpoint: {what}; give the same data, or start anew in another folder", path.display())]
+    OtherData {
+        /// The (first) data file.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
     /// A setting that makes no sense.
     #[error("{name}: want {want}, got {got}")]
     Setting {

@@ -4,9 +4,10 @@
 //! Absent on purpose: checkpoints and printing.
 use crate::{
     Error, Result, TrainConfig, Trainer,
-    batch::{Batch, Buckets, Order, Rows},
+    batch::Batch,
     config::to_yaml,
     eval::{Evaluation, Evaluator},
+    feed::{Feed, FeedSettings},
 };
 use serde_json::{Value, json};
 use std::{
@@ -141,14 +142,19 @@ impl Summary {
 pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
     let config = job.config;
     config.validate()?;
-    let longest = config.seq_len.min(job.model.config.max_positions);
-    let rows = Rows::read(job.data, job.tokenizer, &job.model.config, longest)?;
+    let settings = FeedSettings {
+        paths: vec![job.data.to_path_buf()],
+        seq_len: config.seq_len,
+        batch: config.batch,
+        seed: config.seed,
+    };
+    let mut feed = Feed::open(&settings, job.tokenizer, &job.model.config)?;
+    let stats = feed.stats();
     files::prepare_output_dir(job.out)?;
     let mut run = Run {
         job,
         observer,
-        buckets: Buckets::up_to(rows.longest() - 1),
-        total: config.total_steps(rows.len()),
+        total: config.total_steps(stats.rows.unwrap_or(0)),
         trainer: Trainer::new(job.model, job.adapter, config)?,
         evaluator: Evaluator::new(job.model, Some(job.adapter)),
         summary: Summary {
@@ -162,22 +168,17 @@ pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
         },
     };
     run.tell(Event::Start {
-        rows: rows.len(),
-        cut: rows.cut,
-        too_short: rows.too_short,
-        tokens: rows.tokens(),
+        rows: stats.rows.unwrap_or(0),
+        cut: stats.cut,
+        too_short: stats.too_short,
+        tokens: stats.tokens.unwrap_or(0),
         total: run.total,
         trainable: job.adapter.elems(),
     })?;
-    let mut order = Order::new(config.seed, rows.len());
     let mut batch = Batch::default();
     while run.trainer.done() < run.total {
-        let chosen: Vec<&[u32]> = order
-            .next(config.batch)
-            .iter()
-            .map(|i| rows.row(*i))
-            .collect();
-        run.step(&chosen, order.epoch(), &mut batch)?;
+        let drawn = feed.next(&mut batch)?;
+        run.step(&batch, drawn.epoch)?;
     }
     run.finish()
 }
@@ -185,7 +186,6 @@ pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
 struct Run<'a> {
     job: &'a Job<'a>,
     observer: &'a mut dyn Observer,
-    buckets: Buckets,
     total: u64,
     trainer: Trainer,
     evaluator: Evaluator,
@@ -203,14 +203,10 @@ impl Run<'_> {
         }
     }
 
-    fn step(&mut self, rows: &[&[u32]], epoch: u64, batch: &mut Batch) -> Result<()> {
+    fn step(&mut self, batch: &Batch, epoch: u64) -> Result<()> {
         let config = self.job.config;
-        let inputs = rows.iter().map(|r| r.len() - 1).max().unwrap_or(1);
-        let t = self.buckets.fit(inputs).unwrap_or(inputs);
-        let shape = [config.batch, t];
-        self.plan(shape)?;
+        self.plan([batch.b, batch.t])?;
         let start = Instant::now();
-        batch.fill(shape, rows.iter().copied())?;
         let done = self.trainer.done();
         let factor = config.schedule.factor(done, config.warmup, self.total);
         let lr = config.lr * factor;
