@@ -68,6 +68,68 @@ pub fn write_atomic(
     Staged::write(path, fill)?.commit()
 }
 
+/// Makes the folder `target` whole or not at all: `fill` writes into a temporary folder beside it (and syncs
+/// its files), which is synced and renamed. What was there under that name is removed, last of all.
+pub fn write_folder_atomic<E: From<Error>>(
+    target: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let fail = || io_error("write the folder", target, WRITE_HINT);
+    let beside = parent(target);
+    let temp = || {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".tallow-").suffix(".tmp");
+        builder.tempdir_in(beside)
+    };
+    let made = temp().map_err(fail())?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let usual = fs::metadata(beside).map_err(fail())?.permissions().mode();
+        let rights = fs::Permissions::from_mode(usual & 0o777);
+        fs::set_permissions(made.path(), rights).map_err(fail())?;
+    }
+    fill(made.path())?;
+    sync_folder(made.path())?;
+    // Removed when dropped, with what was moved into it.
+    let old = temp().map_err(fail())?;
+    if target.exists() {
+        fs::rename(target, old.path().join("old")).map_err(fail())?;
+    }
+    fs::rename(made.path(), target).map_err(fail())?;
+    // It has another name now; there is nothing left to remove.
+    let _ = made.keep();
+    Ok(sync_folder(beside)?)
+}
+
+/// Removes a folder so that it is never seen half there: it is renamed first.
+pub fn remove_folder(dir: &Path) -> Result<()> {
+    let fail = || io_error("remove the folder", dir, "check its permissions");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".tallow-").suffix(".tmp");
+    let trash = builder.tempdir_in(parent(dir)).map_err(fail())?;
+    fs::rename(dir, trash.path().join("old")).map_err(fail())?;
+    trash.close().map_err(fail())
+}
+
+/// Removes what killed processes left behind in `dir`: temporary files and folders of this module.
+pub fn sweep(dir: &Path) -> Result<()> {
+    let fail = || io_error("clean the folder", dir, "check its permissions");
+    for entry in fs::read_dir(dir).map_err(fail())? {
+        let entry = entry.map_err(fail())?;
+        let name = entry.file_name();
+        let ours = name
+            .to_str()
+            .is_some_and(|n| n.starts_with(".tallow-") && n.ends_with(".tmp"));
+        if ours && entry.path().is_dir() {
+            fs::remove_dir_all(entry.path()).map_err(fail())?;
+        } else if ours {
+            fs::remove_file(entry.path()).map_err(fail())?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes sure that files can be written into `dir`: creates it where needed and tries one file.
 pub fn prepare_output_dir(dir: &Path) -> Result<()> {
     const HINT: &str = "choose another output folder";
@@ -83,7 +145,7 @@ pub fn prepare_output_dir(dir: &Path) -> Result<()> {
 }
 
 /// Reads a whole file of at most `limit_bytes`.
-pub(crate) fn read_bounded(path: &Path, limit_bytes: u64, hint: &str) -> Result<Vec<u8>> {
+pub fn read_bounded(path: &Path, limit_bytes: u64, hint: &str) -> Result<Vec<u8>> {
     let file = open(path, hint)?;
     let mut bytes = Vec::new();
     file.take(limit_bytes + 1)
@@ -143,6 +205,16 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
+/// Writes a new file and syncs it, for use inside [`write_folder_atomic`].
+pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(io_error("write", path, WRITE_HINT))
+}
+
 #[cfg(unix)]
 fn sync_folder(dir: &Path) -> Result<()> {
     File::open(dir)
@@ -176,6 +248,32 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         write_atomic(&path, |w| w.write_all(b"new")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_folder_is_whole_or_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("step-1");
+        let fill = |text: &'static [u8]| move |d: &Path| write_synced(&d.join("a"), text);
+        write_folder_atomic(&target, fill(b"old")).unwrap();
+        let error = write_folder_atomic(&target, |d| {
+            write_synced(&d.join("a"), b"half")?;
+            write_synced(&d.join("none/b"), b"")
+        });
+        assert!(error.is_err());
+        assert_eq!(fs::read(target.join("a")).unwrap(), b"old");
+        write_folder_atomic(&target, fill(b"new")).unwrap();
+        assert_eq!(fs::read(target.join("a")).unwrap(), b"new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        // What a killed process leaves is swept, what others own is not.
+        fs::create_dir(dir.path().join(".tallow-x.tmp")).unwrap();
+        fs::write(dir.path().join(".tallow-x.tmp/a"), b"").unwrap();
+        fs::write(dir.path().join(".tallow-y.tmp"), b"").unwrap();
+        fs::write(dir.path().join(".other"), b"").unwrap();
+        sweep(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        remove_folder(&target).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -115,6 +115,12 @@ impl Model {
         all.map(|(name, p)| (name, (p.n, p.k))).collect()
     }
 
+    /// Every weight by its name in the checkpoint, sorted.
+    pub fn tensors(&self) -> BTreeMap<&str, &Tensor> {
+        let all = self.weights.iter();
+        all.map(|(name, leaf)| (name.as_str(), leaf)).collect()
+    }
+
     /// Everything up to and with the final norm. `ids`, `pos: [b, t]` u32, a position of `u32::MAX` is padding:
     /// it changes no other row, and what comes out in it means nothing.
     /// Without a cache a token's position must be its index in the row (padding behind the text).

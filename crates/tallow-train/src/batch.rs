@@ -255,6 +255,22 @@ impl Doc<'_> {
     }
 }
 
+/// What a recording is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchShape {
+    /// Rows and tokens `[b, t]`.
+    pub dims: [usize; 2],
+    /// Rows hold several documents.
+    pub packed: bool,
+}
+
+impl From<[usize; 2]> for BatchShape {
+    fn from(dims: [usize; 2]) -> Self {
+        let packed = false;
+        BatchShape { dims, packed }
+    }
+}
+
 /// Model inputs of `b` rows padded to `t` tokens. A document of `n` ids has `n - 1` inputs, each with the id
 /// after it as its target where that counts. A packed row holds several, one after another.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -457,12 +473,24 @@ mod tests {
     #[test]
     fn rows_are_cut_and_counted() {
         let mut rows = Rows::default();
-        for (row, line) in [&[1][..], &[1, 2, 3, 4], &[5, 6]].into_iter().zip(1..) {
+        let row = |ids: &[u32], first: usize| Row {
+            ids: ids.to_vec(),
+            counted: (0..ids.len()).map(|i| i >= first).collect(),
+        };
+        let all = [row(&[1], 1), row(&[1, 2, 3, 4], 1), row(&[5, 6], 1)];
+        let late = [row(&[1, 2, 3, 4], 3)];
+        for (row, line) in all.into_iter().chain(late).zip(1..) {
             rows.push(row, 3, line);
         }
         assert_eq!((rows.line(0), rows.line(1)), (2, 3));
-        assert_eq!((rows.len(), rows.cut, rows.too_short), (2, 1, 1));
-        assert_eq!((rows.row(0), rows.row(1)), (&[1, 2, 3][..], &[5, 6][..]));
+        let want = Tally {
+            cut: 2,
+            too_short: 1,
+            no_target: 1,
+        };
+        assert_eq!((rows.len(), rows.tally), (2, want));
+        let ids = |i| rows.row(i).ids;
+        assert_eq!((ids(0), ids(1)), (&[1, 2, 3][..], &[5, 6][..]));
         assert_eq!((rows.tokens(), rows.longest()), (5, 3));
     }
 }

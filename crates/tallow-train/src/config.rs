@@ -1,8 +1,9 @@
 //! The settings of a run, checked once and written beside the adapter.
 //! Invariant: every number that changes the result is here; there is no default for any of them.
 //! Absent on purpose: paths, and what only changes how a run is shown.
-use crate::{Error, Result, Schedule};
+use crate::{Error, OptimizerKind, Result, Schedule};
 use serde_json::{Value, json};
+use tallow_llm::data::LossOn;
 
 /// Everything that decides what a run computes, the adapter's own configuration aside.
 #[derive(Clone, Debug, PartialEq)]
@@ -11,23 +12,31 @@ pub struct TrainConfig {
     pub steps: Option<u64>,
     /// Passes over the data, where `steps` is not given. May be a fraction.
     pub epochs: f64,
-    /// Rows of a step.
+    /// Rows of a batch.
     pub batch: usize,
+    /// Batches of a step: their gradients are added up, each token counting alike.
+    pub accumulate: usize,
     /// Rows are cut after this many tokens, `<bos>` and `<eos>` included.
     pub seq_len: usize,
+    /// Several documents share a row, none seeing another; rows are full but for the last.
+    pub packing: bool,
+    /// Which tokens count in the loss.
+    pub loss_on: LossOn,
+    /// What makes steps of gradients.
+    pub optimizer: OptimizerKind,
     /// Peak learning rate.
     pub lr: f64,
     /// How it falls.
     pub schedule: Schedule,
     /// Steps in which it rises first.
     pub warmup: u64,
-    /// Decoupled weight decay of AdamW.
+    /// Weight decay: decoupled, but for SGD.
     pub weight_decay: f64,
-    /// Decay of the first moment.
+    /// Decay of the first moment; momentum of SGD.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// Decay of the second moment; SGD has none.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Added to the root of AdamW's second moment.
     pub eps: f64,
     /// The gradient is scaled down to this norm where it is longer.
     pub clip: Option<f64>,
@@ -35,6 +44,10 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between evaluations; `None` evaluates at the end only.
     pub eval_every: Option<u64>,
+    /// The run ends after this many evaluations without a new best one.
+    pub patience: Option<u64>,
+    /// A step whose loss or gradient is not finite is skipped and counted, instead of ending the run.
+    pub skip_nonfinite: bool,
 }
 
 impl TrainConfig {
@@ -55,6 +68,8 @@ impl TrainConfig {
         let epochs = self.epochs;
         check(finite_above(epochs), "epochs", above, epochs.to_string())?;
         check(self.batch > 0, "batch", "1 or more", self.batch.to_string())?;
+        let n = self.accumulate;
+        check(n > 0, "accumulate", "1 or more batches", n.to_string())?;
         let seq = self.seq_len;
         check(seq >= 2, "seq_len", "2 or more tokens", seq.to_string())?;
         check(finite_above(self.lr), "lr", above, self.lr.to_string())?;
@@ -69,19 +84,28 @@ impl TrainConfig {
         let clip = self.clip.unwrap_or(1.0);
         check(finite_above(clip), "clip", above, clip.to_string())?;
         let every = self.eval_every.unwrap_or(1);
-        check(
-            every > 0,
-            "eval_every",
-            "1 or more steps",
-            every.to_string(),
-        )
+        let want = "1 or more steps";
+        check(every > 0, "eval_every", want, every.to_string())?;
+        let patience = self.patience.unwrap_or(1);
+        let want = "1 or more evaluations";
+        check(patience > 0, "patience", want, patience.to_string())
     }
 
-    /// Optimizer steps of a run over `rows` rows.
-    pub fn total_steps(&self, rows: usize) -> u64 {
-        let an_epoch = rows.div_ceil(self.batch).max(1);
-        self.steps
-            .unwrap_or_else(|| ((self.epochs * an_epoch as f64).round() as u64).max(1))
+    /// Optimizer steps of a run; `batches`: of one pass over the data, where that is known.
+    ///
+    /// # Errors
+    /// Data of unknown length and no number of steps.
+    pub fn total_steps(&self, batches: Option<u64>) -> Result<u64> {
+        let Some(batches) = batches else {
+            return self.steps.ok_or_else(|| Error::Setting {
+                name: "steps",
+                want: "a number, because this data is read as it is needed".into(),
+                got: "epochs".into(),
+            });
+        };
+        let an_epoch = batches.max(1) as f64 / self.accumulate.max(1) as f64;
+        let all = || ((self.epochs * an_epoch).round() as u64).max(1);
+        Ok(self.steps.unwrap_or_else(all))
     }
 
     /// Names and values, for the file beside the adapter and for `--json`.
@@ -90,7 +114,11 @@ impl TrainConfig {
             ("steps", json!(self.steps)),
             ("epochs", json!(self.epochs)),
             ("batch", json!(self.batch)),
+            ("accumulate", json!(self.accumulate)),
             ("seq_len", json!(self.seq_len)),
+            ("packing", json!(self.packing)),
+            ("loss_on", json!(self.loss_on.name())),
+            ("optimizer", json!(self.optimizer.name())),
             ("lr", json!(self.lr)),
             ("schedule", json!(self.schedule.name())),
             ("warmup", json!(self.warmup)),
@@ -101,6 +129,8 @@ impl TrainConfig {
             ("clip", json!(self.clip)),
             ("seed", json!(self.seed)),
             ("eval_every", json!(self.eval_every)),
+            ("patience", json!(self.patience)),
+            ("skip_nonfinite", json!(self.skip_nonfinite)),
         ]
     }
 }
@@ -120,7 +150,11 @@ mod tests {
             steps: None,
             epochs: 2.0,
             batch: 4,
+            accumulate: 1,
             seq_len: 128,
+            packing: false,
+            loss_on: LossOn::Answers,
+            optimizer: OptimizerKind::AdamW,
             lr: 1e-3,
             schedule: Schedule::Linear,
             warmup: 10,
@@ -131,22 +165,30 @@ mod tests {
             clip: None,
             seed: 0,
             eval_every: None,
+            patience: None,
+            skip_nonfinite: false,
         }
     }
 
     #[test]
     fn epochs_become_steps_unless_steps_are_given() {
-        assert_eq!(usual().total_steps(10), 6);
+        assert_eq!(usual().total_steps(Some(3)).unwrap(), 6);
+        let two = TrainConfig {
+            accumulate: 2,
+            ..usual()
+        };
+        assert_eq!(two.total_steps(Some(3)).unwrap(), 3);
         let half = TrainConfig {
             epochs: 0.5,
             ..usual()
         };
-        assert_eq!(half.total_steps(1), 1);
+        assert_eq!(half.total_steps(Some(1)).unwrap(), 1);
         let fixed = TrainConfig {
             steps: Some(7),
             ..usual()
         };
-        assert_eq!(fixed.total_steps(1000), 7);
+        assert!(usual().total_steps(None).is_err());
+        assert_eq!(fixed.total_steps(Some(1000)).unwrap(), 7);
     }
 
     #[test]
@@ -171,7 +213,7 @@ mod tests {
     #[test]
     fn the_file_is_yaml_with_quoted_strings() {
         let text = to_yaml(&usual().entries());
-        assert!(text.starts_with("steps: null\nepochs: 2.0\nbatch: 4\n"));
+        assert!(text.starts_with("steps: null\nepochs: 2.0\nbatch: 4\naccumulate: 1\n"));
         assert!(text.contains("schedule: \"linear\"\n"));
     }
 }

@@ -6,7 +6,7 @@
 mod draw;
 pub mod pack;
 mod resident;
-mod source;
+pub(crate) mod source;
 mod stream;
 
 pub(crate) use source::Source;

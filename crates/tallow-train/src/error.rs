@@ -18,7 +18,7 @@ pub enum Error {
     Llm(#[from] tallow_llm::Error),
     /// The loss or the gradient's norm is NaN or infinite.
     #[error(
-        "step {step}: the {what} is {value}, so training stopped and nothing was saved; lower the learning rate or clip the gradient"
+        "step {step}: the {what} is {value} on {lines}; the adapter was not touched by it{}; lower the learning rate, mend the lines, or give --skip-nonfinite", last_good(.last)
     )]
     NotFinite {
         /// Optimizer step, counted from 1.
@@ -27,6 +27,68 @@ pub enum Error {
         what: &'static str,
         /// The value.
         value: f32,
+        /// The lines of the batches.
+        lines: String,
+        /// The newest checkpoint.
+        last: Option<PathBuf>,
+    },
+    /// A checkpoint that could not be written.
+    #[error("the checkpoint of step {step} was not saved: {cause}{}", last_good(.last))]
+    CheckpointNotSaved {
+        /// Steps done.
+        step: u64,
+        /// Why.
+        cause: String,
+        /// The newest checkpoint.
+        last: Option<PathBuf>,
+    },
+    /// A checkpoint that is not what was written.
+    #[error("{}: the checkpoint is damaged: {why}; delete it to go on without it", dir.display())]
+    CheckpointDamaged {
+        /// Its folder.
+        dir: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// There are checkpoints, and none of them is whole.
+    #[error("{}: none of {count} checkpoints is whole (the newest: {why}); give --overwrite to start anew", dir.display())]
+    NoWholeCheckpoint {
+        /// The folder of checkpoints.
+        dir: PathBuf,
+        /// How many there are.
+        count: usize,
+        /// What is wrong with the newest.
+        why: String,
+    },
+    /// The folder holds a run already.
+    #[error("{}: holds a run of {step} steps; go on with --resume, start anew with --overwrite, or choose another --out", dir.display())]
+    HoldsARun {
+        /// The run's folder.
+        dir: PathBuf,
+        /// Its newest checkpoint.
+        step: u64,
+    },
+    /// A checkpoint of other settings or of another model.
+    #[error("{}: not a checkpoint of this run: {what}; give what it was made with, or choose another --out", dir.display())]
+    OtherRun {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// Memory that is not there.
+    #[error("{what} needs {need} of memory, and {have} {is}; {hint}")]
+    TooLarge {
+        /// What would be run.
+        what: String,
+        /// Predicted need.
+        need: String,
+        /// What there is.
+        have: String,
+        /// "is free", "is allowed".
+        is: &'static str,
+        /// What to do.
+        hint: &'static str,
     },
     /// A line that the model has no positions for.
     #[error(
@@ -47,6 +109,14 @@ pub enum Error {
     NothingToPredict {
         /// The data file.
         path: PathBuf,
+    },
+    /// A data file that cannot be read.
+    #[error("cannot read {}: {cause}; check the path and its permissions", path.display())]
+    ReadData {
+        /// The file, as it was named.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
     },
     /// Data that is not what it was when a checkpoint was made.
     #[error("{}: not the data of the checkpoint: {what}; give the same data, or start anew in another folder", path.display())]
@@ -79,11 +149,30 @@ pub enum Error {
         len: usize,
     },
     /// The observer asked to stop.
-    #[error("stopped after step {step} of {total}; nothing was saved")]
+    #[error("stopped after step {step} of {total}; {}", go_on(.saved))]
     Stopped {
         /// Steps done.
         step: u64,
         /// Steps planned.
         total: u64,
+        /// The checkpoint to go on from.
+        saved: Option<PathBuf>,
     },
+}
+
+fn last_good(last: &Option<PathBuf>) -> String {
+    match last {
+        Some(dir) => format!("; the last good checkpoint is {}", dir.display()),
+        None => "; there is no checkpoint yet".to_owned(),
+    }
+}
+
+fn go_on(saved: &Option<PathBuf>) -> String {
+    match saved {
+        Some(dir) => {
+            let dir = dir.display();
+            format!("saved in {dir}; the same command with --resume goes on from there")
+        }
+        None => "nothing was saved".to_owned(),
+    }
 }

@@ -4,19 +4,25 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod checkpoint;
 pub mod config;
+pub mod data;
 pub mod error;
 pub mod eval;
 pub mod feed;
+pub mod memory;
+pub mod optim;
 pub mod run;
 pub mod schedule;
 pub mod step;
 
-pub use batch::{Batch, Buckets, Rows};
+pub use batch::{Batch, Buckets, Doc, Rows, Tally};
 pub use config::TrainConfig;
+pub use data::Limits;
 pub use error::{Error, Result};
 pub use eval::{Evaluation, Evaluator};
 pub use feed::{Drawn, Feed, FeedSettings, FeedStats, Line};
-pub use run::{Event, Job, Observer, Summary, train};
+pub use optim::{Optimizer, OptimizerKind};
+pub use run::{Event, Job, Keep, Observer, Start, Summary, train};
 pub use schedule::Schedule;
-pub use step::{StepResult, TrainStep, Trainer};
+pub use step::{Snapshot, StepGraph, StepResult, Trainer};

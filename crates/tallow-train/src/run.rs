@@ -1,21 +1,24 @@
-//! A whole training run: rows in, adapter folder out.
-//! Invariant: nothing is written before the last step has succeeded, except the empty output folder, which
-//! is tried first; each file is whole or not there.
-//! Absent on purpose: checkpoints and printing.
+//! A whole training run: data in, adapter folder out, checkpoints on the way.
+//! Invariant: the adapter is written after the last step has succeeded; each file is whole or not there; a run
+//! that was stopped, killed or failed goes on bit for bit from its newest whole checkpoint.
+//! Absent on purpose: printing. What happens is told to an [`Observer`].
 use crate::{
     Error, Result, TrainConfig, Trainer,
-    batch::Batch,
-    config::to_yaml,
+    checkpoint::{self, Store},
     eval::{Evaluation, Evaluator},
-    feed::{Feed, FeedSettings},
+    feed::{Feed, FeedSettings, FeedStats, Line},
+    memory,
 };
 use serde_json::{Value, json};
-use std::{
-    ops::ControlFlow,
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{ops::ControlFlow, path::PathBuf};
+use tallow_core::plan::Memory;
 use tallow_llm::{Tokenizer, adapter::Adapter, files, model::Model};
+
+mod resume;
+mod steps;
+
+pub use resume::{Past, past};
+use steps::Run;
 
 /// The settings of the run, beside the adapter.
 pub const SETTINGS_FILE: &str = "train.yaml";
@@ -28,37 +31,82 @@ pub struct Job<'a> {
     pub tokenizer: &'a Tokenizer,
     /// The adapter; its parameters must be state.
     pub adapter: &'a Adapter,
-    /// Training text, JSONL.
-    pub data: &'a Path,
+    /// Training data. Batch, row length, packing, what counts and seed are taken from `config`.
+    pub data: &'a FeedSettings,
     /// Text to evaluate on, JSONL.
-    pub valid: Option<&'a Path>,
+    pub valid: Option<&'a std::path::Path>,
     /// Where the adapter goes.
-    pub out: &'a Path,
+    pub out: &'a std::path::Path,
     /// What the base model is called in the adapter's files.
     pub base_name: &'a str,
     /// Every setting.
     pub config: &'a TrainConfig,
+    /// Checkpoints; `None` makes none.
+    pub keep: Option<Keep>,
+    /// Memory the run may take, in bytes: rows a batch and batches a step are chosen to fit, their product stays.
+    pub memory_bytes: Option<usize>,
+    /// CPU threads, for the checkpoints.
+    pub threads: Option<usize>,
     /// More lines for the settings file: names and values.
     pub notes: Vec<(&'static str, Value)>,
+}
+
+/// When checkpoints are made and which are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keep {
+    /// Steps between them.
+    pub every: u64,
+    /// How many of the newest are kept.
+    pub last: usize,
+    /// How many of those with the lowest validation loss are kept.
+    pub best: usize,
+    /// What to do where the folder holds a run already.
+    pub start: Start,
+}
+
+/// How a run begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Only where there is no checkpoint.
+    New,
+    /// From the newest whole checkpoint, where there is one.
+    Resume,
+    /// By removing the checkpoints that are there.
+    Overwrite,
 }
 
 /// What happens in a run.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Rows are read; training begins.
+    /// Data is open; training begins.
     Start {
-        /// Rows to train on.
-        rows: usize,
-        /// Rows cut to the longest allowed length.
-        cut: usize,
-        /// Lines without two tokens, left out.
-        too_short: usize,
-        /// Tokens of all rows.
-        tokens: usize,
+        /// What is known about the data.
+        data: FeedStats,
         /// Steps planned.
         total: u64,
         /// Parameters trained.
         trainable: usize,
+        /// Rows of a batch.
+        batch: usize,
+        /// Batches of a step.
+        accumulate: usize,
+        /// Predicted memory of the largest batch, in bytes.
+        memory: Memory,
+        /// All settings: names and values.
+        settings: Vec<(&'static str, Value)>,
+    },
+    /// The run goes on from a checkpoint.
+    Resumed {
+        /// Steps done already.
+        step: u64,
+        /// The checkpoint.
+        dir: PathBuf,
+        /// Newer checkpoints that are not whole, and other things worth a word.
+        remarks: Vec<String>,
+        /// Losses so far.
+        losses: Vec<f32>,
+        /// Time it took to read and restore, in seconds.
+        seconds: f64,
     },
     /// A recording was made for a batch shape, in the seconds given.
     Planned {
@@ -87,6 +135,17 @@ pub enum Event {
         tokens: usize,
         /// Time taken, in seconds.
         seconds: f64,
+        /// Steps skipped so far because their loss or gradient was not finite.
+        skipped: u64,
+        /// Batches left out so far because nothing in them is to be predicted.
+        empty: u64,
+    },
+    /// A step was skipped: its loss or gradient was not finite. Follows its [`Event::Step`].
+    Skipped {
+        /// Its number, from 1.
+        step: u64,
+        /// The lines of its batches.
+        lines: Vec<Line>,
     },
     /// The validation file was evaluated after a step.
     Eval {
@@ -94,6 +153,26 @@ pub enum Event {
         step: u64,
         /// The result.
         result: Evaluation,
+        /// Is it the best so far?
+        best: bool,
+    },
+    /// A checkpoint is on disk.
+    Checkpoint {
+        /// Steps done.
+        step: u64,
+        /// Its folder.
+        dir: PathBuf,
+        /// Its size, in bytes.
+        bytes: u64,
+        /// Time taken, in seconds.
+        seconds: f64,
+    },
+    /// The validation loss has not fallen for as long as patience lasts; the best adapter is taken.
+    EarlyStop {
+        /// Steps done.
+        step: u64,
+        /// Step and loss of the best evaluation.
+        best: (u64, f64),
     },
     /// The adapter is on disk.
     Saved {
@@ -104,27 +183,38 @@ pub enum Event {
 
 /// Is told everything; may stop the run.
 pub trait Observer {
-    /// Called after each event; `Break` ends the run with [`Error::Stopped`].
+    /// Called after each event. `Break` ends the run after the step being computed: with a checkpoint, where
+    /// checkpoints are made, and with [`Error::Stopped`].
     fn event(&mut self, event: &Event) -> ControlFlow<()>;
 }
 
 /// What a run comes to.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Summary {
     /// Steps done.
     pub steps: u64,
+    /// The step this process began after, where it resumed a run.
+    pub resumed_from: Option<u64>,
     /// Loss of each step, in nats a token.
     pub losses: Vec<f32>,
     /// Tokens predicted.
     pub tokens: u64,
     /// Time in steps, without planning, evaluation and files, in seconds.
     pub train_seconds: f64,
+    /// Steps skipped because their loss or gradient was not finite.
+    pub skipped: u64,
+    /// Batches left out because nothing in them is to be predicted.
+    pub empty: u64,
     /// Recordings made.
     pub recordings: usize,
     /// Predicted memory of the largest recording, in bytes.
     pub memory_bytes: usize,
     /// The last evaluation.
     pub valid: Option<Evaluation>,
+    /// The best evaluations: loss and step, the best first.
+    pub best: Vec<(f64, u64)>,
+    /// Did the run end because patience did?
+    pub early: bool,
 }
 
 impl Summary {
@@ -137,152 +227,79 @@ impl Summary {
 /// Trains an adapter and saves it.
 ///
 /// # Errors
-/// Settings, data or an output folder that cannot be used (before the first step), a loss that is not
-/// finite, an observer that stops. Nothing is saved then.
+/// Settings, data, memory or an output folder that cannot be used (before the first step); a checkpoint of
+/// another run; a loss that is not finite; an observer that stops; a full disk.
 pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
-    let config = job.config;
-    config.validate()?;
+    job.config.validate()?;
+    check_patience(job)?;
     let settings = FeedSettings {
-        paths: vec![job.data.to_path_buf()],
-        seq_len: config.seq_len,
-        batch: config.batch,
-        seed: config.seed,
+        seq_len: job.config.seq_len,
+        batch: job.config.batch,
+        seed: job.config.seed,
+        packing: job.config.packing,
+        loss_on: job.config.loss_on,
+        ..job.data.clone()
     };
     let mut feed = Feed::open(&settings, job.tokenizer, &job.model.config)?;
-    let stats = feed.stats();
+    let store = job.keep.map(|k| (Store::new(job.out), k));
+    if let Some((store, keep)) = &store {
+        resume::check_start(job, store, keep.start)?;
+    }
+    let config = memory::fit(job, &mut feed)?;
+    let trainer = Trainer::new(job.model, job.adapter, &config)?;
+    let memory = memory::check(&trainer, &feed)?;
     files::prepare_output_dir(job.out)?;
+    if let Some((store, keep)) = &store {
+        store.prepare()?;
+        if keep.start == Start::Overwrite {
+            for step in store.steps() {
+                files::remove_folder(&store.path(step))?;
+            }
+        }
+    }
+    let stats = feed.stats();
+    let total = config.total_steps(stats.batches)?;
     let mut run = Run {
         job,
         observer,
-        total: config.total_steps(stats.rows.unwrap_or(0)),
-        trainer: Trainer::new(job.model, job.adapter, config)?,
-        evaluator: Evaluator::new(job.model, Some(job.adapter)),
-        summary: Summary {
-            steps: 0,
-            losses: vec![],
-            tokens: 0,
-            train_seconds: 0.0,
-            recordings: 0,
-            memory_bytes: 0,
-            valid: None,
-        },
+        feed,
+        total,
+        trainer,
+        evaluator: Evaluator::new(job.model, Some(job.adapter)).counting(config.loss_on),
+        fingerprint: checkpoint::fingerprint(job.model)?,
+        summary: Summary::default(),
+        batches: vec![],
+        store,
+        evaluated: None,
+        saved: None,
+        stale: 0,
+        stopping: false,
+        config,
     };
+    run.resume()?;
     run.tell(Event::Start {
-        rows: stats.rows.unwrap_or(0),
-        cut: stats.cut,
-        too_short: stats.too_short,
-        tokens: stats.tokens.unwrap_or(0),
-        total: run.total,
+        data: stats,
+        total,
         trainable: job.adapter.elems(),
-    })?;
-    let mut batch = Batch::default();
-    while run.trainer.done() < run.total {
-        let drawn = feed.next(&mut batch)?;
-        run.step(&batch, drawn.epoch)?;
-    }
-    run.finish()
+        batch: run.config.batch,
+        accumulate: run.config.accumulate,
+        memory,
+        settings: run.settings(),
+    });
+    run.steps()
 }
 
-struct Run<'a> {
-    job: &'a Job<'a>,
-    observer: &'a mut dyn Observer,
-    total: u64,
-    trainer: Trainer,
-    evaluator: Evaluator,
-    summary: Summary,
-}
-
-impl Run<'_> {
-    fn tell(&mut self, event: Event) -> Result<()> {
-        match self.observer.event(&event) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(Error::Stopped {
-                step: self.trainer.done(),
-                total: self.total,
-            }),
-        }
-    }
-
-    fn step(&mut self, batch: &Batch, epoch: u64) -> Result<()> {
-        let config = self.job.config;
-        self.plan([batch.b, batch.t])?;
-        let start = Instant::now();
-        let done = self.trainer.done();
-        let factor = config.schedule.factor(done, config.warmup, self.total);
-        let lr = config.lr * factor;
-        let got = self.trainer.step(batch, lr)?;
-        let seconds = start.elapsed().as_secs_f64();
-        self.summary.train_seconds += seconds;
-        self.summary.tokens += batch.counted as u64;
-        self.summary.losses.push(got.loss);
-        let step = done + 1;
-        self.tell(Event::Step {
-            step,
-            total: self.total,
-            epoch,
-            loss: got.loss,
-            grad_norm: got.grad_norm,
-            lr,
-            tokens: batch.counted,
-            seconds,
-        })?;
-        match config.eval_every {
-            Some(every) if step.is_multiple_of(every) && step < self.total => self.evaluate(),
-            _ => Ok(()),
-        }
-    }
-
-    fn plan(&mut self, shape: [usize; 2]) -> Result<()> {
-        let before = self.trainer.recordings();
-        let start = Instant::now();
-        let made = self.trainer.recording(shape)?;
-        let memory_bytes = made.program.compiled.plan.memory().total();
-        if self.trainer.recordings() == before {
-            return Ok(());
-        }
-        self.tell(Event::Planned {
-            shape,
-            memory_bytes,
-            seconds: start.elapsed().as_secs_f64(),
-        })
-    }
-
-    fn evaluate(&mut self) -> Result<()> {
-        let Some(valid) = self.job.valid else {
-            return Ok(());
-        };
-        let result = self.evaluator.run(valid, self.job.tokenizer)?;
-        self.summary.valid = Some(result);
-        let step = self.trainer.done();
-        self.tell(Event::Eval { step, result })
-    }
-
-    fn finish(mut self) -> Result<Summary> {
-        self.evaluate()?;
-        self.summary.steps = self.trainer.done();
-        self.summary.recordings = self.trainer.recordings();
-        self.summary.memory_bytes = self.trainer.memory_bytes();
-        self.save()?;
-        let dir = self.job.out.to_path_buf();
-        // The adapter is saved: what the observer says no longer matters.
-        let _ = self.observer.event(&Event::Saved { dir });
-        Ok(self.summary)
-    }
-
-    fn save(&self) -> Result<()> {
-        let job = self.job;
-        job.adapter.save(job.model, job.out, job.base_name)?;
-        let mut entries = job.notes.clone();
-        entries.push(("base_model", json!(job.base_name)));
-        entries.push(("data", json!(job.data.display().to_string())));
-        entries.push(("valid", json!(job.valid.map(|v| v.display().to_string()))));
-        entries.extend(job.config.entries());
-        entries.push(("steps_done", json!(self.summary.steps)));
-        entries.push(("last_loss", json!(self.summary.losses.last())));
-        let text = to_yaml(&entries);
-        files::write_atomic(&job.out.join(SETTINGS_FILE), |w| {
-            w.write_all(text.as_bytes())
-        })?;
-        Ok(())
+fn check_patience(job: &Job) -> Result<()> {
+    let usable = job.valid.is_some()
+        && job.config.eval_every.is_some()
+        && job.keep.is_some_and(|k| k.best > 0);
+    match job.config.patience {
+        Some(n) if !usable => Err(Error::Setting {
+            name: "patience",
+            want: "a validation file, evaluations every few steps, and at least one best checkpoint to go with it"
+                .into(),
+            got: n.to_string(),
+        }),
+        _ => Ok(()),
     }
 }

@@ -1,71 +1,131 @@
-//! One optimizer step as one recording: forward, loss, backward, clipping, AdamW.
-//! Invariant: after the first batch of a length nothing is planned or allocated on the device; parameters
-//! and moments are state that the recordings of all lengths share.
-//! Absent on purpose: gradient accumulation, and gradients of anything but the adapter.
-use crate::{Error, Result, TrainConfig, batch::Batch};
+//! One optimizer step as one recording (forward, loss, backward, clipping, update), or as two kinds of them where
+//! gradients of several batches are added up first: one adds, one applies.
+//! Invariant: after the first batch of a length nothing is planned or allocated on the device; parameters and
+//! moments are state that all recordings share, and a loss or gradient that is not finite changes none of them.
+//! Absent on purpose: gradients of anything but the adapter.
+use crate::{
+    Result, TrainConfig,
+    batch::{Batch, BatchShape},
+    optim::Optimizer,
+};
 use std::collections::BTreeMap;
 use tallow_core::{
     op::Role,
-    session::{Program, Session},
+    plan::Memory,
+    session::{Compiled, Program, Session},
     tensor::{Tensor, value_and_grad},
     types::TensorType,
 };
 use tallow_llm::{adapter::Adapter, model::Model};
 
+mod trainer;
+pub use trainer::{Snapshot, Trainer};
+
 /// Added to the norm before dividing by it, as in PyTorch's `clip_grad_norm_`.
 const CLIP_EPS: f32 = 1e-6;
 
-/// The state of AdamW for one adapter of `P` parameters.
-#[derive(Clone)]
-pub struct Optimizer {
-    /// First moment `[P]`.
-    pub m: Tensor,
-    /// Second moment `[P]`.
-    pub v: Tensor,
-    /// What AdamW reads anew in every step, `[8]`; see [`tallow_core::op::AdamW`].
-    pub hyper: Tensor,
+/// Where batches of one shape are uploaded to.
+pub struct Inputs {
+    /// Token ids `[b, t]`.
+    pub ids: Tensor,
+    /// Positions `[b, t]`.
+    pub pos: Tensor,
+    /// Where documents begin in packed rows, `[b, t]`.
+    pub starts: Option<Tensor>,
+    /// Targets `[b, t]`.
+    pub targets: Tensor,
 }
 
-impl Optimizer {
-    /// Moments of 0.
-    ///
-    /// # Errors
-    /// No memory.
-    pub fn new(session: &Session, adapter: &Adapter) -> Result<Self> {
-        let ty = adapter.params.ty();
-        Ok(Optimizer {
-            m: session.zeros(ty.clone(), Role::State)?,
-            v: session.zeros(ty.clone(), Role::State)?,
-            hyper: session.zeros(TensorType::f32([8]), Role::Data)?,
+impl Inputs {
+    fn new(s: &Session, shape: BatchShape) -> Result<Self> {
+        let [b, t] = shape.dims;
+        let ints = || s.zeros(TensorType::u32([b, t]), Role::Data);
+        Ok(Inputs {
+            ids: ints()?,
+            pos: ints()?,
+            starts: shape.packed.then(ints).transpose()?,
+            targets: ints()?,
         })
     }
 
-    /// Uploads what step number `step` (from 1) needs at learning rate `lr`. Bias corrections are
-    /// computed in f64 from the decays as the device knows them, in f32.
-    fn upload(&self, session: &Session, c: &TrainConfig, lr: f64, step: u64) -> Result<()> {
-        let left = |beta: f64| 1.0 - f64::from(beta as f32).powf(step as f64);
-        let hyper = [
-            lr,
-            c.beta1,
-            c.beta2,
-            c.eps,
-            c.weight_decay,
-            left(c.beta1),
-            left(c.beta2).sqrt(),
-            1.0,
-        ];
-        Ok(session.write(&self.hyper, &hyper.map(|x| x as f32))?)
+    /// Uploads a batch of this shape.
+    fn upload(&self, session: &Session, batch: &Batch) -> Result<()> {
+        session.write_u32(&self.ids, &batch.ids)?;
+        session.write_u32(&self.pos, &batch.pos)?;
+        if let Some(starts) = &self.starts {
+            session.write_u32(starts, &batch.starts)?;
+        }
+        Ok(session.write_u32(&self.targets, &batch.targets)?)
+    }
+
+    /// The summed loss times `scale`, where given, and its gradient `[P]`.
+    fn backward(
+        &self,
+        model: &Model,
+        adapter: &Adapter,
+        scale: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let x = match &self.starts {
+            None => model.hidden(&self.ids, &self.pos, Some(adapter), None)?.x,
+            Some(starts) => {
+                let (ids, pos) = (&self.ids, &self.pos);
+                model.hidden_packed(ids, pos, starts, Some(adapter))?.x
+            }
+        };
+        let mut loss = model.nll(&x, &self.targets)?.sum_all()?;
+        if let Some(scale) = scale {
+            loss = loss.mul(scale)?;
+        }
+        let parts = adapter.parts()?;
+        let wrt: Vec<&Tensor> = parts.iter().map(|(_, view)| view).collect();
+        let made = value_and_grad(&loss, &wrt)?;
+        let flat = |g: &Tensor| g.reshape([g.shape().numel()]);
+        let flat = made.grads.iter().map(flat).collect::<Result<Vec<_>, _>>()?;
+        let grad = Tensor::concat(0, &flat.iter().collect::<Vec<_>>())?;
+        Ok((made.loss, grad))
+    }
+}
+
+/// What a mean gradient does to parameters and moments.
+struct Update {
+    norm: Tensor,
+    updates: Vec<(Tensor, Tensor)>,
+}
+
+impl Update {
+    /// Clips `grad [P]` to the norm `clip`, where given, and hands it to the optimizer, unless it or `loss []`
+    /// is not finite.
+    fn new(
+        adapter: &Adapter,
+        optimizer: &Optimizer,
+        loss: &Tensor,
+        grad: &Tensor,
+        clip: Option<f64>,
+    ) -> Result<Self> {
+        let norm = grad.mul(grad)?.sum_all()?.sqrt()?;
+        // False for NaN too.
+        let finite = |x: &Tensor| x.abs()?.less(&Tensor::scalar(f32::MAX));
+        let gate = finite(loss)?.mul(&finite(&norm)?)?;
+        let grad = match clip {
+            None => grad.clone(),
+            Some(most) => {
+                let scale = norm.add_scalar(CLIP_EPS)?.recip()?;
+                let scale = scale
+                    .mul_scalar(most as f32)?
+                    .minimum(&Tensor::scalar(1.0))?;
+                grad.mul(&scale)?
+            }
+        };
+        let grad = gate.select(&grad, &Tensor::scalar(0.0))?;
+        let updates = optimizer.updates(&adapter.params, &grad, &gate)?;
+        Ok(Update { norm, updates })
     }
 }
 
 /// The tensors of a step over `[b, t]` inputs, not yet planned.
 pub struct StepGraph {
-    /// Token ids `[b, t]`.
-    pub ids: Tensor,
-    /// Positions `[b, t]`.
-    pub pos: Tensor,
-    /// Targets `[b, t]`.
-    pub targets: Tensor,
+    /// Where a batch goes.
+    pub inputs: Inputs,
     /// 1 / counted targets, `[]`.
     pub inv_count: Tensor,
     /// Mean loss of the counted targets, `[]`, in nats.
@@ -85,45 +145,102 @@ impl StepGraph {
         model: &Model,
         adapter: &Adapter,
         optimizer: &Optimizer,
-        [b, t]: [usize; 2],
+        shape: impl Into<BatchShape>,
         clip: Option<f64>,
     ) -> Result<Self> {
-        let s = &model.session;
-        let ints = || s.zeros(TensorType::u32([b, t]), Role::Data);
-        let (ids, pos, targets) = (ints()?, ints()?, ints()?);
-        let inv_count = s.zeros(TensorType::f32([]), Role::Data)?;
-        let x = model.hidden(&ids, &pos, Some(adapter), None)?.x;
-        let loss = model.nll(&x, &targets)?.sum_all()?.mul(&inv_count)?;
-        let parts = adapter.parts()?;
-        let wrt: Vec<&Tensor> = parts.iter().map(|(_, view)| view).collect();
-        let made = value_and_grad(&loss, &wrt)?;
-        let flat = |g: &Tensor| g.reshape([g.shape().numel()]);
-        let flat = made.grads.iter().map(flat).collect::<Result<Vec<_>, _>>()?;
-        let grad = Tensor::concat(0, &flat.iter().collect::<Vec<_>>())?;
-        let norm = grad.mul(&grad)?.sum_all()?.sqrt()?;
-        let grad = match clip {
-            None => grad,
-            Some(most) => {
-                let scale = norm.add_scalar(CLIP_EPS)?.recip()?;
-                let scale = scale
-                    .mul_scalar(most as f32)?
-                    .minimum(&Tensor::scalar(1.0))?;
-                grad.mul(&scale)?
-            }
-        };
-        let Optimizer { m, v, hyper } = optimizer;
-        let [p1, m1, v1] = adapter.params.adamw(&grad, m, v, hyper)?;
-        let updates = vec![
-            (adapter.params.clone(), p1),
-            (m.clone(), m1),
-            (v.clone(), v1),
-        ];
+        let inputs = Inputs::new(&model.session, shape.into())?;
+        let inv_count = model.session.zeros(TensorType::f32([]), Role::Data)?;
+        let (loss, grad) = inputs.backward(model, adapter, Some(&inv_count))?;
+        let Update { norm, updates } = Update::new(adapter, optimizer, &loss, &grad, clip)?;
         Ok(StepGraph {
-            ids,
-            pos,
-            targets,
+            inputs,
             inv_count,
-            loss: made.loss,
+            loss,
+            norm,
+            updates,
+        })
+    }
+
+    /// Its plan; nothing of it is allocated.
+    ///
+    /// # Errors
+    /// A graph that cannot be planned.
+    pub fn plan(&self, session: &Session) -> Result<Compiled> {
+        Ok(session.explain(&[&self.loss, &self.norm], &self.updates)?)
+    }
+}
+
+/// Sums over the batches of a step, on the device.
+#[derive(Clone)]
+pub struct Sums {
+    /// Gradient of the summed loss, `[P]`.
+    grad: Tensor,
+    /// Summed loss, `[]`, in nats.
+    loss: Tensor,
+}
+
+impl Sums {
+    fn new(session: &Session, adapter: &Adapter) -> Result<Self> {
+        Ok(Sums {
+            grad: session.zeros(adapter.params.ty().clone(), Role::State)?,
+            loss: session.zeros(TensorType::f32([]), Role::State)?,
+        })
+    }
+}
+
+/// The tensors that add one batch of `[b, t]` inputs to [`Sums`].
+pub struct MicroGraph {
+    inputs: Inputs,
+    loss: Tensor,
+    updates: Vec<(Tensor, Tensor)>,
+}
+
+impl MicroGraph {
+    fn build(model: &Model, adapter: &Adapter, sums: &Sums, shape: BatchShape) -> Result<Self> {
+        let inputs = Inputs::new(&model.session, shape)?;
+        let (loss, grad) = inputs.backward(model, adapter, None)?;
+        let updates = vec![
+            (sums.grad.clone(), sums.grad.add(&grad)?),
+            (sums.loss.clone(), sums.loss.add(&loss)?),
+        ];
+        Ok(MicroGraph {
+            inputs,
+            loss,
+            updates,
+        })
+    }
+
+    fn plan(&self, session: &Session) -> Result<Compiled> {
+        Ok(session.explain(&[&self.loss], &self.updates)?)
+    }
+}
+
+/// The tensors that turn [`Sums`] into one update and empty them.
+struct ApplyGraph {
+    inv_count: Tensor,
+    loss: Tensor,
+    norm: Tensor,
+    updates: Vec<(Tensor, Tensor)>,
+}
+
+impl ApplyGraph {
+    fn build(
+        session: &Session,
+        adapter: &Adapter,
+        optimizer: &Optimizer,
+        sums: &Sums,
+        clip: Option<f64>,
+    ) -> Result<Self> {
+        let inv_count = session.zeros(TensorType::f32([]), Role::Data)?;
+        let (loss, grad) = (sums.loss.mul(&inv_count)?, sums.grad.mul(&inv_count)?);
+        let Update { norm, mut updates } = Update::new(adapter, optimizer, &loss, &grad, clip)?;
+        for sum in [&sums.grad, &sums.loss] {
+            let zeros = Tensor::scalar(0.0).broadcast(sum.shape().clone())?;
+            updates.push((sum.clone(), zeros));
+        }
+        Ok(ApplyGraph {
+            inv_count,
+            loss,
             norm,
             updates,
         })
@@ -137,144 +254,14 @@ pub struct StepResult {
     pub loss: f32,
     /// Norm of the gradient before clipping.
     pub grad_norm: f32,
+    /// The first batch of the step whose own loss was not finite, if there is one.
+    pub bad_batch: Option<usize>,
 }
 
-/// A recorded step for batches of one shape.
-pub struct TrainStep {
-    /// The recording with its plan.
-    pub program: Program,
-    graph: StepGraph,
-}
-
-impl TrainStep {
-    /// Plans and records; see [`StepGraph::build`].
-    ///
-    /// # Errors
-    /// As [`StepGraph::build`]; no memory.
-    pub fn new(
-        model: &Model,
-        adapter: &Adapter,
-        optimizer: &Optimizer,
-        shape: [usize; 2],
-        clip: Option<f64>,
-    ) -> Result<Self> {
-        let graph = StepGraph::build(model, adapter, optimizer, shape, clip)?;
-        let outs = [&graph.loss, &graph.norm];
-        let program = model.session.record(&outs, &graph.updates)?;
-        Ok(TrainStep { program, graph })
-    }
-
-    /// Uploads a batch of this shape. A batch without a counted target has a loss of 0.
-    ///
-    /// # Errors
-    /// A batch of another shape.
-    pub fn upload(&self, session: &Session, batch: &Batch) -> Result<()> {
-        let g = &self.graph;
-        session.write_u32(&g.ids, &batch.ids)?;
-        session.write_u32(&g.pos, &batch.pos)?;
-        session.write_u32(&g.targets, &batch.targets)?;
-        let inv = 1.0 / batch.counted.max(1) as f64;
-        Ok(session.write(&g.inv_count, &[inv as f32])?)
-    }
-
-    /// Runs the step and waits for its two numbers.
-    ///
-    /// # Errors
-    /// A device that fails.
-    pub fn run(&mut self, session: &Session) -> Result<StepResult> {
-        self.program.replay()?;
-        let mut got = [[0.0]; 2];
-        for (out, value) in self.program.outputs.iter().zip(&mut got) {
-            session.read_into(out, value)?;
-        }
-        Ok(StepResult {
-            loss: got[0][0],
-            grad_norm: got[1][0],
-        })
-    }
-}
-
-/// Trains one adapter, step by step, keeping one recording a batch length.
-pub struct Trainer {
-    model: Model,
-    adapter: Adapter,
-    config: TrainConfig,
-    optimizer: Optimizer,
-    steps: BTreeMap<[usize; 2], TrainStep>,
-    done: u64,
-}
-
-impl Trainer {
-    /// Starts with moments of 0. The adapter's parameters must be state.
-    ///
-    /// # Errors
-    /// Settings that make no sense; no memory.
-    pub fn new(model: &Model, adapter: &Adapter, config: &TrainConfig) -> Result<Self> {
-        config.validate()?;
-        Ok(Trainer {
-            model: model.clone(),
-            adapter: adapter.clone(),
-            config: config.clone(),
-            optimizer: Optimizer::new(&model.session, adapter)?,
-            steps: BTreeMap::new(),
-            done: 0,
-        })
-    }
-
-    /// The recording for a batch shape `[b, t]`, made on its first use.
-    ///
-    /// # Errors
-    /// As [`TrainStep::new`].
-    pub fn recording(&mut self, shape: [usize; 2]) -> Result<&mut TrainStep> {
-        use std::collections::btree_map::Entry;
-        match self.steps.entry(shape) {
-            Entry::Occupied(found) => Ok(found.into_mut()),
-            Entry::Vacant(place) => {
-                let clip = self.config.clip;
-                let made =
-                    TrainStep::new(&self.model, &self.adapter, &self.optimizer, shape, clip)?;
-                Ok(place.insert(made))
-            }
-        }
-    }
-
-    /// One step at learning rate `lr`.
-    ///
-    /// # Errors
-    /// [`Error::NotFinite`] if the loss or the gradient is not finite; the adapter is spoilt then.
-    pub fn step(&mut self, batch: &Batch, lr: f64) -> Result<StepResult> {
-        let session = self.model.session.clone();
-        let number = self.done + 1;
-        self.optimizer.upload(&session, &self.config, lr, number)?;
-        let step = self.recording([batch.b, batch.t])?;
-        step.upload(&session, batch)?;
-        let got = step.run(&session)?;
-        self.done = number;
-        for (what, value) in [("loss", got.loss), ("gradient norm", got.grad_norm)] {
-            if !value.is_finite() {
-                return Err(Error::NotFinite {
-                    step: number,
-                    what,
-                    value,
-                });
-            }
-        }
-        Ok(got)
-    }
-
-    /// Steps done.
-    pub fn done(&self) -> u64 {
-        self.done
-    }
-
-    /// Recordings made, one a batch shape.
-    pub fn recordings(&self) -> usize {
-        self.steps.len()
-    }
-
-    /// Predicted memory of the largest recording, in bytes; all share weights, parameters and moments.
-    pub fn memory_bytes(&self) -> usize {
-        let of = |s: &TrainStep| s.program.compiled.plan.memory().total();
-        self.steps.values().map(of).max().unwrap_or(0)
+impl StepResult {
+    /// Were parameters and moments updated? They are unless loss or gradient is not finite.
+    pub fn updated(&self) -> bool {
+        let finite = |x: f32| x.abs() < f32::MAX;
+        finite(self.loss) && finite(self.grad_norm)
     }
 }

@@ -1,70 +1,19 @@
 //! Training against the reference: 100 steps of PEFT, evaluation, and runs that must not leave files behind.
 //! Absent on purpose: kernels; each has its tests where it lives.
-use std::{
-    ops::ControlFlow,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
-use tallow_core::{op::Role, session::Session, types::DType};
-use tallow_cpu::{Cpu, CpuOptions};
-use tallow_llm::{
-    Adapter, AdapterConfig, LoadOptions, Model, Targets, Tokenizer, weights::Weights,
-};
-use tallow_train::{
-    Batch, Error, Evaluator, Event, Job, Observer, Schedule, TrainConfig, Trainer, train,
-};
+use std::slice::from_ref;
+use support::*;
+use tallow_core::op::Role;
+use tallow_llm::{Adapter, weights::Weights};
+use tallow_train::{Batch, Error, Evaluator, Event, TrainConfig, Trainer};
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
-
-fn model() -> Model {
-    let options = CpuOptions {
-        threads: Some(2),
-        weights: DType::F32,
-        isa: None,
-    };
-    let session = Session::new(Arc::new(Cpu::open(&options).unwrap()));
-    Model::load(
-        &session,
-        &root().join("assets/tiny"),
-        &LoadOptions::default(),
-    )
-    .unwrap()
-}
-
-fn tokenizer() -> Tokenizer {
-    Tokenizer::open(&root().join("assets/tiny")).unwrap()
-}
-
-fn adapter(model: &Model) -> Adapter {
-    let config = AdapterConfig::new(8, 16.0, Targets::AllLinear);
-    Adapter::new(model, &config, 0).unwrap()
-}
-
-/// The settings of the reference run.
-fn config() -> TrainConfig {
-    TrainConfig {
-        steps: Some(100),
-        epochs: 1.0,
-        batch: 4,
-        seq_len: 128,
-        lr: 1e-3,
-        schedule: Schedule::Constant,
-        warmup: 0,
-        weight_decay: 0.01,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        clip: None,
-        seed: 0,
-        eval_every: None,
-    }
-}
-
-fn norm(v: impl Iterator<Item = f64>) -> f64 {
-    v.map(|x| x * x).sum::<f64>().sqrt()
-}
+#[path = "train/nonfinite.rs"]
+mod nonfinite;
+#[path = "train/resume.rs"]
+mod resume;
+#[path = "train/step.rs"]
+mod step;
+#[path = "train/support.rs"]
+mod support;
 
 #[test]
 fn a_hundred_steps_agree_with_peft() {
@@ -90,7 +39,7 @@ fn a_hundred_steps_agree_with_peft() {
     for (i, step) in ids.chunks(4 * 128).enumerate() {
         let rows: Vec<&[u32]> = step.chunks(128).map(unpadded).collect();
         batch.fill([4, 128], rows).unwrap();
-        let got = trainer.step(&batch, 1e-3).unwrap();
+        let got = trainer.step(from_ref(&batch), 1e-3).unwrap();
         let off = (f64::from(got.loss) - f64::from(want[i])).abs() / f64::from(want[i]);
         assert!(
             off <= 1e-5,
@@ -209,7 +158,7 @@ fn clipping_leaves_short_gradients_alone_and_shortens_long_ones() {
         };
         let before = model.session.read(&adapter.params).unwrap();
         let mut trainer = Trainer::new(&model, &adapter, &config).unwrap();
-        let got = trainer.step(&batch, 1e3).unwrap();
+        let got = trainer.step(from_ref(&batch), 1e3).unwrap();
         let after = model.session.read(&adapter.params).unwrap();
         let moved = norm(
             after
@@ -231,67 +180,6 @@ fn clipping_leaves_short_gradients_alone_and_shortens_long_ones() {
         (halved / moved - 0.5).abs() < 1e-2,
         "{halved} for half of {moved}"
     );
-}
-
-#[derive(Default)]
-struct Log {
-    events: Vec<Event>,
-    stop_after: Option<u64>,
-}
-
-impl Observer for Log {
-    fn event(&mut self, event: &Event) -> ControlFlow<()> {
-        self.events.push(event.clone());
-        match (event, self.stop_after) {
-            (Event::Step { step, .. }, Some(last)) if *step >= last => ControlFlow::Break(()),
-            _ => ControlFlow::Continue(()),
-        }
-    }
-}
-
-struct Bench {
-    model: Model,
-    tokenizer: Tokenizer,
-    dir: tempfile::TempDir,
-}
-
-impl Bench {
-    fn new() -> Self {
-        Bench {
-            model: model(),
-            tokenizer: tokenizer(),
-            dir: tempfile::tempdir().unwrap(),
-        }
-    }
-    fn run(
-        &self,
-        config: &TrainConfig,
-        log: &mut Log,
-    ) -> tallow_train::Result<tallow_train::Summary> {
-        let data = root().join("assets/wikisql/valid.jsonl");
-        let job = Job {
-            model: &self.model,
-            tokenizer: &self.tokenizer,
-            adapter: &adapter(&self.model),
-            data: &data,
-            valid: None,
-            out: &self.dir.path().join("out"),
-            base_name: "tiny",
-            config,
-            notes: vec![],
-        };
-        train(&job, log)
-    }
-    fn files(&self) -> Vec<String> {
-        let Ok(dir) = std::fs::read_dir(self.dir.path().join("out")) else {
-            return vec![];
-        };
-        let name =
-            |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name().into_string().unwrap();
-        let mut names: Vec<String> = dir.map(name).collect();
-        names.sort();
-        names
-    }
 }
 
 #[test]
@@ -316,8 +204,7 @@ fn a_run_saves_an_adapter_that_is_read_back_and_repeats_bit_for_bit() {
             "train.yaml"
         ]
     );
-    let (read, warnings) =
-        Adapter::load(&bench.model, &bench.dir.path().join("out"), Role::Frozen).unwrap();
+    let (read, warnings) = Adapter::load(&bench.model, &bench.out(), Role::Frozen).unwrap();
     assert_eq!(
         (read.elems(), warnings.len()),
         (adapter(&bench.model).elems(), 0)
@@ -325,7 +212,7 @@ fn a_run_saves_an_adapter_that_is_read_back_and_repeats_bit_for_bit() {
     let cut = log
         .events
         .iter()
-        .any(|e| matches!(e, Event::Start { cut, .. } if *cut > 0));
+        .any(|e| matches!(e, Event::Start { data, .. } if data.cut > 0));
     assert!(cut, "lines of more than 64 tokens are told about");
     assert!(matches!(log.events.last(), Some(Event::Saved { .. })));
     let again = bench.run(&config, &mut Log::default()).unwrap();

@@ -105,7 +105,9 @@ impl Resident {
 
     pub(super) fn restore(&mut self, state: &Value) -> Option<()> {
         let (epoch, at) = (state["epoch"].as_u64()?, state["at"].as_u64()?);
-        let at = usize::try_from(at).ok().filter(|at| *at <= self.rows.len())?;
+        let at = usize::try_from(at)
+            .ok()
+            .filter(|at| *at <= self.rows.len())?;
         self.told = state["told"].as_bool()?;
         self.order.seek(epoch, at);
         Some(())

@@ -98,7 +98,13 @@ impl Source {
             Part::Resident(r) => Some(r.lengths(self.seed)),
             Part::Stream(_) => None,
         };
-        Some(self.parts.iter().map(one).collect::<Option<Vec<_>>>()?.concat())
+        Some(
+            self.parts
+                .iter()
+                .map(one)
+                .collect::<Option<Vec<_>>>()?
+                .concat(),
+        )
     }
 
     /// What became of the lines read so far.

@@ -1,0 +1,120 @@
+//! Memory: what a run will take, before anything runs, and settings that fit.
+//! Invariant: predictions come from the plans that will be recorded, so they are exact for tallow's own buffers.
+//! Absent on purpose: the allocator's and the tokenizer's own needs.
+use crate::{Error, Feed, Result, TrainConfig, Trainer, run::Job};
+use tallow_core::plan::Memory;
+
+/// Bytes that can be had: of the machine, or of the limit this process runs under. `None` where nobody knows.
+pub fn free_bytes() -> Option<usize> {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let machine = system.available_memory();
+    let limit = system.cgroup_limits().map(|l| l.free_memory);
+    let least = limit.map_or(machine, |l| l.min(machine));
+    usize::try_from(least).ok().filter(|n| *n > 0)
+}
+
+/// `3.2 GiB`.
+pub fn show(bytes: usize) -> String {
+    let units = ["B", "KiB", "MiB", "GiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        (value, unit) = (value / 1024.0, unit + 1);
+    }
+    match unit {
+        0 => format!("{bytes} B"),
+        _ => format!("{value:.1} {}", units[unit]),
+    }
+}
+
+/// Bytes a set of recordings takes: what they share once, the rest of each.
+fn together(plans: &[Memory]) -> usize {
+    let most = |of: fn(&Memory) -> usize| plans.iter().map(of).max().unwrap_or(0);
+    let shared = most(|m| m.frozen) + most(|m| m.prepared) + most(|m| m.state);
+    let own = |m: &Memory| m.arena + m.data + m.outputs;
+    shared + plans.iter().map(own).sum::<usize>()
+}
+
+/// Refuses a run whose largest batch cannot fit into the memory that is free; its memory.
+pub(crate) fn check(trainer: &Trainer, feed: &Feed) -> Result<Memory> {
+    let Some(shape) = feed.shapes().last().copied() else {
+        return Ok(Memory::default());
+    };
+    let memory = trainer.plan(shape)?.plan.memory();
+    // Frozen weights are in memory already, or mapped.
+    let need = memory.total() - memory.frozen;
+    match free_bytes() {
+        Some(free) if need > free => Err(Error::TooLarge {
+            what: format!("a step over {} x {} tokens", shape[0], shape[1]),
+            need: show(need),
+            have: show(free),
+            is: "is free",
+            hint: "use a smaller --batch with --accumulate, a shorter --seq-len, or --memory",
+        }),
+        _ => Ok(memory),
+    }
+}
+
+/// The job's settings with rows a batch and batches a step chosen to fit into its memory: as few batches as
+/// possible, the same rows a step.
+pub(crate) fn fit(job: &Job, feed: &mut Feed) -> Result<TrainConfig> {
+    let config = job.config.clone();
+    let Some(limit) = job.memory_bytes else {
+        return Ok(config);
+    };
+    let rows = config.batch * config.accumulate;
+    let mut least = usize::MAX;
+    for batch in (1..=rows).rev().filter(|b| rows.is_multiple_of(*b)) {
+        let fitted = TrainConfig {
+            batch,
+            accumulate: rows / batch,
+            ..config.clone()
+        };
+        feed.set_batch(batch);
+        let trainer = Trainer::new(job.model, job.adapter, &fitted)?;
+        let mut plans = vec![];
+        for shape in feed.shapes() {
+            plans.push(trainer.plan(shape)?.plan.memory());
+        }
+        let need = together(&plans);
+        if need <= limit {
+            return Ok(fitted);
+        }
+        least = least.min(need);
+    }
+    Err(Error::TooLarge {
+        what: format!("a step of one row at a time ({rows} in all)"),
+        need: show(least),
+        have: show(limit),
+        is: "is allowed",
+        hint: "use a shorter --seq-len, a smaller model, or a larger --memory",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recordings_share_weights_and_state() {
+        let one = Memory {
+            arena: 100,
+            prepared: 10,
+            frozen: 7,
+            state: 5,
+            data: 2,
+            outputs: 1,
+        };
+        let two = Memory { arena: 50, ..one };
+        assert_eq!(together(&[one]), one.total());
+        assert_eq!(together(&[one, two]), 10 + 7 + 5 + 103 + 53);
+    }
+
+    #[test]
+    fn bytes_are_shown_in_binary_units() {
+        assert_eq!(show(3 << 30), "3.0 GiB");
+        assert_eq!(show(1536), "1.5 KiB");
+        assert_eq!(show(12), "12 B");
+    }
+}

@@ -1,0 +1,332 @@
+//! The loop of a run: steps, evaluations, checkpoints, and how it ends.
+//! Invariant: what is due after a step (evaluation, then checkpoint) is decided from counters that the checkpoint
+//! holds, so a resumed run does what the first one would have done next.
+//! Absent on purpose: how a run begins; see `run.rs` and `resume.rs`.
+use super::*;
+use crate::{
+    batch::Batch,
+    checkpoint::{About, Checkpoint},
+    config::to_yaml,
+    step::StepResult,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+/// Batches without a target in a row, after which there is nothing to train on.
+const MOST_EMPTY: u64 = 100_000;
+/// Lines named in an error.
+const LINES_NAMED: usize = 8;
+
+pub(super) struct Run<'a> {
+    pub(super) job: &'a Job<'a>,
+    /// The settings as they were made to fit.
+    pub(super) config: TrainConfig,
+    pub(super) observer: &'a mut dyn Observer,
+    pub(super) feed: Feed,
+    pub(super) total: u64,
+    pub(super) trainer: Trainer,
+    pub(super) evaluator: Evaluator,
+    pub(super) fingerprint: u32,
+    pub(super) summary: Summary,
+    pub(super) batches: Vec<Batch>,
+    pub(super) store: Option<(Store, Keep)>,
+    /// The step after which the last evaluation was made.
+    pub(super) evaluated: Option<u64>,
+    /// The step of the newest checkpoint.
+    pub(super) saved: Option<u64>,
+    /// Evaluations since the best one.
+    pub(super) stale: u64,
+    pub(super) stopping: bool,
+}
+
+impl Run<'_> {
+    pub(super) fn tell(&mut self, event: Event) {
+        self.stopping |= self.observer.event(&event).is_break();
+    }
+
+    pub(super) fn steps(mut self) -> Result<Summary> {
+        loop {
+            if self.evaluation_is_due() {
+                self.evaluate()?;
+            }
+            let patience = self.config.patience.unwrap_or(u64::MAX);
+            self.summary.early = self.stale >= patience;
+            let done = self.trainer.done();
+            let over = done >= self.total || self.summary.early;
+            if self.checkpoint_is_due(over) {
+                self.checkpoint()?;
+            }
+            if over {
+                return self.finish();
+            }
+            if self.stopping {
+                return Err(Error::Stopped {
+                    step: done,
+                    total: self.total,
+                    saved: self.last_checkpoint(),
+                });
+            }
+            self.step()?;
+        }
+    }
+
+    fn evaluation_is_due(&self) -> bool {
+        let done = self.trainer.done();
+        let every = self.config.eval_every;
+        let regular = every.is_some_and(|n| done > 0 && done.is_multiple_of(n));
+        self.job.valid.is_some()
+            && !self.stopping
+            && self.evaluated != Some(done)
+            && (regular || done >= self.total)
+    }
+
+    fn checkpoint_is_due(&self, over: bool) -> bool {
+        let done = self.trainer.done();
+        let Some((_, keep)) = &self.store else {
+            return false;
+        };
+        let best = self.evaluated == Some(done) && self.best_steps().contains(&done);
+        let regular = done.is_multiple_of(keep.every);
+        done > 0 && self.saved != Some(done) && (regular || best || over || self.stopping)
+    }
+
+    fn best_steps(&self) -> BTreeSet<u64> {
+        self.summary.best.iter().map(|b| b.1).collect()
+    }
+
+    fn last_checkpoint(&self) -> Option<PathBuf> {
+        let (store, _) = self.store.as_ref()?;
+        self.saved.map(|step| store.path(step))
+    }
+
+    /// Draws the batches of a step; those without a target are left out and counted.
+    fn draw(&mut self) -> Result<(u64, Vec<Vec<Line>>)> {
+        let n = self.config.accumulate;
+        self.batches.resize_with(n, Batch::default);
+        let (mut lines, mut epoch, mut empty) = (vec![], 0, 0);
+        while lines.len() < n {
+            let batch = &mut self.batches[lines.len()];
+            let drawn = self.feed.next(batch)?;
+            if batch.counted > 0 {
+                epoch = drawn.epoch;
+                lines.push(drawn.lines);
+                empty = 0;
+                continue;
+            }
+            (empty, self.summary.empty) = (empty + 1, self.summary.empty + 1);
+            if empty == MOST_EMPTY {
+                let path = self.job.data.paths.first().cloned().unwrap_or_default();
+                return Err(Error::NothingToPredict { path });
+            }
+        }
+        Ok((epoch, lines))
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let (epoch, lines) = self.draw()?;
+        for i in 0..self.batches.len() {
+            self.plan([self.batches[i].b, self.batches[i].t])?;
+        }
+        let start = Instant::now();
+        let done = self.trainer.done();
+        let c = &self.config;
+        let lr = c.lr * c.schedule.factor(done, c.warmup, self.total);
+        let got = self.trainer.step(&self.batches, lr)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let step = done + 1;
+        if !got.updated() && !self.config.skip_nonfinite {
+            return Err(self.not_finite(step, &got, &lines));
+        }
+        let tokens = self.batches.iter().map(|b| b.counted).sum();
+        self.summary.train_seconds += seconds;
+        self.summary.tokens += tokens as u64;
+        self.summary.losses.push(got.loss);
+        self.summary.skipped += u64::from(!got.updated());
+        self.tell(Event::Step {
+            step,
+            total: self.total,
+            epoch,
+            loss: got.loss,
+            grad_norm: got.grad_norm,
+            lr,
+            tokens,
+            seconds,
+            skipped: self.summary.skipped,
+            empty: self.summary.empty,
+        });
+        if !got.updated() {
+            let lines = blamed(&got, &lines);
+            self.tell(Event::Skipped { step, lines });
+        }
+        Ok(())
+    }
+
+    fn not_finite(&self, step: u64, got: &StepResult, lines: &[Vec<Line>]) -> Error {
+        let (what, value) = match got.loss.is_finite() {
+            false => ("loss", got.loss),
+            true => ("gradient norm", got.grad_norm),
+        };
+        let blamed = blamed(got, lines);
+        let name = |l: &Line| format!("{}:{}", l.file.display(), l.line);
+        let mut names: Vec<String> = blamed.iter().take(LINES_NAMED).map(name).collect();
+        if blamed.len() > LINES_NAMED {
+            names.push(format!("{} more", blamed.len() - LINES_NAMED));
+        }
+        Error::NotFinite {
+            step,
+            what,
+            value,
+            lines: names.join(", "),
+            last: self.last_checkpoint(),
+        }
+    }
+
+    fn plan(&mut self, shape: [usize; 2]) -> Result<()> {
+        let start = Instant::now();
+        if let Some(memory) = self.trainer.prepare(shape)? {
+            self.tell(Event::Planned {
+                shape,
+                memory_bytes: memory.total(),
+                seconds: start.elapsed().as_secs_f64(),
+            });
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self) -> Result<()> {
+        let Some(valid) = self.job.valid else {
+            return Ok(());
+        };
+        let result = self.evaluator.run(valid, self.job.tokenizer)?;
+        let step = self.trainer.done();
+        self.summary.valid = Some(result);
+        self.evaluated = Some(step);
+        let best = self.summary.best.first().is_none_or(|b| result.loss < b.0);
+        self.stale = if best { 0 } else { self.stale + 1 };
+        if result.loss.is_finite() {
+            let all = &mut self.summary.best;
+            all.push((result.loss, step));
+            all.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            all.truncate(self.store.as_ref().map_or(1, |(_, k)| k.best.max(1)));
+        }
+        self.tell(Event::Eval { step, result, best });
+        Ok(())
+    }
+
+    /// Every setting, as it is written beside the adapter and into checkpoints.
+    pub(super) fn settings(&self) -> Vec<(&'static str, Value)> {
+        let job = self.job;
+        let mut all = job.notes.clone();
+        let paths = job.data.paths.iter().map(|p| p.display().to_string());
+        all.push(("base_model", json!(job.base_name)));
+        all.push(("data", json!(paths.collect::<Vec<_>>())));
+        all.push(("valid", json!(job.valid.map(|v| v.display().to_string()))));
+        all.extend(self.config.entries());
+        all
+    }
+
+    /// Kernels of the plan of each batch shape.
+    pub(super) fn kernels(&self) -> BTreeMap<String, Vec<String>> {
+        let plans = self.trainer.plans().into_iter();
+        let names = plans.map(|([b, t], c)| {
+            let all = c.plan.steps.iter().map(|s| s.kernel_name.to_owned());
+            (format!("{b}x{t}"), all.collect())
+        });
+        names.collect()
+    }
+
+    fn checkpoint(&mut self) -> Result<()> {
+        let Some((store, keep)) = self.store.clone() else {
+            return Ok(());
+        };
+        let start = Instant::now();
+        let state = self.trainer.snapshot()?;
+        let settings = self.settings().into_iter();
+        let about = About {
+            format: About::FORMAT,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            step: state.done,
+            updates: state.updates,
+            total: self.total,
+            config: settings.map(|(k, v)| (k.to_owned(), v)).collect(),
+            model: self.fingerprint,
+            feed: self.feed.state()?,
+            threads: self.job.threads,
+            kernels: self.kernels(),
+            tokens: self.summary.tokens,
+            train_seconds: self.summary.train_seconds,
+            skipped: self.summary.skipped,
+            empty: self.summary.empty,
+            valid: self.evaluated.zip(self.summary.valid),
+            best: self.summary.best.clone(),
+            stale: self.stale,
+        };
+        let whole = Checkpoint {
+            about,
+            state,
+            losses: self.summary.losses.clone(),
+        };
+        let job = self.job;
+        let adapter =
+            |dir: &std::path::Path| Ok(job.adapter.save(job.model, dir, job.base_name)?);
+        let (dir, bytes) = store.save(&whole, adapter)?;
+        let step = whole.about.step;
+        self.saved = Some(step);
+        store.prune(keep.last, &self.best_steps())?;
+        self.tell(Event::Checkpoint {
+            step,
+            dir,
+            bytes,
+            seconds: start.elapsed().as_secs_f64(),
+        });
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Summary> {
+        self.summary.steps = self.trainer.done();
+        self.summary.recordings = self.trainer.recordings();
+        self.summary.memory_bytes = self.trainer.memory_bytes();
+        if let (Some(_), Some((store, _)), Some((loss, step))) = (
+            self.config.patience,
+            &self.store,
+            self.summary.best.first().copied(),
+        ) {
+            let best = store.load(step)?;
+            let params = &self.job.adapter.params;
+            self.job.model.session.write(params, &best.state.params)?;
+            if self.summary.early {
+                let step = self.summary.steps;
+                let best = (best.about.step, loss);
+                self.tell(Event::EarlyStop { step, best });
+            }
+        }
+        self.save()?;
+        let dir = self.job.out.to_path_buf();
+        // The adapter is saved: what the observer says no longer matters.
+        let _ = self.observer.event(&Event::Saved { dir });
+        Ok(self.summary)
+    }
+
+    fn save(&self) -> Result<()> {
+        let job = self.job;
+        job.adapter.save(job.model, job.out, job.base_name)?;
+        let mut entries = self.settings();
+        entries.push(("steps_done", json!(self.summary.steps)));
+        entries.push(("last_loss", json!(self.summary.losses.last())));
+        let text = to_yaml(&entries);
+        files::write_atomic(&job.out.join(SETTINGS_FILE), |w| {
+            w.write_all(text.as_bytes())
+        })?;
+        Ok(())
+    }
+}
+
+/// The lines a failed step is about: of its first batch with a loss that is not finite, else of all.
+fn blamed(got: &StepResult, lines: &[Vec<Line>]) -> Vec<Line> {
+    match got.bad_batch {
+        Some(i) => lines[i].clone(),
+        None => lines.concat(),
+    }
+}
