@@ -3,7 +3,7 @@
 //! Absent on purpose: settings that the command line does not use by default.
 
 use ::tallow::llm::{Adapter, Decoder, LoadOptions, Model};
-use ::tallow::train::{Batch as Padded, Schedule, TrainConfig, Trainer};
+use ::tallow::train::{Batch as Padded, OptimizerKind, Schedule, TrainConfig, Trainer};
 use ::tallow::{DType, OpenOptions, Program, Role, Session, TensorType};
 use tempfile::TempDir;
 
@@ -72,7 +72,7 @@ impl Contender for Tallow {
             targets: batch.targets.clone(),
             counted: batch.tokens(),
         };
-        Ok(self.trainer.step(&padded, adamw::LR)?.loss)
+        Ok(self.trainer.step(&[padded], adamw::LR)?.loss)
     }
 
     fn decode(&mut self, prompt: &[u32], tokens: usize) -> Result<Vec<u32>> {
@@ -95,7 +95,9 @@ fn settings() -> TrainConfig {
         steps: Some(1),
         epochs: 1.0,
         batch: 4,
+        accumulate: 1,
         seq_len: 128,
+        optimizer: OptimizerKind::AdamW,
         lr: adamw::LR,
         schedule: Schedule::Constant,
         warmup: 0,
@@ -106,6 +108,8 @@ fn settings() -> TrainConfig {
         clip: None,
         seed: 0,
         eval_every: None,
+        patience: None,
+        skip_nonfinite: false,
     }
 }
 

@@ -1,11 +1,23 @@
-//! Ctrl-C.
-//! Invariant: where files may be half-made (between [`polite`] and the end of its guard) the first Ctrl-C only
+//! Ctrl-C and SIGTERM.
+//! Invariant: where files may be half-made (between [`polite`] and the end of its guard) the first signal only
 //! asks, and the verb stops at the next safe place; anywhere else, and the second time, the process ends at once.
 //! Absent on purpose: other signals.
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use signal_hook::{
+    consts::{SIGINT, SIGTERM},
+    flag,
+};
+use std::{
+    io,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
 
-static ASKED: AtomicBool = AtomicBool::new(false);
-static POLITE: AtomicUsize = AtomicUsize::new(0);
+/// The last signal; 0 where none has come.
+static ASKED: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
+/// Does the next signal end the process?
+static AT_ONCE: LazyLock<Arc<AtomicBool>> = LazyLock::new(|| Arc::new(AtomicBool::new(true)));
 
 /// The user asked to stop.
 #[derive(Debug)]
@@ -18,35 +30,46 @@ impl std::fmt::Display for Interrupted {
 }
 impl std::error::Error for Interrupted {}
 
-/// Catches Ctrl-C from here on.
-pub(crate) fn install() {
-    let handler = || {
-        let again = ASKED.swap(true, Ordering::SeqCst);
-        if again || POLITE.load(Ordering::SeqCst) == 0 {
-            std::process::exit(i32::from(crate::INTERRUPTED));
-        }
-    };
-    if let Err(e) = ctrlc::set_handler(handler) {
-        tracing::warn!("Ctrl-C will end the process at once: {e}");
+/// 130 for Ctrl-C, 143 for SIGTERM.
+pub(crate) fn exit_code() -> u8 {
+    match ASKED.load(Ordering::SeqCst) {
+        n if n == SIGTERM as usize => 128 + SIGTERM as u8,
+        _ => 128 + SIGINT as u8,
     }
 }
 
-/// As long as this lives, Ctrl-C waits to be noticed.
+/// Catches signals from here on.
+pub(crate) fn install() {
+    let catch = |signal: i32| -> io::Result<()> {
+        // In this order: what the first one sets, the second one finds.
+        flag::register_conditional_shutdown(signal, 128 + signal, AT_ONCE.clone())?;
+        flag::register(signal, AT_ONCE.clone())?;
+        flag::register_usize(signal, ASKED.clone(), signal as usize)?;
+        Ok(())
+    };
+    for signal in [SIGINT, SIGTERM] {
+        if let Err(e) = catch(signal) {
+            tracing::warn!("signal {signal} will end the process at once: {e}");
+        }
+    }
+}
+
+/// As long as this lives, a first signal waits to be noticed.
 pub(crate) struct Polite(());
 
-/// Asks for patience; see [`asked`].
+/// Asks for patience; see [`asked`]. Not to be asked for twice at a time.
 pub(crate) fn polite() -> Polite {
-    POLITE.fetch_add(1, Ordering::SeqCst);
+    AT_ONCE.store(false, Ordering::SeqCst);
     Polite(())
 }
 
 impl Drop for Polite {
     fn drop(&mut self) {
-        POLITE.fetch_sub(1, Ordering::SeqCst);
+        AT_ONCE.store(true, Ordering::SeqCst);
     }
 }
 
-/// Has Ctrl-C been pressed?
+/// Has a signal come?
 pub(crate) fn asked() -> bool {
-    ASKED.load(Ordering::SeqCst)
+    ASKED.load(Ordering::SeqCst) != 0
 }

@@ -1,6 +1,6 @@
 //! The binary `tallow`. Parses the command line, runs one verb, turns the result into an exit code.
 //! Invariant: a mistake or a failure is one line on stderr that begins with "error:", with exit code 2; 1 means
-//! that `verify` measured something out of tolerance; 130 that Ctrl-C was pressed.
+//! that `verify` measured something out of tolerance; 130 that Ctrl-C was pressed, 143 that SIGTERM came.
 //! Absent on purpose: anything a library crate could do.
 #![forbid(unsafe_code)]
 
@@ -34,10 +34,13 @@ pub(crate) enum Outcome {
 }
 
 const FAILED: u8 = 2;
-const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let args = match verb::expand(std::env::args_os().collect()) {
+        Ok(args) => args,
+        Err(e) => return fail(&e.to_string()),
+    };
+    let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(e) => return usage(&e),
     };
@@ -48,7 +51,7 @@ fn main() -> ExitCode {
         Ok(Outcome::OutOfTolerance) => ExitCode::from(1),
         Err(e) if e.is::<interrupt::Interrupted>() => {
             eprintln!("{}", one_line(&e.to_string()));
-            ExitCode::from(INTERRUPTED)
+            ExitCode::from(interrupt::exit_code())
         }
         // The reader of our output has gone (`tallow … | head`): nobody is left to tell.
         Err(e) if out::is_closed(&e) => ExitCode::SUCCESS,

@@ -1,5 +1,5 @@
 //! A training run as the user sees it: a bar on a terminal, some plain lines elsewhere, nothing with `--json`.
-//! Invariant: everything goes to stderr; Ctrl-C stops the run after the step that is being computed.
+//! Invariant: everything goes to stderr; Ctrl-C and SIGTERM stop the run after the step that is being computed.
 use crate::{interrupt, out};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::{
@@ -7,7 +7,7 @@ use std::{
     ops::ControlFlow,
     time::{Duration, Instant},
 };
-use tallow::train::{Event, Observer};
+use tallow::train::{Event, FeedStats, Observer};
 
 /// Plain lines of a run that is not shown on a terminal.
 const PLAIN_LINES: u64 = 20;
@@ -36,6 +36,8 @@ pub(crate) struct Progress {
     pub evals: Vec<(f64, f64)>,
     /// Rows cut to the longest allowed length, and all rows.
     pub cut: (usize, usize),
+    /// Steps done before this process began.
+    resumed: u64,
 }
 
 impl Progress {
@@ -49,6 +51,7 @@ impl Progress {
             curve: vec![],
             evals: vec![],
             cut: (0, 0),
+            resumed: 0,
         }
     }
 
@@ -58,6 +61,44 @@ impl Progress {
             (Show::Progress, Some(bar)) => bar.suspend(|| eprintln!("{text}")),
             (Show::Progress, None) => eprintln!("{text}"),
         }
+    }
+
+    fn begin(
+        &mut self,
+        data: &FeedStats,
+        total: u64,
+        trainable: usize,
+        [batch, accumulate]: [usize; 2],
+        memory_bytes: usize,
+    ) {
+        let rows = data.rows.unwrap_or(0);
+        self.cut = (data.cut, rows);
+        if let Some(tokens) = data.tokens {
+            let (rows, tokens) = (out::count(rows as u64), out::count(tokens as u64));
+            self.say(&format!("{rows} rows, {tokens} tokens"));
+        }
+        self.say(&format!(
+            "{total} steps of {batch} x {accumulate} rows; {} parameters to train; {} of memory",
+            out::count(trainable as u64),
+            out::bytes(memory_bytes),
+        ));
+        if data.cut > 0 {
+            self.say(&format!("{} of {rows} rows are cut to --seq-len", data.cut));
+        }
+        if data.too_short > 0 {
+            let n = data.too_short;
+            self.say(&format!("{n} lines without two tokens are left out"));
+        }
+        if data.no_target > 0 {
+            let n = data.no_target;
+            self.say(&format!(
+                "{n} lines have nothing to learn in their first --seq-len tokens and are left out"
+            ));
+        }
+        if let Some(filled) = data.filled {
+            self.say(&format!("rows are {:.1} % full", 100.0 * filled));
+        }
+        self.start(total);
     }
 
     fn start(&mut self, total: u64) {
@@ -79,7 +120,9 @@ impl Progress {
             Some(old) => old + SMOOTHING * (new - old),
         };
         self.curve.push((step as f64, loss));
-        self.loss = Some(smooth(self.loss, loss));
+        if loss.is_finite() {
+            self.loss = Some(smooth(self.loss, loss));
+        }
         self.tokens_per_s = Some(smooth(self.tokens_per_s, tokens_per_s));
         let shown = format!(
             "loss {:.3}  {:>6.0} tokens/s",
@@ -92,8 +135,12 @@ impl Progress {
             if step == total {
                 bar.finish();
             }
-        } else if step == total || step == 1 || step.is_multiple_of((total / PLAIN_LINES).max(1)) {
-            let left = self.started.elapsed().as_secs_f64() / step as f64 * (total - step) as f64;
+        } else if step == total
+            || step == self.resumed + 1
+            || step.is_multiple_of((total / PLAIN_LINES).max(1))
+        {
+            let left = self.started.elapsed().as_secs_f64() / (step - self.resumed) as f64
+                * (total - step) as f64;
             let left = Duration::from_secs_f64(left).as_secs();
             self.say(&format!("step {step}/{total}  {shown}  {left} s left"));
         }
@@ -104,29 +151,29 @@ impl Observer for Progress {
     fn event(&mut self, event: &Event) -> ControlFlow<()> {
         match event {
             Event::Start {
-                rows,
-                cut,
-                too_short,
-                tokens,
+                data,
                 total,
                 trainable,
+                batch,
+                accumulate,
+                memory,
+                ..
+            } => self.begin(data, *total, *trainable, [*batch, *accumulate], memory.total()),
+            Event::Resumed {
+                step,
+                dir,
+                remarks,
+                losses,
+                ..
             } => {
-                self.cut = (*cut, *rows);
-                self.say(&format!(
-                    "{} rows, {} tokens; {total} steps; {} parameters to train",
-                    out::count(*rows as u64),
-                    out::count(*tokens as u64),
-                    out::count(*trainable as u64),
-                ));
-                if *cut > 0 {
-                    self.say(&format!("{cut} of {rows} rows are cut to --seq-len"));
+                self.say(&format!("going on after step {step}, from {}", dir.display()));
+                for remark in remarks {
+                    self.say(remark);
                 }
-                if *too_short > 0 {
-                    self.say(&format!(
-                        "{too_short} lines without two tokens are left out"
-                    ));
-                }
-                self.start(*total);
+                let steps = (1..).map(f64::from);
+                let losses = losses.iter().map(|l| f64::from(*l));
+                self.curve = steps.zip(losses).collect();
+                self.resumed = *step;
             }
             Event::Planned {
                 shape: [b, t],
@@ -148,13 +195,35 @@ impl Observer for Progress {
                 let tokens_per_s = *tokens as f64 / seconds.max(1e-9);
                 self.step(*step, *total, f64::from(*loss), tokens_per_s);
             }
-            Event::Eval { step, result } => {
+            Event::Skipped { step, lines } => {
+                let first = lines.first();
+                let at = first.map(|l| format!(", from {}:{}", l.file.display(), l.line));
+                self.say(&format!(
+                    "step {step} is skipped: its loss or gradient is not finite{}",
+                    at.unwrap_or_default()
+                ));
+            }
+            Event::Eval { step, result, .. } => {
                 self.evals.push((*step as f64, result.loss));
                 self.say(&format!(
                     "step {step}: {:.4} on the validation text",
                     result.loss
                 ));
             }
+            Event::Checkpoint {
+                step,
+                dir,
+                bytes,
+                seconds,
+            } => tracing::info!(
+                "step {step}: {} saved in {} ({})",
+                out::bytes(*bytes as usize),
+                dir.display(),
+                out::seconds(*seconds),
+            ),
+            Event::EarlyStop { step, best: (at, loss) } => self.say(&format!(
+                "stopped after step {step}: no better than {loss:.4} after step {at}, whose adapter is taken"
+            )),
             Event::Saved { .. } => {}
         }
         match interrupt::asked() {

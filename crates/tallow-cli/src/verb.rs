@@ -4,6 +4,7 @@
 use crate::{Outcome, open::Global};
 use anyhow::Result;
 use clap::Subcommand;
+use std::ffi::OsString;
 
 mod demo;
 mod doctor;
@@ -20,7 +21,7 @@ pub(crate) enum Verb {
     /// Fine-tune the built-in model in a minute: loss curve, text before and after, the price of the adapter.
     Demo(demo::Args),
     /// Fine-tune an adapter on lines of text.
-    Train(train::Args),
+    Train(Box<train::Args>),
     /// Loss a token over lines of text.
     Eval(eval::Args),
     /// Continue a prompt.
@@ -33,6 +34,11 @@ pub(crate) enum Verb {
     Explain(explain::Args),
     /// Devices, CPU features, threads, caches, and a self-test of two seconds.
     Doctor(doctor::Args),
+}
+
+/// The command line with what a file of settings says written out.
+pub(crate) fn expand(args: Vec<OsString>) -> Result<Vec<OsString>> {
+    train::config::expand(args)
 }
 
 impl Verb {

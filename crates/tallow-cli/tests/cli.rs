@@ -10,6 +10,9 @@ use tempfile::TempDir;
 
 #[path = "cli/refused.rs"]
 mod refused;
+#[cfg(unix)]
+#[path = "cli/survives.rs"]
+mod survives;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -112,6 +115,7 @@ fn trained_adapters_lower_the_loss_and_change_the_text() {
     let files = [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checkpoints",
         "train.yaml",
     ];
     assert_eq!(names(&out), files);
@@ -284,54 +288,6 @@ fn weights_in_bf16_are_close_to_f32_and_it_is_said() {
         (report["loss"].as_f64().unwrap() - 6.8847).abs() < 0.02,
         "{report}"
     );
-}
-
-#[cfg(unix)]
-#[test]
-fn ctrl_c_ends_a_run_with_130_and_leaves_nothing() {
-    use std::io::{BufRead as _, BufReader};
-    let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("out");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_tallow"))
-        .args([
-            "train",
-            "--model",
-            &tiny(),
-            "--data",
-            &valid(),
-            "--steps",
-            "100000",
-        ])
-        .args([
-            "--batch",
-            "1",
-            "--seq-len",
-            "17",
-            "--out",
-            &out.display().to_string(),
-        ])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(lines.any(|l| l.unwrap().starts_with("step 1/100000")));
-    let pid = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
-    let rest: Vec<String> = lines.map(Result::unwrap).collect();
-    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
-    let last = rest.last().unwrap();
-    assert!(
-        last.starts_with("interrupted: stopped after step "),
-        "{last}"
-    );
-    assert_eq!(names(&out), Vec::<String>::new());
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl TrainConfig {
         Ok(self.steps.unwrap_or_else(all))
     }
 
-    /// Names and values, for the file beside the adapter and for `--json`.
+    /// Names and values, for the file beside the adapter. A clip of 0 is none.
     pub fn entries(&self) -> Vec<(&'static str, Value)> {
         vec![
             ("steps", json!(self.steps)),
@@ -126,7 +126,7 @@ impl TrainConfig {
             ("beta1", json!(self.beta1)),
             ("beta2", json!(self.beta2)),
             ("eps", json!(self.eps)),
-            ("clip", json!(self.clip)),
+            ("clip", json!(self.clip.unwrap_or(0.0))),
             ("seed", json!(self.seed)),
             ("eval_every", json!(self.eval_every)),
             ("patience", json!(self.patience)),

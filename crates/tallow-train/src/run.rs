@@ -215,6 +215,8 @@ pub struct Summary {
     pub best: Vec<(f64, u64)>,
     /// Did the run end because patience did?
     pub early: bool,
+    /// What is known about the data now.
+    pub data: FeedStats,
 }
 
 impl Summary {

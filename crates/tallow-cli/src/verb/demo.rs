@@ -15,9 +15,12 @@ use std::{path::PathBuf, time::Instant};
 use tallow::{
     llm::{
         Adapter, ComputeDType, GenerateOptions, Generator, Model, Sampling, Targets, Tokenizer,
-        data::Lines, files,
+        data::{Lines, LossOn},
+        files,
     },
-    train::{Evaluation, Evaluator, Job, Schedule, Summary, TrainConfig},
+    train::{
+        Evaluation, Evaluator, FeedSettings, Job, OptimizerKind, Schedule, Summary, TrainConfig,
+    },
 };
 
 mod assets;
@@ -51,7 +54,11 @@ fn config(seed: u64) -> TrainConfig {
         steps: None,
         epochs: 2.0,
         batch: 4,
+        accumulate: 1,
         seq_len: 128,
+        packing: false,
+        loss_on: LossOn::Answers,
+        optimizer: OptimizerKind::AdamW,
         lr: 5e-3,
         schedule: Schedule::Cosine,
         warmup: 10,
@@ -62,6 +69,8 @@ fn config(seed: u64) -> TrainConfig {
         clip: Some(1.0),
         seed,
         eval_every: Some(125),
+        patience: None,
+        skip_nonfinite: false,
     }
 }
 
@@ -168,15 +177,21 @@ impl Demo<'_> {
     fn fine_tune(&self) -> Result<Summary> {
         let adapter_config = open::fresh(8, Some(16.0), Targets::AllLinear)?;
         let seed = self.args.seed;
+        let config = config(seed);
+        let paths = vec![self.folder.train.clone()];
+        let data = FeedSettings::new(paths, config.seq_len, config.batch, seed);
         let job = Job {
             model: &self.model,
             tokenizer: &self.tokenizer,
             adapter: &Adapter::new(&self.model, &adapter_config, seed)?,
-            data: &self.folder.train,
+            data: &data,
             valid: Some(&self.folder.valid),
             out: &self.adapter_dir(),
             base_name: &self.folder.model.display().to_string(),
-            config: &config(seed),
+            config: &config,
+            keep: None,
+            memory_bytes: None,
+            threads: None,
             notes: notes(&adapter_config, ComputeDType::F32.name()),
         };
         let mut progress = Progress::new(match self.args.json {

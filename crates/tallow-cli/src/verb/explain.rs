@@ -15,7 +15,7 @@ use tallow::{
         tensor::lower,
     },
     llm::{Adapter, Cache, Model, Targets},
-    train::step::{Optimizer, StepGraph},
+    train::{Optimizer, OptimizerKind, StepGraph},
 };
 
 mod show;
@@ -186,17 +186,17 @@ fn forward(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Resu
 
 fn train(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Result<Subject> {
     let adapter = adapter.ok_or_else(|| anyhow!("training needs an adapter; give --rank"))?;
-    let optimizer = Optimizer::new(&model.session, adapter)?;
+    let optimizer = Optimizer::new(&model.session, adapter, OptimizerKind::AdamW)?;
     let g = StepGraph::build(model, adapter, &optimizer, [b, t], Some(1.0))?;
     // Learning rate 0: timing changes no parameter.
-    let hyper = vec![0.0, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.0316, 1.0];
+    let hyper = [0.0, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.0316, 1.0].repeat(2);
     Ok(Subject {
         outs: vec![g.loss, g.norm],
         updates: g.updates,
         ints: vec![
-            (g.ids, some_ids(model, b * t)),
-            (g.pos, iota([b, t])),
-            (g.targets, some_ids(model, b * t)),
+            (g.inputs.ids, some_ids(model, b * t)),
+            (g.inputs.pos, iota([b, t])),
+            (g.inputs.targets, some_ids(model, b * t)),
         ],
         floats: vec![
             (g.inv_count, vec![1.0 / (b * t) as f32]),

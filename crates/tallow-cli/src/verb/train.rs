@@ -1,4 +1,5 @@
-//! `tallow train`: fine-tunes an adapter and writes it in PEFT's format.
+//! `tallow train`: fine-tunes an adapter and writes it in PEFT's format, with checkpoints on the way.
+//! Invariant: every setting is an option, and stands in `train.yaml` under the option's name.
 use crate::{
     Outcome, interrupt,
     open::{self, Global, ModelArgs},
@@ -9,17 +10,36 @@ use anyhow::{Result, anyhow};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use tallow::{
-    llm::{Adapter, AdapterConfig, Model, Targets},
-    train::{Error, Job, Schedule, Summary, TrainConfig, train},
+    llm::{
+        Adapter, AdapterConfig, Model, Targets,
+        data::{Folder, LossOn, Weighted},
+    },
+    train::{
+        Error, FeedSettings, Job, Keep, OptimizerKind, Schedule, Start, Summary, TrainConfig,
+        run::past, train,
+    },
 };
+
+pub(crate) mod config;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to train on: JSON lines, {"text": "..."}; each becomes bos + text + eos.
+    /// Take settings from a file like the train.yaml of a run; options given here win.
     #[arg(long, value_name = "FILE")]
-    data: PathBuf,
+    config: Option<PathBuf>,
+    /// What to train on: JSON lines with "text", with "prompt" and "completion", or with "messages"; a folder with
+    /// train.jsonl (and valid.jsonl); - for standard input. May be given several times; a.jsonl=0.7 b.jsonl=0.3
+    /// draws from files in these shares.
+    #[arg(long, value_name = "FILE", required = true, action = clap::ArgAction::Append)]
+    data: Vec<Weighted>,
+    /// Which tokens count: answers (completions, the assistant's words, whole texts) or everything.
+    #[arg(long, value_name = "WHICH", default_value = "answers")]
+    loss_on: LossOn,
+    /// Put several lines into a row, none seeing another, so that rows of --seq-len are full.
+    #[arg(long)]
+    packing: bool,
     /// Folder for the adapter.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -53,15 +73,33 @@ pub(crate) struct Args {
     /// Steps in which the learning rate rises first.
     #[arg(long, value_name = "N", default_value_t = 0)]
     warmup: u64,
-    /// Rows of a step.
+    /// Rows of a batch.
     #[arg(long, value_name = "N", default_value_t = 4)]
     batch: usize,
+    /// Batches of a step: their gradients are added up, each token counting alike.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    accumulate: usize,
+    /// Memory the run may take, as 3GiB: rows a batch and batches a step are chosen to fit, as many rows a step.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory: Option<usize>,
     /// Rows are cut after this many tokens.
     #[arg(long, value_name = "N", default_value_t = 512)]
     seq_len: usize,
-    /// Weight decay of AdamW.
+    /// What makes steps of gradients: adamw, lion (wants a learning rate 3 to 10 times smaller) or sgd.
+    #[arg(long, value_name = "WHICH", default_value = "adamw")]
+    optimizer: OptimizerKind,
+    /// Weight decay: decoupled, but for sgd.
     #[arg(long, value_name = "X", default_value_t = 0.01)]
     weight_decay: f64,
+    /// Decay of the first moment; the momentum of sgd.
+    #[arg(long, value_name = "X", default_value_t = 0.9)]
+    beta1: f64,
+    /// Decay of the second moment [default: 0.999; lion: 0.99].
+    #[arg(long, value_name = "X")]
+    beta2: Option<f64>,
+    /// Added to the root of AdamW's second moment.
+    #[arg(long, value_name = "X", default_value_t = 1e-8)]
+    eps: f64,
     /// Scale the gradient down to this norm; 0 leaves it alone.
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     clip: f64,
@@ -71,9 +109,50 @@ pub(crate) struct Args {
     /// Steps between evaluations.
     #[arg(long, value_name = "N", requires = "valid")]
     eval_every: Option<u64>,
+    /// Stop after this many evaluations without a better one, and take the best adapter.
+    #[arg(long, value_name = "N", requires = "eval_every")]
+    patience: Option<u64>,
+    /// Skip and count steps whose loss or gradient is not finite, instead of stopping.
+    #[arg(long)]
+    skip_nonfinite: bool,
+    /// Steps between checkpoints (in OUT/checkpoints; each is also an adapter folder); 0 makes none.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    save_every: u64,
+    /// How many of the newest checkpoints are kept.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    keep: usize,
+    /// How many of the checkpoints with the lowest validation loss are kept.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    keep_best: usize,
+    /// Go on from the newest whole checkpoint in --out, bit for bit; begins where there is none.
+    #[arg(long, conflicts_with = "overwrite")]
+    resume: bool,
+    /// Remove the checkpoints in --out and begin anew.
+    #[arg(long)]
+    overwrite: bool,
     /// Print one JSON document at the end, and no progress.
     #[arg(long)]
     json: bool,
+}
+
+/// "3GiB", "500 MB" or a number of bytes.
+fn size(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024.0 * 1024.0,
+        "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => f64::NAN,
+    };
+    let bytes = digits.trim().parse::<f64>().unwrap_or(f64::NAN) * unit;
+    match bytes.is_finite() && bytes >= 1.0 {
+        true => Ok(bytes as usize),
+        false => Err("want a size like 3GiB or 500MB".to_owned()),
+    }
 }
 
 impl Args {
@@ -82,17 +161,26 @@ impl Args {
             steps: self.steps,
             epochs: self.epochs,
             batch: self.batch,
+            accumulate: self.accumulate,
             seq_len: self.seq_len,
+            packing: self.packing,
+            loss_on: self.loss_on,
+            optimizer: self.optimizer,
             lr: self.lr,
             schedule: self.schedule,
             warmup: self.warmup,
             weight_decay: self.weight_decay,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
+            beta1: self.beta1,
+            beta2: self.beta2.unwrap_or(match self.optimizer {
+                OptimizerKind::Lion => 0.99,
+                _ => 0.999,
+            }),
+            eps: self.eps,
             clip: (self.clip != 0.0).then_some(self.clip),
             seed: self.seed,
             eval_every: self.eval_every,
+            patience: self.patience,
+            skip_nonfinite: self.skip_nonfinite,
         }
     }
 
@@ -101,13 +189,70 @@ impl Args {
         config.use_rslora = self.rslora;
         Ok(config)
     }
+
+    fn keep(&self) -> Option<Keep> {
+        (self.save_every > 0).then_some(Keep {
+            every: self.save_every,
+            last: self.keep,
+            best: self.keep_best,
+            start: match (self.resume, self.overwrite) {
+                (true, _) => Start::Resume,
+                (false, true) => Start::Overwrite,
+                (false, false) => Start::New,
+            },
+        })
+    }
+
+    /// Where rows come from, and the text to evaluate on: the one asked for, or the one beside the training data.
+    fn data(&self, config: &TrainConfig) -> Result<(FeedSettings, Option<PathBuf>)> {
+        Weighted::check(&self.data)?;
+        let (mut paths, mut valid) = (vec![], self.valid.clone());
+        for one in &self.data {
+            match Folder::find(&one.path)? {
+                None => paths.push(one.path.clone()),
+                Some(folder) => {
+                    valid = valid.or(folder.valid);
+                    paths.push(folder.train);
+                }
+            }
+        }
+        let weights = self.data.iter().filter_map(|w| w.weight).collect();
+        let (seq_len, batch, seed) = (config.seq_len, config.batch, config.seed);
+        let data = FeedSettings {
+            weights,
+            ..FeedSettings::new(paths, seq_len, batch, seed)
+        };
+        Ok((data, valid))
+    }
+
+    /// Threads to compute on: those asked for, those of the run to go on with, or the usual ones.
+    fn threads(&self, global: &Global) -> Result<usize> {
+        let past = || past(&self.out).and_then(|p| p.threads);
+        match (global.threads, self.resume) {
+            (Some(n), _) => Ok(n),
+            (None, true) if let Some(n) = past() => Ok(n.clamp(1, tallow::cpu::pool::MAX_THREADS)),
+            _ => Ok(tallow::cpu::pool::threads_from_env()?),
+        }
+    }
+
+    /// How the run is kept, for the settings file.
+    fn keeping(&self, threads: usize) -> Vec<(&'static str, Value)> {
+        vec![
+            ("out", json!(self.out.display().to_string())),
+            ("threads", json!(threads)),
+            ("memory", json!(self.memory)),
+            ("save_every", json!(self.save_every)),
+            ("keep", json!(self.keep)),
+            ("keep_best", json!(self.keep_best)),
+        ]
+    }
 }
 
 /// The adapter's part of the settings file.
 pub(crate) fn notes(config: &AdapterConfig, dtype: &str) -> Vec<(&'static str, Value)> {
     let targets = match &config.targets {
         Targets::AllLinear => json!("all-linear"),
-        Targets::Names(names) => json!(names),
+        Targets::Names(names) => json!(names.join(",")),
         Targets::Regex(pattern) => json!(pattern),
     };
     vec![
@@ -124,19 +269,33 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let config = args.config();
     config.validate()?;
     let adapter_config = args.adapter_config()?;
+    let threads = args.threads(global)?;
+    let global = &Global {
+        threads: Some(threads),
+        ..global.clone()
+    };
     let model = args.model.load(global)?;
     let tokenizer = args.model.tokenizer()?;
     let adapter = Adapter::new(&model, &adapter_config, args.seed)?;
+    let mut notes = notes(&adapter_config, args.model.dtype.name());
+    notes.extend(args.keeping(threads));
+    let (data, valid) = args.data(&config)?;
+    if data.reads_stdin() {
+        out::warn("standard input is read: a stopped run can go on only with the same input again");
+    }
     let job = Job {
         model: &model,
         tokenizer: &tokenizer,
         adapter: &adapter,
-        data: &args.data,
-        valid: args.valid.as_deref(),
+        data: &data,
+        valid: valid.as_deref(),
         out: &args.out,
         base_name: &args.model.name(),
         config: &config,
-        notes: notes(&adapter_config, args.model.dtype.name()),
+        keep: args.keep(),
+        memory_bytes: args.memory,
+        threads: Some(threads),
+        notes,
     };
     let mut progress = Progress::new(match args.json {
         true => Show::Nothing,
@@ -147,7 +306,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     Ok(Outcome::Fine)
 }
 
-/// Runs a job that Ctrl-C may stop between two steps.
+/// Runs a job that Ctrl-C or SIGTERM may stop between two steps.
 pub(crate) fn run_job(job: &Job, progress: &mut Progress) -> Result<Summary> {
     let _polite = interrupt::polite();
     train(job, progress).map_err(|e| match e {
@@ -169,14 +328,22 @@ fn report(
             "steps": s.steps,
             "loss": last,
             "losses": s.losses,
+            "resumed_from": s.resumed_from,
+            "skipped": s.skipped,
+            "empty_batches": s.empty,
+            "best": s.best,
+            "early": s.early,
             "valid_loss": s.valid.map(|v| v.loss),
             "valid": progress.evals,
             "tokens": s.tokens,
             "train_seconds": s.train_seconds,
             "tokens_per_s": s.tokens_per_s(),
             "trainable": adapter.elems(),
-            "rows": progress.cut.1,
-            "rows_cut": progress.cut.0,
+            "rows": s.data.rows,
+            "rows_cut": s.data.cut,
+            "lines_too_short": s.data.too_short,
+            "rows_without_target": s.data.no_target,
+            "filled": s.data.filled,
             "plans": s.recordings,
             "memory_bytes": s.memory_bytes,
             "dtype": args.model.dtype.name(),
@@ -196,5 +363,13 @@ fn report(
         out::bytes(s.memory_bytes),
         args.model.dtype.name(),
     ))?;
+    // Of data read as it is needed this is known only now.
+    if s.data.rows.is_none() {
+        let d = &s.data;
+        out::line(format!(
+            "{} rows were cut to --seq-len, {} had fewer than two tokens, {} nothing to learn",
+            d.cut, d.too_short, d.no_target,
+        ))?;
+    }
     out::line(format!("adapter saved in {}", args.out.display()))
 }

@@ -6,7 +6,7 @@ use crate::checkpoint::{Checkpoint, Damaged};
 use std::{path::Path, time::Instant};
 
 /// Settings that may change between a run and its continuation.
-const MAY_CHANGE: [&str; 10] = [
+const MAY_CHANGE: [&str; 15] = [
     "tallow_version",
     "base_model",
     "data",
@@ -17,6 +17,11 @@ const MAY_CHANGE: [&str; 10] = [
     "patience",
     "skip_nonfinite",
     "threads",
+    "out",
+    "memory",
+    "save_every",
+    "keep",
+    "keep_best",
 ];
 
 /// What there is to know about a run before its model is loaded.

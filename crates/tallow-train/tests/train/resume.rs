@@ -89,7 +89,8 @@ fn a_stopped_run_goes_on_bit_for_bit() {
 fn a_damaged_checkpoint_is_passed_over_and_it_is_said() {
     let (want, adapter) = undisturbed(&settings());
     let state = |b: &Bench| b.out().join("checkpoints/step-000005/state.safetensors");
-    let cases: [(fn(&PathBuf), &str); 4] = [
+    type Damage = fn(&PathBuf);
+    let cases: [(Damage, &str); 4] = [
         (
             |p| {
                 let bytes = fs::read(p).unwrap();

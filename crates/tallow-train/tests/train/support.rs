@@ -11,11 +11,11 @@ use tallow_train::{
     Event, FeedSettings, Job, Keep, Observer, OptimizerKind, Schedule, Start, TrainConfig, train,
 };
 
-pub fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-pub fn model() -> Model {
+pub(crate) fn model() -> Model {
     let options = CpuOptions {
         threads: Some(2),
         weights: DType::F32,
@@ -30,17 +30,17 @@ pub fn model() -> Model {
     .unwrap()
 }
 
-pub fn tokenizer() -> Tokenizer {
+pub(crate) fn tokenizer() -> Tokenizer {
     Tokenizer::open(&root().join("assets/tiny")).unwrap()
 }
 
-pub fn adapter(model: &Model) -> Adapter {
+pub(crate) fn adapter(model: &Model) -> Adapter {
     let config = AdapterConfig::new(8, 16.0, Targets::AllLinear);
     Adapter::new(model, &config, 0).unwrap()
 }
 
 /// The settings of the reference run.
-pub fn config() -> TrainConfig {
+pub(crate) fn config() -> TrainConfig {
     TrainConfig {
         steps: Some(100),
         epochs: 1.0,
@@ -65,14 +65,14 @@ pub fn config() -> TrainConfig {
     }
 }
 
-pub fn norm(v: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn norm(v: impl Iterator<Item = f64>) -> f64 {
     v.map(|x| x * x).sum::<f64>().sqrt()
 }
 
 #[derive(Default)]
-pub struct Log {
-    pub events: Vec<Event>,
-    pub stop_after: Option<u64>,
+pub(crate) struct Log {
+    pub(crate) events: Vec<Event>,
+    pub(crate) stop_after: Option<u64>,
 }
 
 impl Observer for Log {
@@ -85,19 +85,19 @@ impl Observer for Log {
     }
 }
 
-pub struct Bench {
-    pub model: Model,
-    pub tokenizer: Tokenizer,
-    pub dir: tempfile::TempDir,
+pub(crate) struct Bench {
+    pub(crate) model: Model,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) dir: tempfile::TempDir,
     /// Training and validation text.
-    pub data: PathBuf,
-    pub valid: Option<PathBuf>,
-    pub keep: Option<Keep>,
-    pub memory_bytes: Option<usize>,
+    pub(crate) data: PathBuf,
+    pub(crate) valid: Option<PathBuf>,
+    pub(crate) keep: Option<Keep>,
+    pub(crate) memory_bytes: Option<usize>,
 }
 
 impl Bench {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Bench {
             model: model(),
             tokenizer: tokenizer(),
@@ -108,7 +108,7 @@ impl Bench {
             memory_bytes: None,
         }
     }
-    pub fn run(
+    pub(crate) fn run(
         &self,
         config: &TrainConfig,
         log: &mut Log,
@@ -131,14 +131,14 @@ impl Bench {
         };
         train(&job, log)
     }
-    pub fn out(&self) -> PathBuf {
+    pub(crate) fn out(&self) -> PathBuf {
         self.dir.path().join("out")
     }
     /// The saved adapter's bytes.
-    pub fn adapter(&self) -> Vec<u8> {
+    pub(crate) fn adapter(&self) -> Vec<u8> {
         std::fs::read(self.out().join("adapter_model.safetensors")).unwrap()
     }
-    pub fn files(&self) -> Vec<String> {
+    pub(crate) fn files(&self) -> Vec<String> {
         let Ok(dir) = std::fs::read_dir(self.dir.path().join("out")) else {
             return vec![];
         };
@@ -151,7 +151,7 @@ impl Bench {
 }
 
 /// Checkpoints every `every` steps, the newest two kept.
-pub fn keep(every: u64, start: Start) -> Option<Keep> {
+pub(crate) fn keep(every: u64, start: Start) -> Option<Keep> {
     Some(Keep {
         every,
         last: 2,
