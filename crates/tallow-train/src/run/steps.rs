@@ -294,6 +294,7 @@ impl Run<'_> {
         self.summary.steps = self.trainer.done();
         self.summary.recordings = self.trainer.recordings();
         self.summary.memory_bytes = self.trainer.memory_bytes();
+        self.summary.data = self.feed.stats();
         if let (Some(_), Some((store, _)), Some((loss, step))) = (
             self.config.patience,
             &self.store,
