@@ -34,8 +34,6 @@ pub(crate) struct Progress {
     pub curve: Vec<(f64, f64)>,
     /// Step and loss on the validation text.
     pub evals: Vec<(f64, f64)>,
-    /// Rows cut to the longest allowed length, and all rows.
-    pub cut: (usize, usize),
     /// Steps done before this process began.
     resumed: u64,
 }
@@ -50,7 +48,6 @@ impl Progress {
             tokens_per_s: None,
             curve: vec![],
             evals: vec![],
-            cut: (0, 0),
             resumed: 0,
         }
     }
@@ -72,7 +69,6 @@ impl Progress {
         memory_bytes: usize,
     ) {
         let rows = data.rows.unwrap_or(0);
-        self.cut = (data.cut, rows);
         if let Some(tokens) = data.tokens {
             let (rows, tokens) = (out::count(rows as u64), out::count(tokens as u64));
             self.say(&format!("{rows} rows, {tokens} tokens"));
@@ -88,6 +84,15 @@ impl Progress {
         if data.too_short > 0 {
             let n = data.too_short;
             self.say(&format!("{n} lines without two tokens are left out"));
+        }
+        if data.no_target > 0 {
+            let n = data.no_target;
+            self.say(&format!(
+                "{n} lines have nothing to learn in their first --seq-len tokens and are left out"
+            ));
+        }
+        if let Some(filled) = data.filled {
+            self.say(&format!("rows are {:.1} % full", 100.0 * filled));
         }
         self.start(total);
     }

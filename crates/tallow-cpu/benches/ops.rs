@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use tallow_core::scalar::{Inst, ScalarOp, ScalarProgram};
 use tallow_core::types::DType;
-use tallow_cpu::attention::{Backward, Forward, Heads, Mask, Shape};
+use tallow_cpu::attention::{Backward, Forward, Heads, Mask, Queries, Shape};
 use tallow_cpu::elementwise::{Elementwise, Operand};
 use tallow_cpu::exec::Exec;
 use tallow_cpu::linear::{pack_nk, packed_len};
@@ -81,6 +81,14 @@ fn dense_mut(x: &mut [f32], n: [usize; 3]) -> Heads<*mut f32> {
     }
 }
 
+/// Queries of rows that hold one sequence each.
+fn alone(pos: &[u32]) -> Queries {
+    Queries {
+        pos: pos.as_ptr(),
+        starts: std::ptr::null(),
+    }
+}
+
 fn attention(exec: Exec<'_>, b: usize, t: usize, h: usize, hk: usize, d: usize) {
     let shape = Shape {
         b,
@@ -106,7 +114,7 @@ fn attention(exec: Exec<'_>, b: usize, t: usize, h: usize, hk: usize, d: usize) 
         q: dense(&q, nq),
         k: dense(&k, nk),
         v: dense(&v, nk),
-        pos: pos.as_ptr(),
+        queries: alone(&pos),
         out: dense_mut(&mut out, nq),
         lse: lse.as_mut_ptr(),
         workspace: ws.as_mut_ptr(),
@@ -129,7 +137,7 @@ fn attention(exec: Exec<'_>, b: usize, t: usize, h: usize, hk: usize, d: usize) 
         q: dense(&q, nq),
         k: dense(&k, nk),
         v: dense(&v, nk),
-        pos: pos.as_ptr(),
+        queries: alone(&pos),
         out: dense(&out, nq),
         lse: lse.as_ptr(),
         dout: dense(&dout, nq),
@@ -170,7 +178,7 @@ fn decode(exec: Exec<'_>, s: usize, h: usize, hk: usize, d: usize) {
         q: dense(&q, [1, h, d]),
         k: dense(&k, [s, hk, d]),
         v: dense(&v, [s, hk, d]),
-        pos: pos.as_ptr(),
+        queries: alone(&pos),
         out: dense_mut(&mut out, [1, h, d]),
         lse: std::ptr::null_mut(),
         workspace: ws.as_mut_ptr(),

@@ -1,7 +1,8 @@
 //! Attention with grouped heads, causal or not, with an optional window: `o = softmax(scale q kᵀ) v`.
 //! Invariant: the key at index `j` has position `j`. Under a causal mask a query at `p` sees keys
 //! `j <= p` and, with a window `w`, `j + w > p`; a query at or past `s` is padding: its outputs are
-//! zero and its own data is not read. Keys that no query of a block sees are not read either.
+//! zero and its own data is not read. Where a row holds several documents, a query sees no key before
+//! its start; one before its own start is padding too. Keys that no query of a block sees are not read either.
 //! A query's bits depend on its keys alone: not on its block, the batch or the threads.
 //! Absent on purpose: score matrices in memory. A worker holds 32 queries by some hundred keys.
 //!
@@ -64,6 +65,33 @@ impl Heads<*mut f32> {
     }
 }
 
+/// Where the queries stand, both `[b, t]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Queries {
+    /// Their positions.
+    pub pos: *const u32,
+    /// If not null: the first key each may see, under a causal mask.
+    pub starts: *const u32,
+}
+
+impl Queries {
+    /// The keys `lo..hi` that query `row` of `[b, t]` sees.
+    ///
+    /// # Safety
+    /// `row` is within `[b, t]`, which both pointers cover where they are not null.
+    #[inline(always)]
+    unsafe fn visible(&self, shape: &Shape, row: usize) -> (usize, usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let start = match self.starts.is_null() {
+                true => 0,
+                false => *self.starts.add(row),
+            };
+            shape.visible(*self.pos.add(row), start)
+        }
+    }
+}
+
 /// Extents and rules of one attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shape {
@@ -91,14 +119,15 @@ impl Shape {
         self.h / self.hk
     }
 
-    /// The keys `lo..hi` that a query at `pos` sees.
-    fn visible(&self, pos: u32) -> (usize, usize) {
+    /// The keys `lo..hi` that a query at `pos` sees, in a document that begins at `start`.
+    fn visible(&self, pos: u32, start: u32) -> (usize, usize) {
         match self.mask {
             Mask::Full => (0, self.s),
-            Mask::Causal { .. } if pos as usize >= self.s => (0, 0),
+            Mask::Causal { .. } if pos as usize >= self.s || start > pos => (0, 0),
             Mask::Causal { window } => {
                 let hi = pos as usize + 1;
-                (window.map_or(0, |w| hi.saturating_sub(w)), hi)
+                let near = window.map_or(0, |w| hi.saturating_sub(w));
+                (near.max(start as usize), hi)
             }
         }
     }

@@ -1,118 +1,102 @@
-//! Training text: JSON lines, `{"text": "..."}`, one example a line.
-//! Invariant: memory is bounded by the longest line, whatever the size of the file; blank lines are skipped.
-//! Absent on purpose: other layouts (chat, prompt and completion), shuffling, tokenizing.
+//! Training data: JSON lines, one example a line: `{"text": ..}`, `{"prompt": .., "completion": ..}` or
+//! `{"messages": [..]}`.
+//! Invariant: memory is bounded by the longest line, whatever the size of the file; a file holds one kind of
+//! example. Absent on purpose: shuffling and batches, which are the trainer's.
 
-use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read as _};
-use std::path::{Path, PathBuf};
+mod encode;
+mod example;
+mod folder;
+mod lines;
 
-use serde_json::Value;
+use std::path::Path;
 
-use crate::error::{Error, Result, io_error, list, quote};
-use crate::{files, json};
+pub use encode::{Encoder, LossOn, Row};
+pub use example::{Chat, Example, Kind};
+pub use folder::{Folder, Weighted};
+pub use lines::{LONGEST_LINE_BYTES, Place, RawLines, STDIN};
 
-/// No line may be longer than this.
-pub const LONGEST_LINE_BYTES: u64 = 16 << 20;
+use crate::error::{Error, Result};
 
-/// The texts of a JSONL file, in order. Ends after its first error.
-#[derive(Debug)]
-pub struct Lines {
-    path: PathBuf,
-    reader: BufReader<File>,
-    buffer: Vec<u8>,
-    line: u64,
-    found_any: bool,
+/// The examples of a JSONL file, in order. Ends after its first error.
+pub struct Examples {
+    lines: RawLines,
+    /// The kind of the first example, and its line from 1.
+    kind: Option<(Kind, u64)>,
     done: bool,
 }
 
-impl Lines {
-    /// Opens a file; a file without a single example is an error when it is read to its end.
+impl Examples {
+    /// Opens a file, or standard input for `-`. A file without a single example is an error when it is read to
+    /// its end.
+    ///
+    /// # Errors
+    /// A path that is no file.
     pub fn open(path: &Path) -> Result<Self> {
-        let hint = "give a file with a line {\"text\": \"...\"} for each example";
-        let file = files::open(path, hint)?;
         Ok(Self {
-            path: path.to_path_buf(),
-            reader: BufReader::with_capacity(1 << 16, file),
-            buffer: Vec::new(),
-            line: 0,
-            found_any: false,
+            lines: RawLines::open(path)?,
+            kind: None,
             done: false,
         })
     }
 
     /// The number of the line returned last, counted from 1.
     pub fn line(&self) -> u64 {
-        self.line
+        self.lines.last().line + 1
     }
 
-    fn bad(&self, problem: impl Into<String>, hint: &'static str) -> Error {
-        Error::Data {
-            path: self.path.clone(),
-            line: self.line,
-            problem: problem.into(),
-            hint,
+    /// Where the line returned last begins.
+    pub fn here(&self) -> Place {
+        self.lines.last()
+    }
+
+    /// Where reading goes on.
+    pub fn place(&self) -> Place {
+        self.lines.place()
+    }
+
+    /// The kind of this file's examples, once one was read.
+    pub fn kind(&self) -> Option<Kind> {
+        self.kind.map(|k| k.0)
+    }
+
+    /// Goes on from a place given out before.
+    ///
+    /// # Errors
+    /// Standard input cannot be read twice; a file that begins with no example.
+    pub fn seek(&mut self, place: Place) -> Result<()> {
+        if self.kind.is_none() && place != Place::default() {
+            self.lines.seek(Place::default())?;
+            self.read()?;
         }
+        self.done = false;
+        self.lines.seek(place)
     }
 
-    fn read(&mut self) -> Result<Option<String>> {
-        loop {
-            self.buffer.clear();
-            let mut limited = self.reader.by_ref().take(LONGEST_LINE_BYTES + 1);
-            let read = limited
-                .read_until(b'\n', &mut self.buffer)
-                .map_err(io_error("read", &self.path, "check the file"))?;
-            if read == 0 {
-                let path = self.path.clone();
-                return match self.found_any {
-                    true => Ok(None),
-                    false => Err(Error::NoExamples { path }),
-                };
-            }
-            self.line += 1;
-            if read as u64 > LONGEST_LINE_BYTES {
-                return Err(self.bad("it is longer than 16 MiB", "split the example"));
-            }
-            let text = std::str::from_utf8(&self.buffer).map_err(|e| {
-                let at = e.valid_up_to() + 1;
-                let hint = "save the file as UTF-8";
-                self.bad(format!("byte {at} of it is not UTF-8"), hint)
-            })?;
-            let text = match self.line {
-                1 => text.trim_start_matches('\u{feff}'),
-                _ => text,
-            };
-            if !text.trim().is_empty() {
-                self.found_any = true;
-                return self.text_of(text).map(Some);
-            }
-        }
-    }
-
-    fn text_of(&self, line: &str) -> Result<String> {
-        const HINT: &str = "make each line a JSON object with a string under \"text\"";
-        let value: Value = serde_json::from_str(line)
-            .map_err(|e| self.bad(format!("not valid JSON ({e})"), HINT))?;
-        let Value::Object(mut map) = value else {
-            let problem = format!("want an object, got {}", json::brief(&value));
-            return Err(self.bad(problem, HINT));
-        };
-        match map.remove("text") {
-            Some(Value::String(text)) => Ok(text),
-            Some(other) => {
-                let problem = format!("`text`: want a string, got {}", json::brief(&other));
-                Err(self.bad(problem, HINT))
-            }
-            None if map.is_empty() => Err(self.bad("no key `text` in an empty object", HINT)),
+    fn read(&mut self) -> Result<Option<Example>> {
+        let parsed = match self.lines.next_line()? {
+            Some(line) => Example::parse(line),
+            None if self.kind.is_some() => return Ok(None),
             None => {
-                let keys = list(map.keys().map(|k| quote(k)));
-                Err(self.bad(format!("no key `text`; the keys are {keys}"), HINT))
+                let path = self.lines.path().to_path_buf();
+                return Err(Error::NoExamples { path });
             }
+        };
+        let example = parsed.map_err(|problem| self.lines.bad(problem, example::HINT))?;
+        let (kind, first) = *self.kind.get_or_insert((example.kind(), self.line()));
+        if kind == example.kind() {
+            return Ok(Some(example));
         }
+        let problem = format!(
+            "it has {}, but line {first} has {}",
+            example.kind().name(),
+            kind.name()
+        );
+        Err(self.lines.bad(problem, "keep one kind of example a file"))
     }
 }
 
-impl Iterator for Lines {
-    type Item = Result<String>;
+impl Iterator for Examples {
+    type Item = Result<Example>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.done {
@@ -121,6 +105,41 @@ impl Iterator for Lines {
         let item = self.read().transpose();
         self.done = !matches!(item, Some(Ok(_)));
         item
+    }
+}
+
+/// The texts of a JSONL file of plain texts, in order. Ends after its first error.
+pub struct Lines(Examples);
+
+impl Lines {
+    /// As [`Examples::open`].
+    ///
+    /// # Errors
+    /// A path that is no file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Examples::open(path).map(Self)
+    }
+
+    /// The number of the line returned last, counted from 1.
+    pub fn line(&self) -> u64 {
+        self.0.line()
+    }
+}
+
+impl Iterator for Lines {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let refused = match self.0.next()? {
+            Ok(Example::Text(text)) => return Some(Ok(text)),
+            Ok(Example::Completion { .. } | Example::Chat(_)) => {
+                let problem = "no key `text`, and nothing else can be used here";
+                self.0.lines.bad(problem, "give a file with plain texts")
+            }
+            Err(e) => e,
+        };
+        self.0.done = true;
+        Some(Err(refused))
     }
 }
 
@@ -166,7 +185,7 @@ mod tests {
             ),
             (
                 b"{\"prompt\":1,\"x\":2}",
-                "FILE, line 1: no key `text`; the keys are \"prompt\", \"x\"; make",
+                "FILE, line 1: `prompt` without `completion`; the keys are \"prompt\", \"x\"; make",
             ),
             (
                 b"{}",
@@ -184,6 +203,51 @@ mod tests {
         let mut bytes = b"{\"text\":\"".to_vec();
         bytes.resize(LONGEST_LINE_BYTES as usize + 100, b'x');
         assert!(read(&bytes).unwrap_err().contains("longer than 16 MiB"));
+    }
+
+    #[test]
+    fn a_line_of_200_mb_is_refused_in_bounded_memory() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        // A sparse file: zeros are cheap, and a line has no end in them.
+        std::io::Write::write_all(&mut file, b"{\"text\":\"").unwrap();
+        file.as_file().set_len(200 << 20).unwrap();
+        let mut lines = RawLines::open(file.path()).unwrap();
+        let text = lines.next_line().unwrap_err().to_string();
+        assert!(text.contains("line 1: it is longer than 16 MiB"), "{text}");
+        assert!(lines.place().offset <= LONGEST_LINE_BYTES + 1);
+    }
+
+    #[test]
+    fn a_mixture_of_kinds_is_refused_by_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "{\"text\":\"a\"}\n\n{\"prompt\":\"a\",\"completion\":\"b\"}\n";
+        std::fs::write(file.path(), text).unwrap();
+        let all: Result<Vec<Example>> = Examples::open(file.path()).unwrap().collect();
+        let text = all.unwrap_err().to_string();
+        let want = "line 3: it has prompt and completion, but line 1 has text; keep one kind";
+        assert!(text.contains(want), "{text}");
+    }
+
+    #[test]
+    fn reading_goes_on_from_any_place() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let lines = "\u{feff}{\"text\":\"a\"}\n\n{\"text\":\"b\"}\r\n{\"text\":\"c\"}";
+        std::fs::write(file.path(), lines).unwrap();
+        let mut all = Examples::open(file.path()).unwrap();
+        let mut places = vec![];
+        while let Some(e) = all.next() {
+            places.push((e.unwrap(), all.here(), all.place(), all.line()));
+        }
+        assert_eq!(places.iter().map(|p| p.3).collect::<Vec<_>>(), [1, 3, 4]);
+        for (i, (example, last, next, _)) in places.iter().enumerate() {
+            let mut again = Examples::open(file.path()).unwrap();
+            again.seek(*last).unwrap();
+            assert_eq!(again.next().unwrap().unwrap(), *example);
+            let mut rest = Examples::open(file.path()).unwrap();
+            rest.seek(*next).unwrap();
+            assert_eq!(rest.by_ref().count(), 2 - i);
+            assert!(rest.next().is_none());
+        }
     }
 
     #[test]

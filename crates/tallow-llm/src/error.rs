@@ -201,6 +201,16 @@ pub enum Error {
         /// The data file.
         path: PathBuf,
     },
+    /// A chat template that is missing, cannot be used, or refuses a chat.
+    #[error("{}: chat template: {problem}; {hint}", path.display())]
+    Chat {
+        /// The file it is in, or the model folder.
+        path: PathBuf,
+        /// What went wrong.
+        problem: String,
+        /// What to do about it.
+        hint: &'static str,
+    },
     /// A setting that makes no sense.
     #[error("{name}: want {want}, got {got}")]
     Setting {

@@ -15,8 +15,10 @@ use crate::model::Model;
 /// One forward pass while it is written down.
 pub(crate) struct Forward<'a> {
     model: &'a Model,
-    /// `[b, t]`.
+    /// `[b, t]`, what rotates queries and keys.
     pos: &'a Tensor,
+    /// Where rows hold several documents: each token's index in the row, and that of its document's first.
+    packed: Option<[&'a Tensor; 2]>,
     adapter: Option<&'a Adapter>,
     cache: Option<&'a Cache>,
     /// Cache leaves and their next values.
@@ -37,12 +39,14 @@ impl<'a> Forward<'a> {
     pub(crate) fn new(
         model: &'a Model,
         pos: &'a Tensor,
+        packed: Option<[&'a Tensor; 2]>,
         adapter: Option<&'a Adapter>,
         cache: Option<&'a Cache>,
     ) -> Self {
         Self {
             model,
             pos,
+            packed,
             adapter,
             cache,
             updates: Vec::new(),
@@ -107,7 +111,10 @@ impl<'a> Forward<'a> {
         let mask = Mask::Causal {
             window: layer.window,
         };
-        let o = q.attention(&k, &v, self.pos, scale, mask)?;
+        let o = match self.packed {
+            None => q.attention(&k, &v, self.pos, scale, mask)?,
+            Some(rows) => q.attention_packed(&k, &v, rows, scale, mask)?,
+        };
         let o = o.reshape([b, t, h * d])?;
         self.project(&o, layer.at, &["o_proj"], Some(residual))
     }

@@ -6,6 +6,7 @@
 
 pub mod adapter;
 pub mod cache;
+pub mod chat;
 pub mod config;
 pub mod data;
 pub mod error;
@@ -29,6 +30,7 @@ pub mod weights;
 
 pub use adapter::Adapter;
 pub use cache::Cache;
+pub use chat::ChatTemplate;
 pub use config::{Family, ModelConfig, Projection, Projections};
 pub use error::{Error, Result};
 pub use generate::{Decoder, FinishReason, GenerateOptions, Generated, Generator, Piece, Stream};

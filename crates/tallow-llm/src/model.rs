@@ -135,6 +135,35 @@ impl Model {
         adapter: Option<&Adapter>,
         cache: Option<&Cache>,
     ) -> Result<Hidden> {
+        self.forward(ids, pos, None, adapter, cache)
+    }
+
+    /// As [`Model::hidden`] without a cache, over rows that hold several documents one after another: `pos` counts
+    /// from 0 in each, `starts [b, t]` is the index in its row of a document's first token. No token sees another
+    /// document. Padding has a position of `u32::MAX` and a start of 0.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`].
+    pub fn hidden_packed(
+        &self,
+        ids: &Tensor,
+        pos: &Tensor,
+        starts: &Tensor,
+        adapter: Option<&Adapter>,
+    ) -> Result<Hidden> {
+        // Integers saturate, so padding stays padding.
+        let index = pos.add(starts)?;
+        self.forward(ids, pos, Some([&index, starts]), adapter, None)
+    }
+
+    fn forward(
+        &self,
+        ids: &Tensor,
+        pos: &Tensor,
+        packed: Option<[&Tensor; 2]>,
+        adapter: Option<&Adapter>,
+        cache: Option<&Cache>,
+    ) -> Result<Hidden> {
         if let Some(a) = adapter {
             a.check_fits(&self.config)?;
         }
@@ -143,7 +172,7 @@ impl Model {
             Family::Qwen2 => qwen2::layer,
             Family::Mistral => mistral::layer,
         };
-        let mut forward = Forward::new(self, pos, adapter, cache);
+        let mut forward = Forward::new(self, pos, packed, adapter, cache);
         let mut x = forward
             .weight("model.embed_tokens.weight")?
             .gather(ids, DType::F32)?;

@@ -1,13 +1,15 @@
 //! Text to token ids and back, on `tokenizer.json`.
 //! Invariant: text from outside never becomes a special token, whatever it contains; a line begins with at
-//! most one bos and ends with at most one eos. Absent on purpose: chat templates; truncation and padding
-//! that `tokenizer.json` may ask for (they would lose text silently).
+//! most one bos and ends with at most one eos. Absent on purpose: chat templates, which are in `chat`; truncation
+//! and padding that `tokenizer.json` may ask for (they would lose text silently).
 
 mod stream;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use serde::de::IgnoredAny;
 use serde_json::Value;
@@ -21,10 +23,12 @@ use crate::{files, json};
 /// No `tokenizer.json` is larger than this.
 const LIMIT_BYTES: u64 = 512 << 20;
 
-/// The tokenizer of a model folder.
+/// The tokenizer of a model folder. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
+    /// The same, but special tokens in a text are what they say. Made when a chat is first encoded.
+    aware: Arc<OnceLock<tokenizers::Tokenizer>>,
     path: PathBuf,
     /// What the tokenizer itself puts before and after a text.
     before: Vec<u32>,
@@ -51,7 +55,8 @@ impl Tokenizer {
             map.get("bos_token") == Some(&Value::Null)
         };
         Ok(Self {
-            inner,
+            inner: Arc::new(inner),
+            aware: Arc::default(),
             path,
             before,
             after,
@@ -81,19 +86,27 @@ impl Tokenizer {
     }
 
     fn encode(&self, text: &str, config: &ModelConfig, with_eos: bool) -> Result<Vec<u32>> {
-        let mut ids = Vec::new();
-        if let Some(bos) = config.bos.filter(|_| !self.without_bos)
-            && !self.before.contains(&bos)
-        {
-            ids.push(bos);
-        }
-        ids.extend(&self.before);
+        let (mut ids, tail) = self.frame(config);
         ids.extend(self.encode_text(text)?);
         if with_eos {
-            ids.extend(&self.after);
-            let has_eos = self.after.iter().any(|id| config.eos.contains(id));
-            ids.extend(config.eos.first().filter(|_| !has_eos));
+            ids.extend(tail);
         }
+        self.check(ids, config)
+    }
+
+    /// What stands before and after a line.
+    pub(crate) fn frame(&self, config: &ModelConfig) -> (Vec<u32>, Vec<u32>) {
+        let bos = config.bos.filter(|_| !self.without_bos);
+        let bos = bos.filter(|bos| !self.before.contains(bos));
+        let head = bos.into_iter().chain(self.before.iter().copied()).collect();
+        let mut tail = self.after.clone();
+        let has_eos = self.after.iter().any(|id| config.eos.contains(id));
+        tail.extend(config.eos.first().filter(|_| !has_eos));
+        (head, tail)
+    }
+
+    /// The ids, if the model has them all.
+    pub(crate) fn check(&self, ids: Vec<u32>, config: &ModelConfig) -> Result<Vec<u32>> {
         match ids.iter().find(|&&id| id as usize >= config.vocab) {
             None => Ok(ids),
             Some(id) => Err(Error::Tokenizer {
@@ -105,6 +118,49 @@ impl Tokenizer {
                 hint: "use the tokenizer that belongs to the model",
             }),
         }
+    }
+
+    /// The ids of a text, nothing added, each with its bytes in the text. Special tokens in it become what they say
+    /// if `specials` is set, and are plain text otherwise.
+    pub(crate) fn encode_spans(
+        &self,
+        text: &str,
+        specials: bool,
+    ) -> Result<Vec<(u32, Range<usize>)>> {
+        let encode = |t: &tokenizers::Tokenizer| t.encode(text, false).map_err(|e| self.bad(&e));
+        let encoding = match specials {
+            false => encode(&self.inner)?,
+            true => encode(self.aware())?,
+        };
+        let spans = encoding.get_offsets().iter().map(|(a, b)| *a..*b);
+        Ok(encoding.get_ids().iter().copied().zip(spans).collect())
+    }
+
+    fn aware(&self) -> &tokenizers::Tokenizer {
+        self.aware.get_or_init(|| {
+            let mut copy = (*self.inner).clone();
+            copy.set_encode_special_tokens(false);
+            copy
+        })
+    }
+
+    /// The tokens marked as special, by text.
+    pub(crate) fn special_tokens(&self) -> Vec<(String, u32)> {
+        let all = self.inner.get_added_tokens_decoder();
+        let special = all.into_iter().filter(|(_, t)| t.special);
+        let mut all: Vec<_> = special.map(|(id, t)| (t.content, id)).collect();
+        all.sort();
+        all
+    }
+
+    /// The folder it was read from.
+    pub(crate) fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("."))
+    }
+
+    /// The text of one token, as it stands in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// The text of some ids; special tokens and ids it does not know are left out.

@@ -8,6 +8,8 @@ mod adapters;
 mod generation;
 #[path = "models/goldens.rs"]
 mod goldens;
+#[path = "models/packed.rs"]
+mod packed;
 #[path = "models/shapes.rs"]
 mod shapes;
 #[path = "models/support.rs"]

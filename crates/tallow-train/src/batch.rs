@@ -1,12 +1,12 @@
 //! Rows of token ids, the order they are drawn in, and batches padded to a few lengths.
 //! Invariant: padding is never a target and has no position, so it changes no loss; one seed gives one
 //! order on every machine; no more than [`MAX_BUCKETS`] lengths exist, so no more plans are made.
-//! Absent on purpose: packing several rows into one, and masks of parts of a row.
+//! Absent on purpose: which documents share a row of a packed batch; that is `data::pack`'s.
 use crate::{Error, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
 use std::path::Path;
-use tallow_llm::{ModelConfig, Tokenizer, data::Lines};
+use tallow_llm::data::{Encoder, Examples, Row};
 
 /// A target that is not counted, and the position of padding.
 pub const NONE: u32 = u32::MAX;
@@ -18,45 +18,62 @@ const SHORTEST_BUCKET: usize = 16;
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
     ids: Vec<u32>,
+    /// Which of them are targets.
+    counted: Vec<bool>,
     ends: Vec<usize>,
     /// The line each row comes from, 0 where none is known.
     lines: Vec<u64>,
+    /// What became of the lines.
+    pub tally: Tally,
+}
+
+/// What became of the lines read so far: nothing is cut or left out silently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
     /// Rows that were cut to the longest allowed length.
     pub cut: usize,
     /// Lines left out because they have fewer than two tokens.
     pub too_short: usize,
+    /// Lines left out because nothing in what is left of them is to be predicted.
+    pub no_target: usize,
+}
+
+impl Tally {
+    /// Cuts a row after `longest` tokens and counts what happens; false if nothing is left to learn.
+    pub fn fit(&mut self, row: &mut Row, longest: usize) -> bool {
+        if row.ids.len() < 2 {
+            self.too_short += 1;
+            return false;
+        }
+        self.cut += usize::from(row.cut(longest));
+        let learns = row.targets() > 0;
+        self.no_target += usize::from(!learns);
+        learns
+    }
 }
 
 impl Rows {
-    /// Adds a JSONL file: each line as `<bos>` + text + `<eos>`, cut after `longest` tokens.
+    /// Adds a JSONL file, each row cut after `longest` tokens.
     ///
     /// # Errors
     /// A line that cannot be read.
-    pub fn read(
-        &mut self,
-        path: &Path,
-        tokenizer: &Tokenizer,
-        config: &ModelConfig,
-        longest: usize,
-    ) -> Result<()> {
-        let mut lines = Lines::open(path)?;
-        while let Some(text) = lines.next() {
-            let ids = tokenizer.encode_line(&text?, config)?;
-            self.push(&ids, longest, lines.line());
+    pub fn read(&mut self, path: &Path, encoder: &mut Encoder, longest: usize) -> Result<()> {
+        let mut examples = Examples::open(path)?;
+        while let Some(example) = examples.next() {
+            let row = encoder.encode(&example?)?;
+            self.push(row, longest, examples.line());
         }
         Ok(())
     }
 
-    /// Adds a row, cut after `longest` tokens; a row of fewer than two is only counted. `line`: where it
-    /// stands in its file, from 1.
-    pub fn push(&mut self, ids: &[u32], longest: usize, line: u64) {
-        if ids.len() < 2 {
-            self.too_short += 1;
+    /// Adds a row, cut after `longest` tokens; a row of fewer than two, or one without a target, is only
+    /// counted. `line`: where it stands in its file, from 1.
+    pub fn push(&mut self, mut row: Row, longest: usize, line: u64) {
+        if !self.tally.fit(&mut row, longest) {
             return;
         }
-        let kept = &ids[..ids.len().min(longest)];
-        self.cut += usize::from(kept.len() < ids.len());
-        self.ids.extend_from_slice(kept);
+        self.ids.extend(&row.ids);
+        self.counted.extend(&row.counted);
         self.ends.push(self.ids.len());
         self.lines.push(line);
     }
@@ -68,13 +85,15 @@ impl Rows {
 
     /// CRC-32C of all ids and of where rows end: other data has another, as good as always.
     pub fn checksum(&self) -> u32 {
-        let ids = self
+        let add = crc32c::crc32c_append;
+        let sum = self
             .ids
             .iter()
-            .fold(0, |sum, id| crc32c::crc32c_append(sum, &id.to_le_bytes()));
-        self.ends.iter().fold(ids, |sum, end| {
-            crc32c::crc32c_append(sum, &(*end as u64).to_le_bytes())
-        })
+            .fold(0, |sum, id| add(sum, &id.to_le_bytes()));
+        let end = |sum, end: &usize| add(sum, &(*end as u64).to_le_bytes());
+        let sum = self.ends.iter().fold(sum, end);
+        let counted = |sum, counted: &bool| add(sum, &[u8::from(*counted)]);
+        self.counted.iter().fold(sum, counted)
     }
 
     /// Number of rows.
@@ -87,10 +106,14 @@ impl Rows {
         self.ends.is_empty()
     }
 
-    /// Ids of row `i`.
-    pub fn row(&self, i: usize) -> &[u32] {
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> Doc<'_> {
         let start = i.checked_sub(1).map_or(0, |before| self.ends[before]);
-        &self.ids[start..self.ends[i]]
+        let at = start..self.ends[i];
+        Doc {
+            ids: &self.ids[at.clone()],
+            counted: Some(&self.counted[at]),
+        }
     }
 
     /// Tokens of all rows.
@@ -101,7 +124,7 @@ impl Rows {
     /// Tokens of the longest row.
     pub fn longest(&self) -> usize {
         (0..self.len())
-            .map(|i| self.row(i).len())
+            .map(|i| self.row(i).ids.len())
             .max()
             .unwrap_or(0)
     }
@@ -199,18 +222,69 @@ impl Buckets {
     }
 }
 
-/// Model inputs of `b` rows padded to `t` tokens. A row of `n` ids has `n - 1` inputs, each with the id
-/// after it as its target.
+/// A document on its way into a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Doc<'a> {
+    /// Its tokens.
+    pub ids: &'a [u32],
+    /// Which of them are targets; `None`: all but the first.
+    pub counted: Option<&'a [bool]>,
+}
+
+impl<'a> From<&'a Row> for Doc<'a> {
+    fn from(row: &'a Row) -> Self {
+        Doc {
+            ids: &row.ids,
+            counted: Some(&row.counted),
+        }
+    }
+}
+
+impl<'a> From<&'a [u32]> for Doc<'a> {
+    fn from(ids: &'a [u32]) -> Self {
+        Doc { ids, counted: None }
+    }
+}
+
+impl Doc<'_> {
+    /// Model inputs it makes: its last token is only predicted.
+    pub fn inputs(&self) -> usize {
+        self.ids.len().saturating_sub(1)
+    }
+}
+
+/// What a recording is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchShape {
+    /// Rows and tokens `[b, t]`.
+    pub dims: [usize; 2],
+    /// Rows hold several documents.
+    pub packed: bool,
+}
+
+impl From<[usize; 2]> for BatchShape {
+    fn from(dims: [usize; 2]) -> Self {
+        let packed = false;
+        BatchShape { dims, packed }
+    }
+}
+
+/// Model inputs of `b` rows padded to `t` tokens. A document of `n` ids has `n - 1` inputs, each with the id
+/// after it as its target where that counts. A packed row holds several, one after another.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// Rows, empty ones included.
     pub b: usize,
     /// Tokens of each row.
     pub t: usize,
+    /// Rows hold several documents: `starts` says where they begin.
+    pub packed: bool,
     /// `[b, t]`; 0 at padding.
     pub ids: Vec<u32>,
-    /// `[b, t]`; [`NONE`] at padding.
+    /// `[b, t]`, from 0 in each document; [`NONE`] at padding.
     pub pos: Vec<u32>,
+    /// `[b, t]`, the index in its row of a document's first token; 0 at padding.
+    pub starts: Vec<u32>,
     /// `[b, t]`; [`NONE`] where nothing is predicted.
     pub targets: Vec<u32>,
     /// Targets that count.
@@ -218,43 +292,86 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Fills `b` rows of `t` inputs from `rows`; what is missing is padding.
-    ///
-    /// # Errors
-    /// [`Error::BatchShape`] if there are more rows or a row has more inputs.
-    pub fn fill<'a>(
-        &mut self,
-        [b, t]: [usize; 2],
-        rows: impl IntoIterator<Item = &'a [u32]>,
-    ) -> Result<()> {
+    /// Makes it `b` rows of `t` tokens of padding.
+    pub fn clear(&mut self, [b, t]: [usize; 2]) {
         (self.b, self.t, self.counted) = (b, t, 0);
+        self.packed = false;
         for (list, value) in [
             (&mut self.ids, 0),
             (&mut self.pos, NONE),
+            (&mut self.starts, 0),
             (&mut self.targets, NONE),
         ] {
             list.clear();
             list.resize(b * t, value);
         }
-        for (i, row) in rows.into_iter().enumerate() {
-            let n = row.len().saturating_sub(1);
-            if i >= b || n > t {
-                return Err(Error::BatchShape {
-                    want_rows: b,
-                    want_len: t,
-                    rows: i + 1,
-                    len: n,
-                });
-            }
-            let at = i * t..i * t + n;
-            self.ids[at.clone()].copy_from_slice(&row[..n]);
-            self.targets[at.clone()].copy_from_slice(&row[row.len() - n..]);
-            for (p, k) in self.pos[at].iter_mut().zip(0..) {
-                *p = k;
-            }
-            self.counted += n;
+    }
+
+    /// Fills `b` rows of `t` inputs with a document each; what is missing is padding.
+    ///
+    /// # Errors
+    /// [`Error::BatchShape`] if there are more documents or one has more inputs.
+    pub fn fill<'a, D: Into<Doc<'a>>>(
+        &mut self,
+        shape: [usize; 2],
+        rows: impl IntoIterator<Item = D>,
+    ) -> Result<()> {
+        self.clear(shape);
+        for (i, doc) in rows.into_iter().enumerate() {
+            self.place(i, 0, doc.into())?;
         }
         Ok(())
+    }
+
+    /// Fills `b` rows of `t` inputs with several documents each, one after another.
+    ///
+    /// # Errors
+    /// [`Error::BatchShape`] if there are more rows or one has more inputs.
+    pub fn fill_packed<'a, D: Into<Doc<'a>>>(
+        &mut self,
+        shape: [usize; 2],
+        rows: impl IntoIterator<Item = impl IntoIterator<Item = D>>,
+    ) -> Result<()> {
+        self.clear(shape);
+        self.packed = true;
+        for (i, row) in rows.into_iter().enumerate() {
+            let mut at = 0;
+            for doc in row {
+                let doc = doc.into();
+                self.place(i, at, doc)?;
+                at += doc.inputs();
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a document into row `i` from index `start` on.
+    fn place(&mut self, i: usize, start: usize, doc: Doc<'_>) -> Result<()> {
+        let n = doc.inputs();
+        if i >= self.b || start + n > self.t {
+            return Err(Error::BatchShape {
+                want_rows: self.b,
+                want_len: self.t,
+                rows: i + 1,
+                len: start + n,
+            });
+        }
+        for k in 0..n {
+            let at = i * self.t + start + k;
+            self.ids[at] = doc.ids[k];
+            self.pos[at] = k as u32;
+            self.starts[at] = start as u32;
+            if doc.counted.is_none_or(|c| c[k + 1]) {
+                self.targets[at] = doc.ids[k + 1];
+                self.counted += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Inputs that are not padding.
+    pub fn inputs(&self) -> usize {
+        self.pos.iter().filter(|p| **p != NONE).count()
     }
 }
 
@@ -329,14 +446,49 @@ mod tests {
     }
 
     #[test]
+    fn documents_of_a_row_count_from_0_and_keep_their_targets() {
+        let mut batch = Batch::default();
+        let answer = Row {
+            ids: vec![5, 6, 7, 8],
+            counted: vec![false, false, true, true],
+        };
+        let short = &[1, 2][..];
+        let rows = [vec![Doc::from(&answer), short.into()], vec![short.into()]];
+        batch.fill_packed([2, 5], rows).unwrap();
+        let n = NONE;
+        assert_eq!(batch.ids, [5, 6, 7, 1, 0, 1, 0, 0, 0, 0]);
+        assert_eq!(batch.pos, [0, 1, 2, 0, n, 0, n, n, n, n]);
+        assert_eq!(batch.starts, [0, 0, 0, 3, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(batch.targets, [n, 7, 8, 2, n, 2, n, n, n, n]);
+        assert_eq!((batch.counted, batch.inputs(), batch.packed), (4, 5, true));
+        let long = [[Doc::from(&answer), Doc::from(&answer)]];
+        assert!(matches!(
+            batch.fill_packed([1, 5], long),
+            Err(Error::BatchShape { len: 6, .. })
+        ));
+    }
+
+    #[test]
     fn rows_are_cut_and_counted() {
         let mut rows = Rows::default();
-        for (row, line) in [&[1][..], &[1, 2, 3, 4], &[5, 6]].into_iter().zip(1..) {
+        let row = |ids: &[u32], first: usize| Row {
+            ids: ids.to_vec(),
+            counted: (0..ids.len()).map(|i| i >= first).collect(),
+        };
+        let all = [row(&[1], 1), row(&[1, 2, 3, 4], 1), row(&[5, 6], 1)];
+        let late = [row(&[1, 2, 3, 4], 3)];
+        for (row, line) in all.into_iter().chain(late).zip(1..) {
             rows.push(row, 3, line);
         }
         assert_eq!((rows.line(0), rows.line(1)), (2, 3));
-        assert_eq!((rows.len(), rows.cut, rows.too_short), (2, 1, 1));
-        assert_eq!((rows.row(0), rows.row(1)), (&[1, 2, 3][..], &[5, 6][..]));
+        let want = Tally {
+            cut: 2,
+            too_short: 1,
+            no_target: 1,
+        };
+        assert_eq!((rows.len(), rows.tally), (2, want));
+        let ids = |i| rows.row(i).ids;
+        assert_eq!((ids(0), ids(1)), (&[1, 2, 3][..], &[5, 6][..]));
         assert_eq!((rows.tokens(), rows.longest()), (5, 3));
     }
 }

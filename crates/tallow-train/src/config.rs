@@ -3,6 +3,7 @@
 //! Absent on purpose: paths, and what only changes how a run is shown.
 use crate::{Error, OptimizerKind, Result, Schedule};
 use serde_json::{Value, json};
+use tallow_llm::data::LossOn;
 
 /// Everything that decides what a run computes, the adapter's own configuration aside.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +18,10 @@ pub struct TrainConfig {
     pub accumulate: usize,
     /// Rows are cut after this many tokens, `<bos>` and `<eos>` included.
     pub seq_len: usize,
+    /// Several documents share a row, none seeing another; rows are full but for the last.
+    pub packing: bool,
+    /// Which tokens count in the loss.
+    pub loss_on: LossOn,
     /// What makes steps of gradients.
     pub optimizer: OptimizerKind,
     /// Peak learning rate.
@@ -111,6 +116,8 @@ impl TrainConfig {
             ("batch", json!(self.batch)),
             ("accumulate", json!(self.accumulate)),
             ("seq_len", json!(self.seq_len)),
+            ("packing", json!(self.packing)),
+            ("loss_on", json!(self.loss_on.name())),
             ("optimizer", json!(self.optimizer.name())),
             ("lr", json!(self.lr)),
             ("schedule", json!(self.schedule.name())),
@@ -145,6 +152,8 @@ mod tests {
             batch: 4,
             accumulate: 1,
             seq_len: 128,
+            packing: false,
+            loss_on: LossOn::Answers,
             optimizer: OptimizerKind::AdamW,
             lr: 1e-3,
             schedule: Schedule::Linear,

@@ -110,6 +110,14 @@ pub enum Error {
         /// The data file.
         path: PathBuf,
     },
+    /// A data file that cannot be read.
+    #[error("cannot read {}: {cause}; check the path and its permissions", path.display())]
+    ReadData {
+        /// The file, as it was named.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
     /// Data that is not what it was when a checkpoint was made.
     #[error("{}: not the data of the checkpoint: {what}; give the same data, or start anew in another folder", path.display())]
     OtherData {

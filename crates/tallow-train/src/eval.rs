@@ -1,14 +1,15 @@
 //! Loss a token over a JSONL file.
-//! Invariant: every line counts whole (a line the model has no positions for is an error, never cut), each
-//! token once; memory is bounded by a window of lines, whatever the size of the file.
+//! Invariant: every line is seen whole (one the model has no positions for is an error, never cut), each
+//! token that counts is counted once; memory is bounded by a window of lines, whatever the size of the file.
 //! Absent on purpose: other metrics.
 use crate::{
     Error, Result,
-    batch::{Batch, Buckets},
+    batch::{Batch, Buckets, Doc},
 };
 use std::{collections::BTreeMap, path::Path, time::Instant};
 use tallow_core::{op::Role, session::Program, tensor::Tensor, types::TensorType};
-use tallow_llm::{Tokenizer, adapter::Adapter, data::Lines, model::Model};
+use tallow_llm::data::{Encoder, Examples, LossOn, Row};
+use tallow_llm::{Tokenizer, adapter::Adapter, model::Model};
 
 /// Lines read before they are sorted by length into batches.
 const WINDOW_LINES: usize = 256;
@@ -41,6 +42,7 @@ impl Evaluation {
 pub struct Evaluator {
     model: Model,
     adapter: Option<Adapter>,
+    loss_on: LossOn,
     buckets: Buckets,
     passes: BTreeMap<usize, Pass>,
 }
@@ -60,11 +62,18 @@ impl Evaluator {
             buckets: Buckets::up_to(model.config.max_positions),
             model: model.clone(),
             adapter: adapter.cloned(),
+            loss_on: LossOn::Answers,
             passes: BTreeMap::new(),
         }
     }
 
-    /// The loss on a file: each line as `<bos>` + text + `<eos>`.
+    /// Counts these tokens; [`LossOn::Answers`] otherwise.
+    #[must_use]
+    pub fn counting(self, loss_on: LossOn) -> Self {
+        Evaluator { loss_on, ..self }
+    }
+
+    /// The loss on a file, of the tokens that a training run would learn.
     ///
     /// # Errors
     /// A line that cannot be read or is too long for the model; a file with nothing to predict.
@@ -72,21 +81,22 @@ impl Evaluator {
         let start = Instant::now();
         let most = self.model.config.max_positions;
         let mut sum = Sum::default();
-        let mut window: Vec<Vec<u32>> = Vec::with_capacity(WINDOW_LINES);
-        let mut lines = Lines::open(data)?;
+        let mut window: Vec<Row> = Vec::with_capacity(WINDOW_LINES);
+        let mut encoder = Encoder::new(tokenizer, &self.model.config, self.loss_on);
+        let mut lines = Examples::open(data)?;
         let mut count = 0;
-        while let Some(text) = lines.next() {
-            let ids = tokenizer.encode_line(&text?, &self.model.config)?;
-            if ids.len() > most {
+        while let Some(example) = lines.next() {
+            let row = encoder.encode(&example?)?;
+            if row.ids.len() > most {
                 return Err(Error::LineTooLong {
                     path: data.to_path_buf(),
                     line: lines.line(),
-                    tokens: ids.len(),
+                    tokens: row.ids.len(),
                     most,
                 });
             }
             count += 1;
-            window.push(ids);
+            window.push(row);
             if window.len() == WINDOW_LINES {
                 self.window(&mut window, &mut sum)?;
             }
@@ -109,20 +119,24 @@ impl Evaluator {
     /// # Errors
     /// A row longer than the model's positions; a device that fails.
     pub fn rows(&mut self, rows: &[&[u32]]) -> Result<(f64, u64)> {
-        let mut window: Vec<Vec<u32>> = rows.iter().map(|r| r.to_vec()).collect();
+        let row = |ids: &&[u32]| Row {
+            ids: ids.to_vec(),
+            counted: (0..ids.len()).map(|i| i > 0).collect(),
+        };
+        let mut window: Vec<Row> = rows.iter().map(row).collect();
         let mut sum = Sum::default();
         self.window(&mut window, &mut sum)?;
         Ok((sum.nll, sum.tokens))
     }
 
-    fn window(&mut self, window: &mut Vec<Vec<u32>>, sum: &mut Sum) -> Result<()> {
-        window.retain(|ids| ids.len() >= 2);
-        window.sort_by_key(Vec::len);
+    fn window(&mut self, window: &mut Vec<Row>, sum: &mut Sum) -> Result<()> {
+        window.retain(|row| row.targets() > 0);
+        window.sort_by_key(|row| row.ids.len());
         let mut rest = &window[..];
         while let Some(first) = rest.first() {
-            let t = self.bucket(first.len() - 1)?;
+            let t = self.bucket(first.ids.len() - 1)?;
             let b = rows_of(t);
-            let fits = |ids: &&Vec<u32>| ids.len() - 1 <= t;
+            let fits = |row: &&Row| row.ids.len() - 1 <= t;
             let n = rest.iter().take(b).take_while(fits).count();
             let (now, later) = rest.split_at(n);
             self.batch([b, t], now, sum)?;
@@ -142,7 +156,7 @@ impl Evaluator {
         })
     }
 
-    fn batch(&mut self, [b, t]: [usize; 2], rows: &[Vec<u32>], sum: &mut Sum) -> Result<()> {
+    fn batch(&mut self, [b, t]: [usize; 2], rows: &[Row], sum: &mut Sum) -> Result<()> {
         use std::collections::btree_map::Entry;
         let pass = match self.passes.entry(t) {
             Entry::Occupied(found) => found.into_mut(),
@@ -151,7 +165,7 @@ impl Evaluator {
             }
         };
         let s = &self.model.session;
-        pass.batch.fill([b, t], rows.iter().map(Vec::as_slice))?;
+        pass.batch.fill([b, t], rows.iter().map(Doc::from))?;
         let Batch {
             ids, pos, targets, ..
         } = &pass.batch;

@@ -3,23 +3,57 @@
 //! that says how the data differs. Absent on purpose: devices, and how a batch is computed.
 use crate::{
     Error, Result,
-    batch::{Batch, Buckets, Order, Rows},
+    batch::{Batch, Buckets, Doc},
+    data::{
+        Input, Limits, Sample, Source, origins, pack, pack::Packer, read_origins, source::Opening,
+    },
 };
 use serde_json::{Value, json};
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{io, path::PathBuf};
+use tallow_llm::data::{Encoder, LossOn, STDIN};
 use tallow_llm::{ModelConfig, Tokenizer};
 
 /// What is read, and how it becomes batches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FeedSettings {
-    /// Files, read one after another.
+    /// Files, read one after another; `-` is standard input.
     pub paths: Vec<PathBuf>,
+    /// A weight for each file: rows are drawn from them in these shares, without end. Empty: passes over all.
+    pub weights: Vec<f64>,
+    /// Which tokens count.
+    pub loss_on: LossOn,
+    /// Several documents share a row, of `seq_len` inputs.
+    pub packing: bool,
     /// Rows are cut after this many tokens (and after the model's positions).
     pub seq_len: usize,
     /// Rows of a batch.
     pub batch: usize,
     /// Decides the order of the rows.
     pub seed: u64,
+    /// How much is held in memory.
+    pub limits: Limits,
+}
+
+impl FeedSettings {
+    /// One document a row, from files whose every row is drawn once a pass.
+    pub fn new(paths: Vec<PathBuf>, seq_len: usize, batch: usize, seed: u64) -> Self {
+        FeedSettings {
+            paths,
+            weights: vec![],
+            loss_on: LossOn::Answers,
+            packing: false,
+            seq_len,
+            batch,
+            seed,
+            limits: Limits::USUAL,
+        }
+    }
+
+    /// Is standard input read? It is copied to a temporary file; a run over it can be resumed only with the same
+    /// input once more.
+    pub fn reads_stdin(&self) -> bool {
+        self.paths.iter().any(|p| p.as_os_str() == STDIN)
+    }
 }
 
 /// A line of a data file.
@@ -34,14 +68,14 @@ pub struct Line {
 /// What a batch was made of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Drawn {
-    /// Pass over the data, from 0.
+    /// Pass over the data, from 0; with weights, over the file of its first line.
     pub epoch: u64,
     /// Its lines.
     pub lines: Vec<Line>,
 }
 
 /// What is known about the data before the first batch. `None` where it is read as it is needed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FeedStats {
     /// Rows of one pass.
     pub rows: Option<usize>,
@@ -49,66 +83,93 @@ pub struct FeedStats {
     pub tokens: Option<usize>,
     /// Batches of one pass.
     pub batches: Option<u64>,
+    /// With packing: the share of a pass's inputs that is not padding.
+    pub filled: Option<f64>,
     /// Rows cut to the longest allowed length.
     pub cut: usize,
     /// Lines left out because they have fewer than two tokens.
     pub too_short: usize,
+    /// Lines left out because nothing in what is left of them is to be predicted.
+    pub no_target: usize,
 }
 
 /// Batches without end.
 pub struct Feed {
     settings: FeedSettings,
-    rows: Rows,
-    /// Where the rows of each file end.
-    ends: Vec<usize>,
-    order: Order,
+    source: Source,
+    packer: Option<Packer<Sample>>,
+    /// Inputs of every row of a pass, where they are known.
+    lengths: Option<Vec<usize>>,
     buckets: Buckets,
+    /// Holds what came from standard input.
+    _spool: Option<tempfile::NamedTempFile>,
 }
 
 impl Feed {
-    /// Reads and tokenizes the data.
+    /// Opens the data; small files are read and tokenized here, larger ones as they are needed.
     ///
     /// # Errors
-    /// A line that cannot be read; data without a row of two tokens.
+    /// Files that cannot be read, weights that do not go with them; data without anything to predict.
     pub fn open(
         settings: &FeedSettings,
         tokenizer: &Tokenizer,
         config: &ModelConfig,
     ) -> Result<Self> {
+        check_weights(settings)?;
+        let (inputs, spool) = inputs(settings)?;
         let longest = settings.seq_len.min(config.max_positions);
-        let (mut rows, mut ends) = (Rows::default(), vec![]);
-        for path in &settings.paths {
-            rows.read(path, tokenizer, config, longest)?;
-            ends.push(rows.len());
-        }
-        if rows.is_empty() {
-            let path = settings.paths.first().cloned().unwrap_or_default();
-            return Err(Error::NothingToPredict { path });
-        }
+        let source = Source::open(Opening {
+            inputs: &inputs,
+            weights: &settings.weights,
+            encoder: Encoder::new(tokenizer, config, settings.loss_on),
+            longest,
+            seed: settings.seed,
+            limits: settings.limits,
+        })?;
+        let lengths = source.lengths();
+        let most = lengths.as_ref().and_then(|l| l.iter().max().copied());
+        let buckets = Buckets::up_to(most.unwrap_or(longest - 1));
         Ok(Feed {
-            buckets: Buckets::up_to(rows.longest() - 1),
-            order: Order::new(settings.seed, rows.len()),
             settings: settings.clone(),
-            rows,
-            ends,
+            source,
+            packer: settings.packing.then(|| Packer::new(settings.seq_len)),
+            lengths,
+            buckets,
+            _spool: spool,
         })
     }
 
     /// What is known about the data.
     pub fn stats(&self) -> FeedStats {
-        FeedStats {
-            rows: Some(self.rows.len()),
-            tokens: Some(self.rows.tokens()),
-            batches: Some(self.rows.len().div_ceil(self.settings.batch.max(1)) as u64),
-            cut: self.rows.cut,
-            too_short: self.rows.too_short,
+        let tally = self.source.tally();
+        let mut stats = FeedStats {
+            cut: tally.cut,
+            too_short: tally.too_short,
+            no_target: tally.no_target,
+            ..FeedStats::default()
+        };
+        let Some(lengths) = &self.lengths else {
+            return stats;
+        };
+        let mut rows = lengths.len();
+        stats.rows = Some(rows);
+        stats.tokens = Some(lengths.iter().map(|n| n + 1).sum());
+        if self.packer.is_some() {
+            let filled;
+            (rows, filled) = pack::measure(lengths.iter().copied(), self.settings.seq_len);
+            stats.filled = Some(filled);
         }
+        stats.batches = Some(rows.div_ceil(self.settings.batch.max(1)) as u64);
+        stats
     }
 
     /// Every shape `[b, t]` a batch can have, the largest last.
     pub fn shapes(&self) -> Vec<[usize; 2]> {
         let b = self.settings.batch;
-        self.buckets.lengths().iter().map(|t| [b, *t]).collect()
+        match self.packer {
+            Some(_) => vec![[b, self.settings.seq_len]],
+            None => self.buckets.lengths().iter().map(|t| [b, *t]).collect(),
+        }
     }
 
     /// Rows of a batch from here on; the order of the rows stays.
@@ -116,42 +177,65 @@ impl Feed {
         self.settings.batch = rows;
     }
 
-    /// Fills the next batch.
+    /// Fills the next batch; it has fewer rows where a pass ends.
     ///
     /// # Errors
     /// Data that cannot be read.
     pub fn next(&mut self, batch: &mut Batch) -> Result<Drawn> {
-        let chosen = self.order.next(self.settings.batch);
-        let inputs = chosen.iter().map(|i| self.rows.row(*i).len() - 1);
-        let inputs = inputs.max().unwrap_or(1);
-        let t = self.buckets.fit(inputs).unwrap_or(inputs);
-        let rows = chosen.iter().map(|i| self.rows.row(*i));
-        batch.fill([self.settings.batch, t], rows)?;
-        let line = |i: &usize| {
-            let file = self.ends.partition_point(|end| end <= i);
-            Line {
-                file: self.settings.paths[file].clone(),
-                line: self.rows.line(*i),
+        let rows = loop {
+            let rows = self.rows()?;
+            if !rows.is_empty() {
+                break rows;
             }
         };
-        let lines = chosen.iter().map(line).collect();
+        let b = self.settings.batch;
+        let docs = rows.iter().map(|row| row.iter().map(|s| Doc::from(&s.row)));
+        if self.packer.is_some() {
+            batch.fill_packed([b, self.settings.seq_len], docs)?;
+        } else {
+            let inputs = docs.clone().flatten().map(|d| d.inputs()).max();
+            let inputs = inputs.unwrap_or(1);
+            let t = self.buckets.fit(inputs).unwrap_or(inputs);
+            batch.fill([b, t], docs.flatten())?;
+        }
+        let line = |s: &Sample| Line {
+            file: self.source.input(&s.origin).shown.clone(),
+            line: s.origin.place.line + 1,
+        };
+        let mut all = rows.iter().flatten();
         Ok(Drawn {
-            epoch: self.order.epoch(),
-            lines,
+            epoch: all.clone().next().map_or(0, |s| s.origin.epoch),
+            lines: all.by_ref().map(line).collect(),
         })
+    }
+
+    /// The documents of each row of the next batch; none at the end of a pass that the last batch filled.
+    fn rows(&mut self) -> Result<Vec<Vec<Sample>>> {
+        let mut rows = vec![];
+        while rows.len() < self.settings.batch.max(1) {
+            let row = match &mut self.packer {
+                Some(packer) => packer.row(|| self.source.next())?,
+                None => self.source.next()?.map(|s| vec![s]),
+            };
+            match row {
+                Some(row) => rows.push(row),
+                None => break,
+            }
+        }
+        Ok(rows)
     }
 
     /// The whole cursor, and what it was made from.
     ///
     /// # Errors
-    /// None here; a feed that reads as it goes may fail.
+    /// Files that can no longer be read.
     pub fn state(&self) -> Result<Value> {
-        let (epoch, at) = self.order.cursor();
+        let packer = self.packer.as_ref();
         Ok(json!({
-            "kind": "rows",
-            "epoch": epoch,
-            "at": at,
-            "data": self.data(),
+            "settings": self.identity(),
+            "data": self.source.data()?,
+            "source": self.source.state(),
+            "packer": packer.map(|p| json!({"open": origins(&p.pool), "ended": p.ended})),
         }))
     }
 
@@ -160,40 +244,83 @@ impl Feed {
     /// # Errors
     /// [`Error::OtherData`] if the data or what is made of it is not what it was.
     pub fn restore(&mut self, state: &Value) -> Result<()> {
+        let path = self.settings.paths.first().cloned().unwrap_or_default();
         let other = |what: String| Error::OtherData {
-            path: self.settings.paths.first().cloned().unwrap_or_default(),
+            path: path.clone(),
             what,
         };
-        if state["kind"] != "rows" {
-            return Err(other(format!("it was read as {}", state["kind"])));
-        }
-        for (name, now) in self.data() {
-            let was = &state["data"][name];
+        for (name, now) in [("settings", self.identity()), ("data", self.source.data()?)] {
+            let was = &state[name];
             if *was != now {
-                return Err(other(format!("{name} was {was}, is {now}")));
+                return Err(other(format!("{name} were {was}, are {now}")));
             }
         }
-        let number = |name: &str| state[name].as_u64();
-        let (Some(epoch), Some(at)) = (number("epoch"), number("at")) else {
-            return Err(other("its cursor is not a number".into()));
-        };
-        let at = usize::try_from(at).unwrap_or(usize::MAX);
-        if at > self.rows.len() {
-            return Err(other(format!("its cursor is at row {at}")));
+        let damaged = || other("its cursor cannot be read".into());
+        self.source.restore(&state["source"])?.ok_or_else(damaged)?;
+        if let Some(packer) = &mut self.packer {
+            let saved = &state["packer"];
+            let open = read_origins(&saved["open"]).ok_or_else(damaged)?;
+            packer.ended = saved["ended"].as_bool().ok_or_else(damaged)?;
+            packer.pool = self.source.fetch(&open)?.ok_or_else(damaged)?;
         }
-        self.order.seek(epoch, at);
         Ok(())
     }
 
-    /// What tells this data from other data.
-    fn data(&self) -> BTreeMap<&'static str, Value> {
-        BTreeMap::from([
-            ("rows", json!(self.rows.len())),
-            ("tokens", json!(self.rows.tokens())),
-            ("checksum", json!(self.rows.checksum())),
-            ("seed", json!(self.settings.seed)),
-        ])
+    /// The settings that decide which rows come in which order.
+    fn identity(&self) -> Value {
+        let s = &self.settings;
+        let Limits {
+            resident_bytes,
+            buffer_rows,
+            buffer_tokens,
+        } = s.limits;
+        // Numbers as text: they come back from a file as they were.
+        let weights: Vec<String> = s.weights.iter().map(f64::to_string).collect();
+        json!({
+            "seed": s.seed,
+            "seq_len": s.seq_len,
+            "packing": s.packing,
+            "loss_on": s.loss_on.name(),
+            "weights": weights,
+            "limits": [resident_bytes, buffer_rows, buffer_tokens],
+            "resident": self.source.is_resident(),
+        })
     }
+}
+
+fn check_weights(s: &FeedSettings) -> Result<()> {
+    let usable = s.weights.iter().all(|w| w.is_finite() && *w > 0.0);
+    if usable && (s.weights.is_empty() || s.weights.len() == s.paths.len()) {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        name: "weights",
+        want: "one above 0 for each file, or none".into(),
+        got: format!("{:?} for {} files", s.weights, s.paths.len()),
+    })
+}
+
+/// The files to read, standard input in a temporary one.
+fn inputs(settings: &FeedSettings) -> Result<(Vec<Input>, Option<tempfile::NamedTempFile>)> {
+    let (mut inputs, mut spool) = (vec![], None);
+    for shown in &settings.paths {
+        let mut path = shown.clone();
+        if shown.as_os_str() == STDIN {
+            let fail = |cause: io::Error| Error::ReadData {
+                path: shown.clone(),
+                cause,
+            };
+            let mut file = tempfile::NamedTempFile::new().map_err(fail)?;
+            io::copy(&mut io::stdin().lock(), &mut file).map_err(fail)?;
+            path = file.path().to_path_buf();
+            spool = Some(file);
+        }
+        inputs.push(Input {
+            path,
+            shown: shown.clone(),
+        });
+    }
+    Ok((inputs, spool))
 }
 
 #[cfg(test)]
@@ -216,12 +343,7 @@ mod tests {
             fs::write(&path, (0..lines).map(line).collect::<String>()).unwrap();
             path
         };
-        FeedSettings {
-            paths: vec![write("a", 7), write("b", 4)],
-            seq_len: 24,
-            batch: 3,
-            seed: 5,
-        }
+        FeedSettings::new(vec![write("a", 7), write("b", 4)], 24, 3, 5)
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod config;
+pub mod data;
 pub mod error;
 pub mod eval;
 pub mod feed;
@@ -16,8 +17,9 @@ pub mod schedule;
 pub mod step;
 pub mod watch;
 
-pub use batch::{Batch, Buckets, Rows};
+pub use batch::{Batch, Buckets, Doc, Rows, Tally};
 pub use config::TrainConfig;
+pub use data::Limits;
 pub use error::{Error, Result};
 pub use eval::{Evaluation, Evaluator};
 pub use feed::{Drawn, Feed, FeedSettings, FeedStats, Line};

@@ -31,7 +31,7 @@ pub struct Job<'a> {
     pub tokenizer: &'a Tokenizer,
     /// The adapter; its parameters must be state.
     pub adapter: &'a Adapter,
-    /// Training data. Batch, row length and seed are taken from `config`.
+    /// Training data. Batch, row length, packing, what counts and seed are taken from `config`.
     pub data: &'a FeedSettings,
     /// Text to evaluate on, JSONL.
     pub valid: Option<&'a std::path::Path>,
@@ -215,6 +215,8 @@ pub struct Summary {
     pub best: Vec<(f64, u64)>,
     /// Did the run end because patience did?
     pub early: bool,
+    /// What is known about the data now.
+    pub data: FeedStats,
 }
 
 impl Summary {
@@ -236,6 +238,8 @@ pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
         seq_len: job.config.seq_len,
         batch: job.config.batch,
         seed: job.config.seed,
+        packing: job.config.packing,
+        loss_on: job.config.loss_on,
         ..job.data.clone()
     };
     let mut feed = Feed::open(&settings, job.tokenizer, &job.model.config)?;
@@ -263,7 +267,7 @@ pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
         feed,
         total,
         trainer,
-        evaluator: Evaluator::new(job.model, Some(job.adapter)),
+        evaluator: Evaluator::new(job.model, Some(job.adapter)).counting(config.loss_on),
         fingerprint: checkpoint::fingerprint(job.model)?,
         summary: Summary::default(),
         batches: vec![],

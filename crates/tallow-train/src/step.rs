@@ -3,7 +3,11 @@
 //! Invariant: after the first batch of a length nothing is planned or allocated on the device; parameters and
 //! moments are state that all recordings share, and a loss or gradient that is not finite changes none of them.
 //! Absent on purpose: gradients of anything but the adapter.
-use crate::{Result, TrainConfig, batch::Batch, optim::Optimizer};
+use crate::{
+    Result, TrainConfig,
+    batch::{Batch, BatchShape},
+    optim::Optimizer,
+};
 use std::collections::BTreeMap;
 use tallow_core::{
     op::Role,
@@ -26,16 +30,20 @@ pub struct Inputs {
     pub ids: Tensor,
     /// Positions `[b, t]`.
     pub pos: Tensor,
+    /// Where documents begin in packed rows, `[b, t]`.
+    pub starts: Option<Tensor>,
     /// Targets `[b, t]`.
     pub targets: Tensor,
 }
 
 impl Inputs {
-    fn new(s: &Session, [b, t]: [usize; 2]) -> Result<Self> {
+    fn new(s: &Session, shape: BatchShape) -> Result<Self> {
+        let [b, t] = shape.dims;
         let ints = || s.zeros(TensorType::u32([b, t]), Role::Data);
         Ok(Inputs {
             ids: ints()?,
             pos: ints()?,
+            starts: shape.packed.then(ints).transpose()?,
             targets: ints()?,
         })
     }
@@ -44,6 +52,9 @@ impl Inputs {
     fn upload(&self, session: &Session, batch: &Batch) -> Result<()> {
         session.write_u32(&self.ids, &batch.ids)?;
         session.write_u32(&self.pos, &batch.pos)?;
+        if let Some(starts) = &self.starts {
+            session.write_u32(starts, &batch.starts)?;
+        }
         Ok(session.write_u32(&self.targets, &batch.targets)?)
     }
 
@@ -54,7 +65,13 @@ impl Inputs {
         adapter: &Adapter,
         scale: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
-        let x = model.hidden(&self.ids, &self.pos, Some(adapter), None)?.x;
+        let x = match &self.starts {
+            None => model.hidden(&self.ids, &self.pos, Some(adapter), None)?.x,
+            Some(starts) => {
+                let (ids, pos) = (&self.ids, &self.pos);
+                model.hidden_packed(ids, pos, starts, Some(adapter))?.x
+            }
+        };
         let mut loss = model.nll(&x, &self.targets)?.sum_all()?;
         if let Some(scale) = scale {
             loss = loss.mul(scale)?;
@@ -132,10 +149,10 @@ impl StepGraph {
         model: &Model,
         adapter: &Adapter,
         optimizer: &Optimizer,
-        shape: [usize; 2],
+        shape: impl Into<BatchShape>,
         clip: Option<f64>,
     ) -> Result<Self> {
-        let inputs = Inputs::new(&model.session, shape)?;
+        let inputs = Inputs::new(&model.session, shape.into())?;
         let inv_count = model.session.zeros(TensorType::f32([]), Role::Data)?;
         let (loss, grad) = inputs.backward(model, adapter, Some(&inv_count))?;
         let Update { norm, updates } = Update::new(adapter, optimizer, &loss, &grad, clip)?;
@@ -183,7 +200,7 @@ pub struct MicroGraph {
 }
 
 impl MicroGraph {
-    fn build(model: &Model, adapter: &Adapter, sums: &Sums, shape: [usize; 2]) -> Result<Self> {
+    fn build(model: &Model, adapter: &Adapter, sums: &Sums, shape: BatchShape) -> Result<Self> {
         let inputs = Inputs::new(&model.session, shape)?;
         let (loss, grad) = inputs.backward(model, adapter, None)?;
         let updates = vec![

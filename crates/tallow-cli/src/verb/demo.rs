@@ -15,7 +15,8 @@ use std::{path::PathBuf, time::Instant};
 use tallow::{
     llm::{
         Adapter, ComputeDType, GenerateOptions, Generator, Model, Sampling, Targets, Tokenizer,
-        data::Lines, files,
+        data::{Lines, LossOn},
+        files,
     },
     train::{
         Evaluation, Evaluator, FeedSettings, Job, OptimizerKind, Schedule, Summary, TrainConfig,
@@ -55,6 +56,8 @@ fn config(seed: u64) -> TrainConfig {
         batch: 4,
         accumulate: 1,
         seq_len: 128,
+        packing: false,
+        loss_on: LossOn::Answers,
         optimizer: OptimizerKind::AdamW,
         lr: 5e-3,
         schedule: Schedule::Cosine,
@@ -175,12 +178,8 @@ impl Demo<'_> {
         let adapter_config = open::fresh(8, Some(16.0), Targets::AllLinear)?;
         let seed = self.args.seed;
         let config = config(seed);
-        let data = FeedSettings {
-            paths: vec![self.folder.train.clone()],
-            seq_len: config.seq_len,
-            batch: config.batch,
-            seed,
-        };
+        let paths = vec![self.folder.train.clone()];
+        let data = FeedSettings::new(paths, config.seq_len, config.batch, seed);
         let job = Job {
             model: &self.model,
             tokenizer: &self.tokenizer,

@@ -12,7 +12,10 @@ use anyhow::{Result, anyhow};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use tallow::{
-    llm::{Adapter, AdapterConfig, Model, Targets},
+    llm::{
+        Adapter, AdapterConfig, Model, Targets,
+        data::{Folder, LossOn, Weighted},
+    },
     train::{
         Error, FeedSettings, Job, Keep, OptimizerKind, Schedule, Start, Summary, TrainConfig,
         run::past, train,
@@ -28,9 +31,17 @@ pub(crate) struct Args {
     /// Take settings from a file like the train.yaml of a run; options given here win.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Text to train on: JSON lines, {"text": "..."}; each becomes bos + text + eos. May be given several times.
+    /// What to train on: JSON lines with "text", with "prompt" and "completion", or with "messages"; a folder with
+    /// train.jsonl (and valid.jsonl); - for standard input. May be given several times; a.jsonl=0.7 b.jsonl=0.3
+    /// draws from files in these shares.
     #[arg(long, value_name = "FILE", required = true, action = clap::ArgAction::Append)]
-    data: Vec<PathBuf>,
+    data: Vec<Weighted>,
+    /// Which tokens count: answers (completions, the assistant's words, whole texts) or everything.
+    #[arg(long, value_name = "WHICH", default_value = "answers")]
+    loss_on: LossOn,
+    /// Put several lines into a row, none seeing another, so that rows of --seq-len are full.
+    #[arg(long)]
+    packing: bool,
     /// Folder for the adapter.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -156,6 +167,8 @@ impl Args {
             batch: self.batch,
             accumulate: self.accumulate,
             seq_len: self.seq_len,
+            packing: self.packing,
+            loss_on: self.loss_on,
             optimizer: self.optimizer,
             lr: self.lr,
             schedule: self.schedule,
@@ -192,6 +205,28 @@ impl Args {
                 (false, false) => Start::New,
             },
         })
+    }
+
+    /// Where rows come from, and the text to evaluate on: the one asked for, or the one beside the training data.
+    fn data(&self, config: &TrainConfig) -> Result<(FeedSettings, Option<PathBuf>)> {
+        Weighted::check(&self.data)?;
+        let (mut paths, mut valid) = (vec![], self.valid.clone());
+        for one in &self.data {
+            match Folder::find(&one.path)? {
+                None => paths.push(one.path.clone()),
+                Some(folder) => {
+                    valid = valid.or(folder.valid);
+                    paths.push(folder.train);
+                }
+            }
+        }
+        let weights = self.data.iter().filter_map(|w| w.weight).collect();
+        let (seq_len, batch, seed) = (config.seq_len, config.batch, config.seed);
+        let data = FeedSettings {
+            weights,
+            ..FeedSettings::new(paths, seq_len, batch, seed)
+        };
+        Ok((data, valid))
     }
 
     /// Threads to compute on: those asked for, those of the run to go on with, or the usual ones.
@@ -251,18 +286,16 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let mut notes = notes(&adapter_config, args.model.dtype.name());
     notes.extend(args.variant.notes());
     notes.extend(args.keeping(threads));
-    let data = FeedSettings {
-        paths: args.data.clone(),
-        seq_len: config.seq_len,
-        batch: config.batch,
-        seed: config.seed,
-    };
+    let (data, valid) = args.data(&config)?;
+    if data.reads_stdin() {
+        out::warn("standard input is read: a stopped run can go on only with the same input again");
+    }
     let job = Job {
         model: &model,
         tokenizer: &tokenizer,
         adapter: &adapter,
         data: &data,
-        valid: args.valid.as_deref(),
+        valid: valid.as_deref(),
         out: &args.out,
         base_name: &args.model.name(),
         config: &config,
@@ -313,8 +346,11 @@ fn report(
             "train_seconds": s.train_seconds,
             "tokens_per_s": s.tokens_per_s(),
             "trainable": adapter.elems(),
-            "rows": progress.cut.1,
-            "rows_cut": progress.cut.0,
+            "rows": s.data.rows,
+            "rows_cut": s.data.cut,
+            "lines_too_short": s.data.too_short,
+            "rows_without_target": s.data.no_target,
+            "filled": s.data.filled,
             "plans": s.recordings,
             "memory_bytes": s.memory_bytes,
             "dtype": args.model.dtype.name(),
@@ -334,5 +370,13 @@ fn report(
         out::bytes(s.memory_bytes),
         args.model.dtype.name(),
     ))?;
+    // Of data read as it is needed this is known only now.
+    if s.data.rows.is_none() {
+        let d = &s.data;
+        out::line(format!(
+            "{} rows were cut to --seq-len, {} had fewer than two tokens, {} nothing to learn",
+            d.cut, d.too_short, d.no_target,
+        ))?;
+    }
     out::line(format!("adapter saved in {}", args.out.display()))
 }

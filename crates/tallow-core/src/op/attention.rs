@@ -1,5 +1,6 @@
 //! Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped heads
-//! (Ainslie et al. 2023, arXiv:2305.13245) and sliding windows; the index of a key is its position.
+//! (Ainslie et al. 2023, arXiv:2305.13245), sliding windows, and rows of several documents; the index
+//! of a key is its position.
 //! Invariant: kernels and the gradient never form `[t, s]` for all heads; only the decomposition does.
 use super::{composite::misfit, *};
 use crate::graph::{Builder, NodeId};
@@ -21,6 +22,9 @@ pub enum Mask {
 /// `pos [b, t] u32`, f32; head `j` reads key head `j / (h / hk)`. Results `o [b, t, h, d]` and
 /// `lse [b, h, t]`, the log of the softmax denominator. Under a causal mask a query at or past `s`
 /// is padding: its `o`, `lse` and gradients are 0.
+///
+/// A fifth operand `starts [b, t] u32`, under a causal mask only, hides the keys before it: where a row holds
+/// several documents, the index of the first token of the query's own. A query before its start is padding.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Attention {
     /// Factor of the scores, usually `1 / sqrt(d)`.
@@ -29,7 +33,8 @@ pub struct Attention {
     pub mask: Mask,
 }
 
-/// Gradient of [`Attention`], from `q, k, v, pos, o, lse, do`; results `dq, dk, dv`.
+/// Gradient of [`Attention`], from `q, k, v, pos, o, lse, do` and `starts` where it has them; results
+/// `dq, dk, dv`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct AttentionGrad(
     /// The op differentiated.
@@ -50,14 +55,29 @@ fn repeat_heads(b: &mut Builder, x: NodeId, h: usize) -> Result<NodeId> {
     b.reshape(x, [s[0], h, s[1], s[3]])
 }
 
+/// A query's position and the start of its document, where rows hold several; both `[b, t]`.
+#[derive(Clone, Copy)]
+struct Queries {
+    pos: NodeId,
+    starts: Option<NodeId>,
+}
+
 /// 1 where query row sees the key, else 0, `[b, 1, t, s]`; and 1 for rows that are not padding, `[b, 1, t, 1]`.
-fn visible(b: &mut Builder, mask: Mask, pos: NodeId, s: usize) -> Result<Option<(NodeId, NodeId)>> {
+fn visible(
+    b: &mut Builder,
+    mask: Mask,
+    queries: Queries,
+    s: usize,
+) -> Result<Option<(NodeId, NodeId)>> {
     let Mask::Causal { window } = mask else {
         return Ok(None);
     };
-    let [n, t] = [b.shape(pos).0[0], b.shape(pos).0[1]];
-    let p = b.cast(pos, DType::F32)?;
-    let p = b.reshape(p, [n, 1, t, 1])?;
+    let [n, t] = [0, 1].map(|i| b.shape(queries.pos).0[i]);
+    let column = |b: &mut Builder, x: NodeId| {
+        let x = b.cast(x, DType::F32)?;
+        b.reshape(x, [n, 1, t, 1])
+    };
+    let p = column(b, queries.pos)?;
     let key = b.push(Op::Iota([1, 1, 1, s].into(), 3), &[])?;
     let next = b.map_const(Add, p, 1.0)?;
     let mut see = b.map(Less, &[key, next])?;
@@ -67,19 +87,33 @@ fn visible(b: &mut Builder, mask: Mask, pos: NodeId, s: usize) -> Result<Option<
         see = b.map(Mul, &[see, near])?;
     }
     let count = b.scalar(s as f32);
-    let real = b.map(Less, &[p, count])?;
+    let mut real = b.map(Less, &[p, count])?;
+    if let Some(starts) = queries.starts {
+        let start = column(b, starts)?;
+        let after = b.map_const(Add, key, 1.0)?;
+        let within = b.map(Less, &[start, after])?;
+        see = b.map(Mul, &[see, within])?;
+        let begun = b.map(Less, &[start, next])?;
+        real = b.map(Mul, &[real, begun])?;
+    }
     Ok(Some((see, real)))
 }
 
-/// Scores with hidden keys pushed far down, `[b, h, t, s]`.
-fn scores(b: &mut Builder, a: &Attention, ins: &[NodeId]) -> Result<(NodeId, Option<NodeId>)> {
+/// Scores with hidden keys pushed far down, `[b, h, t, s]`, and the rows that are not padding.
+fn scores(
+    b: &mut Builder,
+    a: &Attention,
+    ins: &[NodeId],
+    starts: Option<NodeId>,
+) -> Result<(NodeId, Option<NodeId>)> {
     let h = b.shape(ins[0]).0[2];
     let s = b.shape(ins[1]).0[1];
     let q = heads_out(b, ins[0])?;
     let k = repeat_heads(b, ins[1], h)?;
     let raw = b.matmul(q, false, k, true)?;
     let raw = b.map_const(Mul, raw, a.scale.get())?;
-    match visible(b, a.mask, ins[3], s)? {
+    let pos = ins[3];
+    match visible(b, a.mask, Queries { pos, starts }, s)? {
         None => Ok((raw, None)),
         Some((see, real)) => {
             let low = b.scalar(-1e30);
@@ -108,27 +142,42 @@ fn check(name: &'static str, ins: &[&TensorType]) -> Result<[usize; 6]> {
     )
 }
 
+/// Do the operands from `count` on fit: none, or `starts` beside a causal mask?
+fn starts_fit(a: &Attention, ins: &[&TensorType], count: usize) -> bool {
+    match ins.get(count..) {
+        Some([]) => true,
+        Some([starts]) => a.mask != Mask::Full && *starts == ins[3],
+        _ => false,
+    }
+}
+
 fn examples() -> Vec<(Attention, Vec<TensorType>)> {
     let none = Mask::Causal { window: None };
     let near = Mask::Causal { window: Some(3) };
-    // b, t, h, hk, d, s
+    // b, t, h, hk, d, s; the mask; are there starts
     let sizes = [
-        ([1, 1, 1, 1, 2, 1], none),
-        ([2, 5, 4, 2, 6, 5], none),
-        ([1, 33, 2, 1, 32, 33], near),
-        ([2, 7, 3, 3, 16, 7], Mask::Full),
-        ([1, 1, 6, 2, 32, 67], none),
-        ([1, 130, 2, 2, 24, 130], none),
-        ([1, 4, 4, 2, 8, 19], near),
+        ([1, 1, 1, 1, 2, 1], none, false),
+        ([2, 5, 4, 2, 6, 5], none, false),
+        ([1, 33, 2, 1, 32, 33], near, false),
+        ([2, 7, 3, 3, 16, 7], Mask::Full, false),
+        ([1, 1, 6, 2, 32, 67], none, false),
+        ([1, 130, 2, 2, 24, 130], none, false),
+        ([1, 4, 4, 2, 8, 19], near, false),
+        ([2, 7, 2, 1, 8, 7], none, true),
+        (
+            [1, 130, 4, 2, 16, 230],
+            Mask::Causal { window: Some(60) },
+            true,
+        ),
+        ([3, 1, 2, 2, 8, 40], none, true),
     ];
-    let make = |([b, t, h, hk, d, s], mask): ([usize; 6], Mask)| {
+    let make = |([b, t, h, hk, d, s], mask, starts): ([usize; 6], Mask, bool)| {
         let scale = (1.0 / (d as f32).sqrt()).into();
         let kv = TensorType::f32([b, s, hk, d]);
         let q = TensorType::f32([b, t, h, d]);
-        (
-            Attention { scale, mask },
-            vec![q, kv.clone(), kv, TensorType::u32([b, t])],
-        )
+        let mut ins = vec![q, kv.clone(), kv, TensorType::u32([b, t])];
+        ins.extend(starts.then(|| TensorType::u32([b, t])));
+        (Attention { scale, mask }, ins)
     };
     sizes.into_iter().map(make).collect()
 }
@@ -139,14 +188,15 @@ impl CompositeOp for Attention {
     }
     fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
         let [b, t, h, ..] = check(self.name(), ins)?;
-        if ins.len() != 4 {
-            return misfit(self.name(), "4 operands", ins);
+        if !starts_fit(self, ins, 4) {
+            let want = "q, k, v, pos and, under a causal mask, perhaps starts like pos";
+            return misfit(self.name(), want, ins);
         }
         Ok(vec![ins[0].clone(), TensorType::f32([b, h, t])])
     }
     fn decompose(&self, b: &mut Builder, ins: &[NodeId]) -> Result<Vec<NodeId>> {
         let [n, t, h] = [0, 1, 2].map(|i| b.shape(ins[0]).0[i]);
-        let (sc, real) = scores(b, self, ins)?;
+        let (sc, real) = scores(b, self, ins, ins.get(4).copied())?;
         let m = b.reduce(ReduceOp::Max, 3, sc)?;
         let d = b.map(Sub, &[sc, m])?;
         let e = b.map(Exp, &[d])?;
@@ -170,12 +220,14 @@ impl CompositeOp for Attention {
             return Ok(None);
         }
         let Some(d) = cx.cts[0] else {
-            return Ok(Some(vec![None; 4]));
+            return Ok(Some(vec![None; cx.ins.len()]));
         };
-        let i = cx.ins;
-        let ins = [i[0], i[1], i[2], i[3], cx.outs[0], cx.outs[1], d];
+        let (first, starts) = cx.ins.split_at(4);
+        let ins = [first, &[cx.outs[0], cx.outs[1], d], starts].concat();
         let g = cx.b.composite(AttentionGrad(self.clone()), &ins)?;
-        Ok(Some(vec![Some(g[0]), Some(g[1]), Some(g[2]), None]))
+        let mut all: Vec<Option<NodeId>> = g.into_iter().map(Some).collect();
+        all.resize(cx.ins.len(), None);
+        Ok(Some(all))
     }
     fn flops(&self, ins: &[&TensorType], _: &[bool]) -> f64 {
         visible_flops(self, ins) * 2.0
@@ -206,10 +258,19 @@ impl CompositeOp for AttentionGrad {
     fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
         let [b, t, h, ..] = check(self.name(), ins)?;
         match ins {
-            [q, k, v, _, o, lse, d] if o == q && d == q && **lse == TensorType::f32([b, h, t]) => {
+            [q, k, v, _, o, lse, d, ..]
+                if o == q
+                    && d == q
+                    && **lse == TensorType::f32([b, h, t])
+                    && starts_fit(&self.0, ins, 7) =>
+            {
                 Ok(vec![(*q).clone(), (*k).clone(), (*v).clone()])
             }
-            _ => misfit(self.name(), "q, k, v, pos, o, lse [b, h, t], do", ins),
+            _ => misfit(
+                self.name(),
+                "q, k, v, pos, o, lse [b, h, t], do and perhaps starts",
+                ins,
+            ),
         }
     }
     /// With `p = exp(s - lse)`: `dv = pᵀ do`, `ds = p (do vᵀ - rowsum(do o))`, `dq = scale ds k`, `dk = scale dsᵀ q`.
@@ -220,7 +281,7 @@ impl CompositeOp for AttentionGrad {
             &ins.iter().map(|i| b.ty(*i)).collect::<Vec<_>>(),
         )?;
         let d = b.shape(ins[0]).0[3];
-        let (sc, real) = scores(b, a, &ins[..4])?;
+        let (sc, real) = scores(b, a, &ins[..4], ins.get(7).copied())?;
         let lse = b.reshape(ins[5], [n, h, t, 1])?;
         let diff = b.map(Sub, &[sc, lse])?;
         let mut p = b.map(Exp, &[diff])?;
@@ -258,9 +319,9 @@ impl CompositeOp for AttentionGrad {
         let make = |(a, ins): (Attention, Vec<TensorType>)| {
             let q = ins[0].clone();
             let lse = TensorType::f32([q.shape.0[0], q.shape.0[2], q.shape.0[1]]);
-            let [x, k, v, pos] =
-                <[TensorType; 4]>::try_from(ins).unwrap_or_else(|_| unreachable!());
-            (AttentionGrad(a), vec![x, k, v, pos, q.clone(), lse, q])
+            let (first, starts) = ins.split_at(4);
+            let ins = [first, &[q.clone(), lse, q], starts].concat();
+            (AttentionGrad(a), ins)
         };
         examples().into_iter().map(make).collect()
     }

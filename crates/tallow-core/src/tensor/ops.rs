@@ -301,6 +301,20 @@ impl Tensor {
         let scale = scale.into();
         Ok(Self::composite(Attention { scale, mask }, &[self, k, v, pos])?.remove(0))
     }
+    /// As [`Tensor::attention`] in rows of several documents: a query sees no key before `starts [b, t]`, the
+    /// index of its document's first token. The mask is causal.
+    #[track_caller]
+    pub fn attention_packed(
+        &self,
+        k: &Tensor,
+        v: &Tensor,
+        [pos, starts]: [&Tensor; 2],
+        scale: f32,
+        mask: Mask,
+    ) -> Result<Self> {
+        let scale = scale.into();
+        Ok(Self::composite(Attention { scale, mask }, &[self, k, v, pos, starts])?.remove(0))
+    }
     /// This cache `[b, s, h, d]` with `new [b, t, h, d]` written at `pos [b, t]`.
     #[track_caller]
     pub fn kv_write(&self, new: &Tensor, pos: &Tensor) -> Result<Self> {

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::block::Block;
 use super::forward::mask;
-use super::{Heads, Shape};
+use super::{Heads, Queries, Shape};
 use crate::exec::{Exec, RowKernel, spans};
 use crate::lanes::{LANES, Row, transpose};
 use crate::simd::{Isa, Vector};
@@ -30,8 +30,8 @@ pub struct Backward {
     pub k: Heads,
     /// Values `[b, s, hk, d]`.
     pub v: Heads,
-    /// Positions of the queries, `[b, t]`.
-    pub pos: *const u32,
+    /// Where the queries stand.
+    pub queries: Queries,
     /// Forward's output `[b, t, h, d]`.
     pub out: Heads,
     /// Forward's `lse`, `[b, h, t]`.
@@ -131,7 +131,11 @@ unsafe impl RowKernel for Part<'_> {
                     self.clear(bk, &keys);
                 }
                 for i in blocks {
-                    let block = Block::new(&a.shape, a.pos, bk, i);
+                    let block = Block::new(&a.shape, &a.queries, bk, i);
+                    let apart = block.any.end <= keys.start || block.any.start >= keys.end;
+                    if self.what == What::Keys && apart {
+                        continue;
+                    }
                     self.block::<V>(&block, &keys, &scratch);
                 }
             }

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::{Heads, Shape};
+use super::{Heads, Queries, Shape};
 use crate::exec::spans;
 use crate::lanes::{LANES, Row};
 use crate::simd::{Isa, Vector};
@@ -33,8 +33,8 @@ impl<'a> Block<'a> {
     /// Block `index` of key head `bk = b * hk + kv`.
     ///
     /// # Safety
-    /// `pos` holds `[b, t]` positions.
-    pub(super) unsafe fn new(shape: &'a Shape, pos: *const u32, bk: usize, index: usize) -> Self {
+    /// `queries` covers `[b, t]`.
+    pub(super) unsafe fn new(shape: &'a Shape, queries: &Queries, bk: usize, index: usize) -> Self {
         let first = index * LANES;
         let n = LANES.min(shape.t * shape.group() - first);
         let mut block = Block {
@@ -54,7 +54,7 @@ impl<'a> Block<'a> {
             if i < n {
                 let token = (first + i) / shape.group();
                 // SAFETY: `token < t`.
-                (lo, hi) = shape.visible(unsafe { *pos.add(block.b * shape.t + token) });
+                (lo, hi) = unsafe { queries.visible(shape, block.b * shape.t + token) };
             }
             // Positions within a sequence are far below 2^24: exact.
             block.lo.0[i] = lo as f32;

@@ -23,8 +23,8 @@ fn row_elems(shape: &Shape) -> usize {
 pub(super) unsafe fn run(args: &Forward, exec: Exec<'_>) {
     let shape = &args.shape;
     let seen = |b: usize| {
-        // SAFETY: `pos` has `b * 1` elements.
-        let (lo, hi) = shape.visible(unsafe { *args.pos.add(b) });
+        // SAFETY: `queries` covers `[b, 1]`.
+        let (lo, hi) = unsafe { args.queries.visible(shape, b) };
         hi - lo
     };
     let most = (0..shape.b).map(seen).max().unwrap_or(0);
@@ -47,7 +47,7 @@ unsafe impl RowKernel for DecodeHeads<'_> {
                     args: a,
                     b: row / a.shape.hk,
                     kv: row % a.shape.hk,
-                    seen: a.shape.visible(*a.pos.add(row / a.shape.hk)),
+                    seen: a.queries.visible(&a.shape, row / a.shape.hk),
                     scores: a.workspace.add(worker * worker_elems(&a.shape)),
                 };
                 head.compute::<V>();

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::block::Block;
-use super::{Heads, Shape};
+use super::{Heads, Queries, Shape};
 use crate::exec::{Exec, RowKernel};
 use crate::lanes::{LANES, Row, Softmax, transpose};
 use crate::simd::{Isa, Vector};
@@ -25,8 +25,8 @@ pub struct Forward {
     pub k: Heads,
     /// Values `[b, s, hk, d]`.
     pub v: Heads,
-    /// Positions of the queries, `[b, t]`.
-    pub pos: *const u32,
+    /// Where the queries stand.
+    pub queries: Queries,
     /// Output `[b, t, h, d]`.
     pub out: Heads<*mut f32>,
     /// If not null: `[b, h, t]`, the logarithm of the sum of `e^score`, for backward;
@@ -93,7 +93,7 @@ unsafe impl RowKernel for ForwardBlocks<'_> {
         for row in rows {
             // SAFETY: the caller's promise; `row` is a block of a key head.
             unsafe {
-                let block = Block::new(&a.shape, a.pos, row / per, row % per);
+                let block = Block::new(&a.shape, &a.queries, row / per, row % per);
                 let scratch = a.workspace.add(worker * Forward::worker_elems(&a.shape));
                 self.block::<V>(&block, scratch);
             }

@@ -2,7 +2,7 @@
 //! Invariant: heads may lie at any strides, but the elements of a head are dense.
 use super::{Io, Offer};
 use crate::{
-    attention::{Backward, Forward, Heads, KvWrite, Mask as Rule, Shape},
+    attention::{Backward, Forward, Heads, KvWrite, Mask as Rule, Queries, Shape},
     device::Cpu,
 };
 use tallow_core::{
@@ -41,7 +41,15 @@ impl Strides {
     }
 }
 
-fn shape(a: &Attention, spec: &KernelSpec) -> Option<Shape> {
+/// The queries' positions, and their starts where operand `starts` is there.
+fn queries(io: &Io, starts: usize) -> Queries {
+    Queries {
+        pos: io.read(3),
+        starts: io.reads.get(starts).map_or(std::ptr::null(), |p| p.cast()),
+    }
+}
+
+fn shape(a: &Attention, spec: &KernelSpec, starts: usize) -> Option<Shape> {
     let [b, t, h, d] = spec.inputs[0].layout.shape.0[..] else {
         return None;
     };
@@ -54,7 +62,11 @@ fn shape(a: &Attention, spec: &KernelSpec) -> Option<Shape> {
     };
     let scale = a.scale.get();
     let (s, hk) = (k[1], k[2]);
-    let fits = d > 0 && b * t * h * s > 0 && spec.inputs[3].is_dense();
+    let dense = |o: &Operand| o.is_dense();
+    let fits = d > 0
+        && b * t * h * s > 0
+        && spec.inputs[3].is_dense()
+        && spec.inputs.get(starts).is_none_or(dense);
     fits.then_some(Shape {
         b,
         t,
@@ -68,7 +80,7 @@ fn shape(a: &Attention, spec: &KernelSpec) -> Option<Shape> {
 }
 
 pub(super) fn forward(cpu: &Cpu, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let shape = shape(a, spec)?;
+    let shape = shape(a, spec, 4)?;
     let out = Strides::of(spec.outputs[0].as_ref()?)?;
     if spec.outputs[1].as_ref().is_some_and(|o| !o.is_dense()) {
         return None;
@@ -86,7 +98,7 @@ pub(super) fn forward(cpu: &Cpu, a: &Attention, spec: &KernelSpec) -> Option<Off
             q: q.read(io, 0),
             k: k.read(io, 1),
             v: v.read(io, 2),
-            pos: io.read(3),
+            queries: queries(io, 4),
             out: out.write(io, 0),
             lse: io.write(1),
             workspace: io.workspace.0.cast(),
@@ -98,7 +110,7 @@ pub(super) fn forward(cpu: &Cpu, a: &Attention, spec: &KernelSpec) -> Option<Off
 }
 
 pub(super) fn backward(cpu: &Cpu, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let shape = shape(a, spec)?;
+    let shape = shape(a, spec, 7)?;
     let [q, k, v, out, dout] = [0, 1, 2, 4, 6].map(|i| Strides::of(&spec.inputs[i]));
     let (q, k, v, out, dout) = (q?, k?, v?, out?, dout?);
     let result = |i: usize| Strides::of(spec.outputs[i].as_ref()?);
@@ -113,7 +125,7 @@ pub(super) fn backward(cpu: &Cpu, a: &Attention, spec: &KernelSpec) -> Option<Of
             q: q.read(io, 0),
             k: k.read(io, 1),
             v: v.read(io, 2),
-            pos: io.read(3),
+            queries: queries(io, 7),
             out: out.read(io, 4),
             lse: io.read(5),
             dout: dout.read(io, 6),

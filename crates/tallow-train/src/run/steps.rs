@@ -219,7 +219,13 @@ impl Run<'_> {
     pub(super) fn settings(&self) -> Vec<(&'static str, Value)> {
         let job = self.job;
         let mut all = job.notes.clone();
-        let paths = job.data.paths.iter().map(|p| p.display().to_string());
+        let paths = job.data.paths.iter().enumerate().map(|(i, path)| {
+            let path = path.display();
+            match job.data.weights.get(i) {
+                None => path.to_string(),
+                Some(weight) => format!("{path}={weight}"),
+            }
+        });
         all.push(("base_model", json!(job.base_name)));
         all.push(("data", json!(paths.collect::<Vec<_>>())));
         all.push(("valid", json!(job.valid.map(|v| v.display().to_string()))));
@@ -288,6 +294,7 @@ impl Run<'_> {
         self.summary.steps = self.trainer.done();
         self.summary.recordings = self.trainer.recordings();
         self.summary.memory_bytes = self.trainer.memory_bytes();
+        self.summary.data = self.feed.stats();
         if let (Some(_), Some((store, _)), Some((loss, step))) = (
             self.config.patience,
             &self.store,

@@ -82,6 +82,10 @@ impl Trainer {
     /// A graph that cannot be planned.
     pub fn plan(&self, shape: [usize; 2]) -> Result<Compiled> {
         let (model, adapter) = (&self.model, &self.adapter);
+        let shape = BatchShape {
+            dims: shape,
+            packed: self.config.packing,
+        };
         match &self.recorded {
             Recorded::Whole(_) => {
                 StepGraph::build(model, adapter, &self.optimizer, shape, self.config.clip)?
@@ -100,11 +104,15 @@ impl Trainer {
     pub fn prepare(&mut self, shape: [usize; 2]) -> Result<Option<Memory>> {
         let (model, adapter, clip) = (&self.model, &self.adapter, self.config.clip);
         let s = &model.session;
+        let full = BatchShape {
+            dims: shape,
+            packed: self.config.packing,
+        };
         let program = match &mut self.recorded {
             Recorded::Whole(all) => match all.entry(shape) {
                 Entry::Occupied(_) => return Ok(None),
                 Entry::Vacant(place) => {
-                    let g = StepGraph::build(model, adapter, &self.optimizer, shape, clip)?;
+                    let g = StepGraph::build(model, adapter, &self.optimizer, full, clip)?;
                     let program = s.record(&[&g.loss, &g.norm], &g.updates)?;
                     &place.insert((program, g)).0
                 }
@@ -112,7 +120,7 @@ impl Trainer {
             Recorded::Split { sums, micro, .. } => match micro.entry(shape) {
                 Entry::Occupied(_) => return Ok(None),
                 Entry::Vacant(place) => {
-                    let g = MicroGraph::build(model, adapter, sums, shape)?;
+                    let g = MicroGraph::build(model, adapter, sums, full)?;
                     let program = s.record(&[&g.loss], &g.updates)?;
                     &place.insert((program, g)).0
                 }

@@ -6,7 +6,7 @@ use std::{
 };
 use tallow_core::{session::Session, types::DType};
 use tallow_cpu::{Cpu, CpuOptions};
-use tallow_llm::{Adapter, AdapterConfig, LoadOptions, Model, Targets, Tokenizer};
+use tallow_llm::{Adapter, AdapterConfig, LoadOptions, Model, Targets, Tokenizer, data::LossOn};
 use tallow_train::{
     Event, FeedSettings, Job, Keep, Observer, OptimizerKind, Schedule, Start, TrainConfig, train,
 };
@@ -47,6 +47,8 @@ pub(crate) fn config() -> TrainConfig {
         batch: 4,
         accumulate: 1,
         seq_len: 128,
+        packing: false,
+        loss_on: LossOn::Answers,
         optimizer: OptimizerKind::AdamW,
         lr: 1e-3,
         schedule: Schedule::Constant,
@@ -111,12 +113,8 @@ impl Bench {
         config: &TrainConfig,
         log: &mut Log,
     ) -> tallow_train::Result<tallow_train::Summary> {
-        let data = FeedSettings {
-            paths: vec![self.data.clone()],
-            seq_len: config.seq_len,
-            batch: config.batch,
-            seed: config.seed,
-        };
+        let paths = vec![self.data.clone()];
+        let data = FeedSettings::new(paths, config.seq_len, config.batch, config.seed);
         let job = Job {
             model: &self.model,
             tokenizer: &self.tokenizer,

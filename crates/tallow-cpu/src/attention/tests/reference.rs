@@ -82,6 +82,8 @@ impl Data {
 pub(super) struct Reference {
     pub(super) shape: Shape,
     pub(super) pos: Vec<u32>,
+    /// Empty: none.
+    pub(super) starts: Vec<u32>,
     pub(super) q: Vec<f64>,
     pub(super) k: Vec<f64>,
     pub(super) v: Vec<f64>,
@@ -97,6 +99,15 @@ pub(super) struct Forwarded {
 }
 
 impl Reference {
+    pub(super) fn queries(&self) -> Queries {
+        Queries {
+            pos: self.pos.as_ptr(),
+            starts: match self.starts.is_empty() {
+                true => std::ptr::null(),
+                false => self.starts.as_ptr(),
+            },
+        }
+    }
     pub(super) fn q_row(&self, b: usize, i: usize, h: usize) -> usize {
         ((b * self.shape.t + i) * self.shape.h + h) * self.shape.d
     }
@@ -107,12 +118,12 @@ impl Reference {
     /// Visible keys and their probabilities, `lse`, and the largest sum of magnitudes.
     pub(super) fn row(&self, b: usize, i: usize, h: usize) -> (Vec<(usize, f64)>, f64, f64) {
         let s = &self.shape;
-        let p = self.pos[b * s.t + i];
-        let sees = |j: &usize| {
-            let p = p as usize;
-            match s.mask {
-                Mask::Full => true,
-                Mask::Causal { window } => p < s.s && *j <= p && window.is_none_or(|w| j + w > p),
+        let p = self.pos[b * s.t + i] as usize;
+        let start = self.starts.get(b * s.t + i).map_or(0, |x| *x as usize);
+        let sees = |j: &usize| match s.mask {
+            Mask::Full => true,
+            Mask::Causal { window } => {
+                p < s.s && *j <= p && *j >= start && window.is_none_or(|w| j + w > p)
             }
         };
         let q = &self.q[self.q_row(b, i, h)..][..s.d];

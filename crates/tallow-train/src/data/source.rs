@@ -1,0 +1,223 @@
+//! One stream of rows from all files: pass by pass over them together, or mixed by weight.
+//! Invariant: without weights the end of a pass is told once; with weights there is none, each file beginning anew
+//! when it ends. Absent on purpose: batches.
+
+use serde_json::{Value, json};
+use tallow_llm::data::Encoder;
+
+use super::draw::Draws;
+use super::resident::Resident;
+use super::stream::Stream;
+use super::{Input, Limits, Origin, Sample};
+use crate::batch::Tally;
+use crate::{Error, Result};
+
+/// The stream of numbers that chooses files.
+const STREAM: u64 = 0;
+
+/// Rows without end.
+pub(crate) struct Source {
+    inputs: Vec<Input>,
+    parts: Vec<Part>,
+    /// Shares of the parts, summing up to 1; empty if there is only one.
+    shares: Vec<f64>,
+    draws: Draws,
+    seed: u64,
+}
+
+enum Part {
+    Resident(Resident),
+    Stream(Stream),
+}
+
+/// What a source reads and how.
+pub(crate) struct Opening<'a> {
+    pub(crate) inputs: &'a [Input],
+    /// A weight for each input, or none.
+    pub(crate) weights: &'a [f64],
+    pub(crate) encoder: Encoder,
+    /// Rows are cut after this many tokens.
+    pub(crate) longest: usize,
+    pub(crate) seed: u64,
+    pub(crate) limits: Limits,
+}
+
+impl Source {
+    pub(crate) fn open(mut o: Opening<'_>) -> Result<Self> {
+        let size = |i: &Input| {
+            let about = std::fs::metadata(&i.path);
+            about.map_err(|cause| Error::ReadData {
+                path: i.shown.clone(),
+                cause,
+            })
+        };
+        let mut bytes = 0;
+        for input in o.inputs {
+            bytes += size(input).map_or(0, |m| m.len());
+        }
+        let whole = bytes <= o.limits.resident_bytes;
+        let mut part = |inputs: &[Input], seed: u64| -> Result<Part> {
+            Ok(match whole {
+                true => Part::Resident(Resident::open(inputs, &mut o.encoder, o.longest, seed)?),
+                false => Part::Stream(Stream::new(inputs, &o.encoder, o.longest, seed, o.limits)),
+            })
+        };
+        let parts = match o.weights {
+            [] => vec![part(o.inputs, o.seed)?],
+            _ => {
+                // Files of equal length must not be drawn in equal orders.
+                let seed = |i: usize| o.seed.wrapping_add((i as u64).wrapping_mul(1 << 48));
+                let all = o.inputs.iter().enumerate();
+                all.map(|(i, input)| part(std::slice::from_ref(input), seed(i)))
+                    .collect::<Result<_>>()?
+            }
+        };
+        let sum: f64 = o.weights.iter().sum();
+        Ok(Self {
+            inputs: o.inputs.to_vec(),
+            parts,
+            shares: o.weights.iter().map(|w| w / sum).collect(),
+            draws: Draws::new(o.seed, STREAM),
+            seed: o.seed,
+        })
+    }
+
+    /// The file of a row, as it was named.
+    pub(crate) fn input(&self, origin: &Origin) -> &Input {
+        &self.inputs[origin.file]
+    }
+
+    /// Are all rows in memory?
+    pub(crate) fn is_resident(&self) -> bool {
+        self.parts.iter().all(|p| matches!(p, Part::Resident(_)))
+    }
+
+    /// Inputs of every row of a pass in their order, where that is known; of all rows where files are mixed.
+    pub(crate) fn lengths(&self) -> Option<Vec<usize>> {
+        let one = |p: &Part| match p {
+            Part::Resident(r) => Some(r.lengths(self.seed)),
+            Part::Stream(_) => None,
+        };
+        Some(
+            self.parts
+                .iter()
+                .map(one)
+                .collect::<Option<Vec<_>>>()?
+                .concat(),
+        )
+    }
+
+    /// What became of the lines read so far.
+    pub(crate) fn tally(&self) -> Tally {
+        let mut sum = Tally::default();
+        for part in &self.parts {
+            let t = match part {
+                Part::Resident(r) => r.tally(),
+                Part::Stream(s) => s.tally,
+            };
+            sum.cut += t.cut;
+            sum.too_short += t.too_short;
+            sum.no_target += t.no_target;
+        }
+        sum
+    }
+
+    /// The next row; `None` where a pass over all files ends.
+    pub(crate) fn next(&mut self) -> Result<Option<Sample>> {
+        if self.shares.is_empty() {
+            return self.parts[0].next();
+        }
+        let mut at = self.draws.unit();
+        let mut chosen = self.shares.len() - 1;
+        for (i, share) in self.shares.iter().enumerate() {
+            if at < *share {
+                chosen = i;
+                break;
+            }
+            at -= share;
+        }
+        loop {
+            // At the end of its pass a file begins anew; it has at least one row.
+            if let Some(mut sample) = self.parts[chosen].next()? {
+                sample.origin.file = chosen;
+                return Ok(Some(sample));
+            }
+        }
+    }
+
+    /// Rows given out before; `None` if they are not there.
+    pub(crate) fn fetch(&mut self, origins: &[Origin]) -> Result<Option<Vec<Sample>>> {
+        if self.shares.is_empty() {
+            return self.parts[0].fetch(origins);
+        }
+        let mut all = vec![];
+        for origin in origins {
+            let inner = Origin { file: 0, ..*origin };
+            let Some(part) = self.parts.get_mut(origin.file) else {
+                return Ok(None);
+            };
+            let Some(found) = part.fetch(&[inner])? else {
+                return Ok(None);
+            };
+            all.extend(found.into_iter().map(|mut s| {
+                s.origin.file = origin.file;
+                s
+            }));
+        }
+        Ok(Some(all))
+    }
+
+    /// What tells the data from other data.
+    pub(crate) fn data(&self) -> Result<Value> {
+        let one = |p: &Part| match p {
+            Part::Resident(r) => Ok(r.data()),
+            Part::Stream(s) => s.data(),
+        };
+        self.parts.iter().map(one).collect()
+    }
+
+    pub(crate) fn state(&self) -> Value {
+        let one = |p: &Part| match p {
+            Part::Resident(r) => r.state(),
+            Part::Stream(s) => s.state(),
+        };
+        let parts: Value = self.parts.iter().map(one).collect();
+        json!({"parts": parts, "draws": self.draws.state()})
+    }
+
+    /// `None` if the state belongs to something else.
+    pub(crate) fn restore(&mut self, state: &Value) -> Result<Option<()>> {
+        let Some(parts) = state["parts"].as_array() else {
+            return Ok(None);
+        };
+        if parts.len() != self.parts.len() || self.draws.restore(&state["draws"]).is_none() {
+            return Ok(None);
+        }
+        for (part, state) in self.parts.iter_mut().zip(parts) {
+            let restored = match part {
+                Part::Resident(r) => r.restore(state),
+                Part::Stream(s) => s.restore(state)?,
+            };
+            if restored.is_none() {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    }
+}
+
+impl Part {
+    fn next(&mut self) -> Result<Option<Sample>> {
+        match self {
+            Part::Resident(r) => Ok(r.next()),
+            Part::Stream(s) => s.next(),
+        }
+    }
+
+    fn fetch(&mut self, origins: &[Origin]) -> Result<Option<Vec<Sample>>> {
+        match self {
+            Part::Resident(r) => Ok(r.fetch(origins)),
+            Part::Stream(s) => s.fetch(origins),
+        }
+    }
+}
