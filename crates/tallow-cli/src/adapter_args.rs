@@ -4,6 +4,7 @@
 use anyhow::{Result, anyhow};
 use clap::ValueEnum;
 use serde_json::{Value, json};
+use std::fmt;
 use tallow::{
     Session,
     llm::{Adapter, AdapterConfig, Init, ModelConfig, Targets},
@@ -40,6 +41,13 @@ pub(crate) struct AdapterArgs {
 /// A list of layers.
 #[derive(Clone, Debug, PartialEq)]
 struct Layers(Vec<usize>);
+
+impl fmt::Display for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = self.0.iter().map(usize::to_string).collect();
+        f.write_str(&all.join(","))
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Start {
@@ -94,7 +102,7 @@ impl AdapterArgs {
         vec![
             ("dora", json!(self.dora)),
             ("dropout", json!(self.dropout)),
-            ("layers", json!(self.layers.as_ref().map(|l| &l.0))),
+            ("layers", json!(self.layers.as_ref().map(Layers::to_string))),
             ("rank_pattern", pairs(ranks.collect())),
             ("alpha_pattern", pairs(alphas.collect())),
             ("loraplus", json!(self.loraplus)),

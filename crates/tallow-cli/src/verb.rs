@@ -7,6 +7,7 @@ use clap::Subcommand;
 use std::ffi::OsString;
 
 mod convert;
+mod data;
 mod demo;
 mod doctor;
 mod eval;
@@ -25,6 +26,8 @@ pub(crate) enum Verb {
     Demo(demo::Args),
     /// Fine-tune an adapter on lines of text.
     Train(Box<train::Args>),
+    /// Show data as a model will see it: tokens, what counts, lengths, duplicates, what would be cut.
+    Data(data::Args),
     /// Loss a token over lines of text.
     Eval(eval::Args),
     /// Continue a prompt.
@@ -55,6 +58,7 @@ impl Verb {
         match self {
             Verb::Demo(a) => demo::run(a, global),
             Verb::Train(a) => train::run(a, global),
+            Verb::Data(a) => data::run(a),
             Verb::Eval(a) => eval::run(a, global),
             Verb::Generate(a) => generate::run(a, global),
             Verb::Logits(a) => logits::run(a, global),

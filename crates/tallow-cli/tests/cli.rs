@@ -305,3 +305,66 @@ fn a_reader_that_leaves_is_no_error() {
     assert_eq!(text(&out.stderr), "");
     assert_eq!(out.status.code(), Some(0));
 }
+
+#[test]
+fn data_shows_what_counts_and_what_would_be_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("train.jsonl");
+    let line =
+        |prompt: &str| format!("{{\"prompt\": \"{prompt}\", \"completion\": \" \u{1b}yes\"}}\n");
+    let lines = [line("sure?"), line("sure?"), line(&"long ".repeat(60))].concat();
+    fs::write(&file, lines.replace('\u{1b}', "\\u001b")).unwrap();
+    let folder = dir.path().display().to_string();
+    let args = ["data", &folder, "--model", &tiny(), "--seq-len", "32"];
+    let found = json(&[&args[..], &["--json"]].concat());
+    assert_eq!((&found["lines"], &found["rows"]), (&3.into(), &2.into()));
+    assert_eq!(
+        (&found["duplicates"], &found["cut"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(found["no_target"], 1);
+    let filled = found["packed_filled"].as_f64().unwrap();
+    assert!(filled > 0.0 && filled <= 1.0);
+    let out = tallow(&args);
+    let shown = text(&out.stdout);
+    assert!(
+        shown.contains("<|bos|>sure?« \u{fffd}yes<|eos|>»"),
+        "{shown}"
+    );
+    assert!(shown.contains("1 duplicates: ") && shown.contains("1 lines are cut after 32 tokens"));
+    assert!(!shown.contains('\u{1b}'));
+}
+
+#[test]
+fn chats_are_answered_by_the_template() {
+    let (dir, name) = copy(&tiny());
+    let args = [
+        "generate",
+        "--model",
+        &name,
+        "--prompt",
+        "how many?",
+        "--chat",
+        "--json",
+    ];
+    let out = tallow(&args);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("chat template: this model has none"));
+    let template =
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}A:";
+    fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    let chat = json(&[&args[..], &["--system", "be brief", "--max-tokens", "4"]].concat());
+    let plain = "system: be brief\nuser: how many?\nA:";
+    let plain = json(&[
+        "generate",
+        "--model",
+        &name,
+        "--prompt",
+        plain,
+        "--json",
+        "--max-tokens",
+        "4",
+    ]);
+    assert_eq!(chat["ids"], plain["ids"]);
+    assert_eq!(chat["prompt_tokens"], plain["prompt_tokens"]);
+}

@@ -16,6 +16,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use minijinja::Environment;
 use serde_json::{Map, Value};
 
+use crate::config::ModelConfig;
 use crate::error::{Error, Result, list, quote};
 use crate::tokenizer::Tokenizer;
 use crate::{files, json};
@@ -170,6 +171,16 @@ impl ChatTemplate {
         let text = self.render(&messages, tools, add_generation_prompt)?;
         let spans = self.spans(&text, marks.guard)?;
         Ok(spans.into_iter().map(|s| s.0).collect())
+    }
+
+    /// The token ids of a chat with the beginning of the assistant's answer, for a model to go on from.
+    ///
+    /// # Errors
+    /// Messages that the template refuses; a tokenizer of another model.
+    pub fn prompt(&self, config: &ModelConfig, messages: &[Value]) -> Result<Vec<u32>> {
+        self.0
+            .tokenizer
+            .check(self.ids(messages, None, true)?, config)
     }
 
     fn render_marked(

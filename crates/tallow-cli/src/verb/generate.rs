@@ -5,9 +5,9 @@ use crate::{
     out,
 };
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{path::PathBuf, time::Instant};
-use tallow::llm::{FinishReason, GenerateOptions, Generator, Sampling};
+use tallow::llm::{ChatTemplate, FinishReason, GenerateOptions, Generator, Sampling};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -19,6 +19,12 @@ pub(crate) struct Args {
     /// Text to continue.
     #[arg(long, value_name = "TEXT")]
     prompt: String,
+    /// Take the prompt as a user's message, and answer it by the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// A system message before it.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
     /// Most tokens to add.
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
@@ -49,6 +55,12 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    fn messages(&self) -> Vec<Value> {
+        let message = |role: &str, content: &str| json!({"role": role, "content": content});
+        let system = self.system.iter().map(|s| message("system", s));
+        system.chain([message("user", &self.prompt)]).collect()
+    }
+
     fn options(&self) -> GenerateOptions {
         GenerateOptions {
             sampling: Sampling {
@@ -71,7 +83,14 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let tokenizer = args.model.tokenizer()?;
     let adapter = open::adapter(&model, args.adapter.as_deref())?;
     let mut generator = Generator::new(&model, adapter.as_ref(), args.options())?;
-    let mut stream = generator.stream(&tokenizer, &args.prompt)?;
+    let mut stream = match args.chat {
+        false => generator.stream(&tokenizer, &args.prompt)?,
+        true => {
+            let template = ChatTemplate::open(&tokenizer, None)?;
+            let ids = template.prompt(&model.config, &args.messages())?;
+            generator.stream_ids(&tokenizer, ids)?
+        }
+    };
     let mut text = String::new();
     let start = Instant::now();
     let mut first = None;

@@ -6,23 +6,25 @@ use crate::{
     interrupt,
     open::{self, Global, ModelArgs},
     out,
-    progress::{Progress, Show},
+    progress::Progress,
 };
 use anyhow::{Result, anyhow};
+use seen::Seen;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use tallow::{
     llm::{
-        Adapter, AdapterConfig, Model, Targets,
-        data::{Folder, LossOn, Weighted},
+        Adapter, AdapterConfig, Model, Targets, Tokenizer,
+        data::{Folder, LossOn, STDIN, Weighted},
     },
     train::{
-        Error, FeedSettings, Job, Keep, OptimizerKind, Schedule, Start, Summary, TrainConfig,
-        run::past, train,
+        Error, FeedSettings, Job, Keep, Observer, OptimizerKind, Schedule, Start, Summary,
+        TrainConfig, run::past, train,
     },
 };
 
 pub(crate) mod config;
+mod seen;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -134,6 +136,12 @@ pub(crate) struct Args {
     /// Remove the checkpoints in --out and begin anew.
     #[arg(long)]
     overwrite: bool,
+    /// Show the run live in a browser, on this machine only, at this port [default: a free one].
+    #[arg(long, value_name = "PORT", num_args = 0..=1, default_missing_value = "0")]
+    dashboard: Option<u16>,
+    /// Lines continued without and with the adapter at the end, for the report.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    samples: usize,
     /// Print one JSON document at the end, and no progress.
     #[arg(long)]
     json: bool,
@@ -248,6 +256,7 @@ impl Args {
             ("save_every", json!(self.save_every)),
             ("keep", json!(self.keep)),
             ("keep_best", json!(self.keep_best)),
+            ("samples", json!(self.samples)),
         ]
     }
 }
@@ -304,19 +313,49 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         threads: Some(threads),
         notes,
     };
-    let mut progress = Progress::new(match args.json {
-        true => Show::Nothing,
-        false => Show::Progress,
-    });
-    let summary = run_job(&job, &mut progress)?;
-    report(args, &model, &adapter, &summary, &progress)?;
+    let mut seen = Seen::new(args, facts(&job, &tokenizer))?;
+    let summary = run_job(&job, &mut seen)?;
+    let shown = valid
+        .as_deref()
+        .or(data.paths.first().map(PathBuf::as_path));
+    let samples = match shown.filter(|p| p.as_os_str() != STDIN) {
+        Some(file) => {
+            let (with, from) = ((&model, &adapter, &tokenizer), (file, args.loss_on));
+            seen::samples(with, from, args.samples)?
+        }
+        None => vec![],
+    };
+    seen.finish(&args.out, samples)?;
+    report(args, &model, &adapter, &summary, &seen.progress)?;
     Ok(Outcome::Fine)
 }
 
+/// What the page says of a run beside its settings.
+fn facts(job: &Job, tokenizer: &Tokenizer) -> Vec<(String, String)> {
+    let device = job.model.session.backend().info().name.clone();
+    let config = &job.model.config;
+    let model = format!(
+        "{}, {} layers, hidden {}, vocabulary {}",
+        config.family.model_type(),
+        config.layers,
+        config.hidden,
+        tokenizer.vocab(),
+    );
+    vec![
+        ("base_model".to_owned(), job.base_name.to_owned()),
+        ("architecture".to_owned(), model),
+        ("device".to_owned(), device),
+        (
+            "parameters_trained".to_owned(),
+            out::count(job.adapter.elems() as u64),
+        ),
+    ]
+}
+
 /// Runs a job that Ctrl-C or SIGTERM may stop between two steps.
-pub(crate) fn run_job(job: &Job, progress: &mut Progress) -> Result<Summary> {
+pub(crate) fn run_job(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
     let _polite = interrupt::polite();
-    train(job, progress).map_err(|e| match e {
+    train(job, observer).map_err(|e| match e {
         Error::Stopped { .. } => interrupt::Interrupted(e.to_string()).into(),
         other => anyhow!(other),
     })
@@ -378,5 +417,9 @@ fn report(
             d.cut, d.too_short, d.no_target,
         ))?;
     }
-    out::line(format!("adapter saved in {}", args.out.display()))
+    let dir = args.out.display();
+    out::line(format!(
+        "adapter saved in {dir}; the run is drawn in {dir}/{}",
+        seen::REPORT_FILE
+    ))
 }

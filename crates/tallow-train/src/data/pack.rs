@@ -137,10 +137,8 @@ mod tests {
 
     #[test]
     fn rows_are_filled_by_the_oldest_that_fill_them_best() {
-        assert_eq!(
-            rows(&[6, 5, 4, 3, 7], 10),
-            [vec![6, 4], vec![5], vec![3, 7]]
-        );
+        let want = [vec![6, 4], vec![5, 3], vec![7]];
+        assert_eq!(rows(&[6, 5, 4, 3, 7], 10), want);
         assert_eq!(rows(&[10, 1, 10], 10), [vec![10], vec![1], vec![10]]);
         assert_eq!(rows(&[3, 3, 3, 3], 9), [vec![3, 3, 3], vec![3]]);
         assert!(rows(&[], 9).is_empty());

@@ -161,3 +161,44 @@ fn lion_is_the_paper_s() {
         (p * (1.0 - lr * 0.125) - lr * sign, 0.75 * m + 0.25 * g)
     });
 }
+
+#[test]
+fn a_packed_step_is_the_step_of_its_documents_alone() {
+    let model = model();
+    let docs: Vec<Vec<u32>> = (0..5_u32)
+        .map(|d| {
+            (0..9 + 4 * d)
+                .map(|i| 5 + (i * 37 + d * 11) % 300)
+                .collect()
+        })
+        .collect();
+    let run = |packing: bool| {
+        let config = TrainConfig {
+            packing,
+            ..config()
+        };
+        let adapter = adapter(&model);
+        let mut trainer = Trainer::new(&model, &adapter, &config).unwrap();
+        let mut batch = Batch::default();
+        let all = docs.iter().map(Vec::as_slice);
+        match packing {
+            false => batch.fill([5, 32], all).unwrap(),
+            true => {
+                let rows = [vec![0, 4], vec![3, 1], vec![2]];
+                let rows = rows.map(|r| r.into_iter().map(|i| docs[i].as_slice()));
+                batch.fill_packed([3, 34], rows).unwrap();
+            }
+        }
+        let steps = (0..4).map(|_| trainer.step(std::slice::from_ref(&batch), 1e-3).unwrap());
+        let losses: Vec<f32> = steps.map(|s| s.loss).collect();
+        (losses, model.session.read(&adapter.params).unwrap())
+    };
+    let ((alone, a), (packed, p)) = (run(false), run(true));
+    for (x, y) in alone.iter().zip(&packed) {
+        assert!((x - y).abs() < 1e-5 * x.abs(), "{alone:?} {packed:?}");
+    }
+    let norm = |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>();
+    let off = norm(&mut a.iter().zip(&p).map(|(x, y)| x - y));
+    let off = (off / norm(&mut a.iter().copied())).sqrt();
+    assert!(off < 1e-4, "{off:e}");
+}
