@@ -65,8 +65,10 @@ impl Trainer {
                 }
             }
         };
+        let mut model = model.clone();
+        model.recompute = config.checkpoint_layers;
         Ok(Trainer {
-            model: model.clone(),
+            model,
             adapter: adapter.for_training(s)?,
             config: config.clone(),
             optimizer,

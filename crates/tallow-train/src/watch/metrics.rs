@@ -38,12 +38,13 @@ pub fn line(event: &Event) -> Value {
             trainable,
             batch,
             accumulate,
+            checkpoint_layers,
             memory,
             settings,
         } => json!({
             "event": "start", "rows": data.rows, "tokens": data.tokens, "cut": data.cut,
             "too_short": data.too_short, "total": total, "trainable": trainable, "batch": batch,
-            "accumulate": accumulate, "memory_bytes": memory.total(),
+            "accumulate": accumulate, "checkpoint_layers": checkpoint_layers, "memory_bytes": memory.total(),
             "settings": settings.iter().cloned().collect::<BTreeMap<_, _>>(),
         }),
         Event::Resumed {
