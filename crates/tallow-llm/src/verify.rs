@@ -139,7 +139,7 @@ fn logits(model: &Model, r: &Reference, ids: &Ids, adapter: Option<&Adapter>) ->
     let id = s.tensor_u32(&ids.ids, [ids.b, ids.t], Role::Data)?;
     let pos = s.tensor_u32(&ids.positions(), [ids.b, ids.t], Role::Data)?;
     let hidden = model.hidden(&id, &pos, adapter, None)?;
-    let got = s.read(&model.logits(&hidden.x)?)?;
+    let got = s.read(&model.logits_with(&hidden.x, adapter)?)?;
     let mut worst = (0.0, 0);
     for (i, (g, w)) in got.iter().zip(&want).enumerate() {
         let d = (f64::from(*g) - f64::from(*w)).abs();

@@ -93,7 +93,10 @@ impl StepGraph {
         let (ids, pos, targets) = (ints()?, ints()?, ints()?);
         let inv_count = s.zeros(TensorType::f32([]), Role::Data)?;
         let x = model.hidden(&ids, &pos, Some(adapter), None)?.x;
-        let loss = model.nll(&x, &targets)?.sum_all()?.mul(&inv_count)?;
+        let loss = model
+            .nll_with(&x, &targets, Some(adapter))?
+            .sum_all()?
+            .mul(&inv_count)?;
         let parts = adapter.parts()?;
         let wrt: Vec<&Tensor> = parts.iter().map(|(_, view)| view).collect();
         let made = value_and_grad(&loss, &wrt)?;
