@@ -6,7 +6,8 @@
 //! `logits [b, t, vocab]`; `greedy [1, n]`, 8 ids of the first row and what follows them; with the adapter
 //! `adapter_logits`, `loss [1]` (the ids as labels, the first 6 of a row not counted), its gradients
 //! `grad.<module>.lora_{A,B}.weight`; and the losses before each of some AdamW steps,
-//! `losses_adamw_lr<lr>_wd<wd> [n]`, with the weights after them, `after<n>.<module>.lora_{A,B}.weight`.
+//! `losses_adamw_lr<lr>_wd<wd> [n]`, with the weights after them, `after<n>.<module>.lora_{A,B}.weight`. With DoRA
+//! gradients and weights have `….lora_magnitude_vector.weight` too.
 
 mod reference;
 mod train;
