@@ -80,10 +80,15 @@ impl AdapterArgs {
             Start::Uniform => Init::Uniform,
             Start::Pissa => Init::Pissa,
         };
-        match &self.layers {
-            Some(layers) => choose_layers(layers, config, model),
-            None => Ok(()),
+        if let Some(layers) = &self.layers {
+            choose_layers(layers, config, model)?;
         }
+        if let Some(pattern) = config.unused_patterns(&model.adaptable())?.first() {
+            return Err(anyhow!(
+                "--rank-pattern or --alpha-pattern: no adapted module's path ends in {pattern:?}"
+            ));
+        }
+        Ok(())
     }
 
     /// The adapter with learning rates of its own, where they were asked for.

@@ -30,7 +30,7 @@ pub use linear::{Block, LinearIns};
 // rustfmt could not follow if it were made here.)
 composite::composites! {
     attention: Attention, AttentionGrad;
-    cross_entropy: CrossEntropy;
+    cross_entropy: CrossEntropy, LogitsCrossEntropy;
     dropout: Dropout, DropoutLinear;
     kv_write: KvWrite;
     layer_norm: LayerNorm;

@@ -56,6 +56,7 @@ fn kernels_allocate_nothing() {
         a: w.as_ptr(),
         b: w.as_ptr(),
         tail: std::ptr::null(),
+        turned: std::ptr::null(),
     });
     let block = |weights: &[f32]| Block {
         n: N,

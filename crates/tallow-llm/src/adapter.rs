@@ -13,10 +13,10 @@ use tallow_core::session::Session;
 use tallow_core::tensor::Tensor;
 use tallow_core::types::TensorType;
 
-use crate::config::{ModelConfig, Projection};
+use crate::config::{EMBEDDING, ModelConfig, Projection};
 use crate::error::{Error, Result, list, quote};
 use crate::model::Model;
-use crate::peft::{self, AdapterConfig, Init, LoraModule};
+use crate::peft::{self, AdapterConfig, Init, LoraModule, turned};
 use branch::{Branch, Dropout, Magnitude};
 
 /// An adapter of a model: `y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ` for each adapted projection. Cheap to clone; clones
@@ -41,7 +41,8 @@ struct Module {
     size: Projection,
     rank: usize,
     scale: f32,
-    /// `A [r, k]` and `B [n, r]`, views of the parameters.
+    /// `A [r, k]` and `B [n, r]`, views of the parameters; on the embedding `A` lies turned, `[k, r]`, so that a
+    /// token's numbers are a row.
     a: Tensor,
     b: Tensor,
     magnitude: Option<Magnitude>,
@@ -54,9 +55,13 @@ struct Module {
 impl Module {
     fn parts(&self) -> Vec<(String, &Tensor, usize)> {
         let (name, b_at) = (&self.name, self.offset + self.rank * self.size.k);
+        let (a, b) = match &**name {
+            EMBEDDING => ("lora_embedding_A", "lora_embedding_B"),
+            _ => ("lora_A.weight", "lora_B.weight"),
+        };
         let mut all = vec![
-            (format!("{name}.lora_A.weight"), &self.a, self.offset),
-            (format!("{name}.lora_B.weight"), &self.b, b_at),
+            (format!("{name}.{a}"), &self.a, self.offset),
+            (format!("{name}.{b}"), &self.b, b_at),
         ];
         if let Some(m) = &self.magnitude {
             let at = b_at + self.rank * self.size.n;
@@ -74,7 +79,7 @@ impl Adapter {
     /// # Errors
     /// A configuration that selects nothing of the model, or more than its projections; PiSSA with DoRA.
     pub fn new(model: &Model, config: &AdapterConfig, seed: u64) -> Result<Self> {
-        let mut made = peft::Adapter::init(config.clone(), &model.config.projections(), seed)?;
+        let mut made = peft::Adapter::init(config.clone(), &model.config.adaptable(), seed)?;
         if config.init == Init::Pissa {
             if config.use_dora {
                 return Err(Error::Setting {
@@ -94,7 +99,7 @@ impl Adapter {
     /// # Errors
     /// Files that are missing or damaged, an adapter that does not fit the model whole.
     pub fn load(model: &Model, dir: &Path, role: Role) -> Result<(Self, Vec<String>)> {
-        let read = peft::Adapter::read(dir, &model.config.projections())?;
+        let read = peft::Adapter::read(dir, &model.config.adaptable())?;
         let adapter = Self::place(model, read.config, read.modules, role)?;
         Ok((adapter, read.warnings))
     }
@@ -114,7 +119,10 @@ impl Adapter {
                 projection: m.size,
                 rank: m.rank,
                 scale: m.scale,
-                a: from[..a].to_vec(),
+                a: match &*m.name {
+                    EMBEDDING => turned(&from[..a], m.rank),
+                    _ => from[..a].to_vec(),
+                },
                 b: from[a..a + b].to_vec(),
                 magnitude: m
                     .magnitude
@@ -144,7 +152,7 @@ impl Adapter {
     /// Every `A`, `B` and magnitude by PEFT's name ("model.layers.0.self_attn.q_proj.lora_A.weight",
     /// "….lora_magnitude_vector.weight") as a view `[r, k]`, `[n, r]` or `[n]` of the parameters. In order of offset
     /// and covering all of them once: their gradients, flattened and joined, are the gradient of
-    /// [`params`](Self::params).
+    /// [`params`](Self::params). On the embedding they are "….lora_embedding_A" as `[k, r]` and "….lora_embedding_B".
     pub fn parts(&self) -> Result<Vec<(String, Tensor)>> {
         let parts = self.modules.iter().flat_map(Module::parts);
         Ok(parts.map(|(name, view, _)| (name, view.clone())).collect())
@@ -296,7 +304,7 @@ impl Adapter {
 
     /// Every module is a projection of this model, so that none is left out silently.
     pub(crate) fn check_fits(&self, config: &ModelConfig) -> Result<()> {
-        let base = config.projections();
+        let base = config.adaptable();
         let misfit = |m: &&Module| base.get(&m.name) != Some(&m.size);
         let rest: Vec<&str> = self
             .modules
@@ -325,7 +333,10 @@ impl Adapter {
         let squares = start::magnitudes(model, &config, &mut modules)?;
         let mut all = Vec::new();
         for m in &modules {
-            all.extend_from_slice(&m.a);
+            match &*m.module {
+                EMBEDDING => all.extend(turned(&m.a, m.projection.k)),
+                _ => all.extend_from_slice(&m.a),
+            }
             all.extend_from_slice(&m.b);
             all.extend(m.magnitude.iter().flatten());
         }
@@ -341,8 +352,12 @@ impl Adapter {
                 Ok(flat.reshape(shape)?)
             };
             let pissa = config.init == Init::Pissa && role == Role::State;
+            let a_shape = match &*m.module {
+                EMBEDDING => [k, rank],
+                _ => [rank, k],
+            };
             let mut one = Module {
-                a: view(offset, [rank, k])?,
+                a: view(offset, a_shape)?,
                 b: view(b_at, [n, rank])?,
                 magnitude: None,
                 start: match pissa {

@@ -65,6 +65,11 @@ pub struct Projection {
 /// Module path ("model.layers.0.self_attn.q_proj") to sizes: what adapters can bind to.
 pub type Projections = BTreeMap<String, Projection>;
 
+/// Module path of the output projection.
+pub const HEAD: &str = "lm_head";
+/// Module path of the embedding.
+pub const EMBEDDING: &str = "model.embed_tokens";
+
 /// What a model computes, without its weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -158,6 +163,16 @@ impl ModelConfig {
                 all.insert(format!("model.layers.{layer}.{name}"), Projection { n, k });
             }
         }
+        all
+    }
+
+    /// Everything an adapter can be on: [`projections`](Self::projections), the output projection `lm_head`, and the
+    /// embedding `model.embed_tokens` as a projection of one-hot rows (`n` hidden, `k` vocabulary).
+    pub fn adaptable(&self) -> Projections {
+        let (h, v) = (self.hidden, self.vocab);
+        let mut all = self.projections();
+        all.insert(HEAD.to_owned(), Projection { n: v, k: h });
+        all.insert(EMBEDDING.to_owned(), Projection { n: h, k: v });
         all
     }
 

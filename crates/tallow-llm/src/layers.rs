@@ -5,10 +5,12 @@
 
 use tallow_core::op::Mask;
 use tallow_core::tensor::Tensor;
+use tallow_core::types::DType;
 
 use crate::adapter::Adapter;
 use crate::adapter::branch::{self, Part};
 use crate::cache::Cache;
+use crate::config::EMBEDDING;
 use crate::error::Result;
 use crate::model::Model;
 
@@ -56,6 +58,21 @@ impl<'a> Forward<'a> {
     /// A leaf by its name in the checkpoint.
     pub(crate) fn weight(&self, name: &str) -> Result<&'a Tensor> {
         self.model.weight(name)
+    }
+
+    /// The rows of the embedding for `ids [b, t]`, `[b, t, c]` f32. An adapter on it is a second look-up: a token's row
+    /// of `A`, times `B`.
+    pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let x = self
+            .weight("model.embed_tokens.weight")?
+            .gather(ids, DType::F32)?;
+        let Some(on) = self.adapter.map_or(Ok(None), |a| a.of(EMBEDDING))? else {
+            return Ok(x);
+        };
+        let rows = on.a.gather(ids, DType::F32)?;
+        let rows = rows.reshape([rows.shape().rows(), rows.shape().last()])?;
+        let up = rows.matmul_t(false, &on.b, true)?.mul_scalar(on.scale)?;
+        Ok(x.add(&up.reshape(x.shape().clone())?)?)
     }
 
     /// Keys a query of this layer sees, by the configuration.

@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
-use crate::config::{ModelConfig, Projection};
+use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result, io_error, quote};
 use crate::files::{self, Staged};
-use crate::peft::{self, LoraModule};
+use crate::peft::{self, LoraModule, turned};
 use crate::weights::{StoredDtype, TensorView, Weights};
 
 /// What was written.
@@ -26,6 +26,8 @@ pub struct Merged {
     pub shards: Vec<String>,
     /// Other files, copied as they are.
     pub copied: Vec<String>,
+    /// The embedding was also the output projection, and the adapter is on one of them: now there are two weights.
+    pub untied: bool,
     /// Bytes of all tensors.
     pub tensor_bytes: usize,
     /// What deserves a word to the user, though it worked.
@@ -46,11 +48,21 @@ const OTHER_WEIGHTS: [&str; 9] = [
 ];
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const HEAD_WEIGHT: &str = "lm_head.weight";
+const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
 const NEW_FOLDER: &str = "give the name of a folder that does not exist yet";
+
+/// A tensor of the merged model.
+struct Entry<'a> {
+    name: String,
+    from: &'a TensorView,
+    module: Option<LoraModule>,
+}
 
 /// Writes the model in `base` with the adapter in `adapter` folded in to the new folder `out`: `W + scale·B·A` for
 /// each adapted projection, with DoRA its rows scaled to their magnitudes. Shards keep their names; configuration
-/// and tokenizer are copied. `shard` is told the name of each weight file before it is written.
+/// and tokenizer are copied. A tied embedding becomes two weights where the adapter is on it or on the output
+/// projection. `shard` is told the name of each weight file before it is written.
 ///
 /// # Errors
 /// A base or an adapter that cannot be read or do not fit, a folder that exists, no space, a result that its type
@@ -63,20 +75,21 @@ pub fn merge(
 ) -> Result<Merged> {
     let config = ModelConfig::read(base)?;
     let weights = Weights::open(base, &config)?;
-    let adapter = peft::Adapter::read(adapter, &config.projections())?;
-    let modules: BTreeMap<String, &LoraModule> = adapter
-        .modules
-        .iter()
-        .map(|m| (format!("{}.weight", m.module), m))
-        .collect();
+    let adapter = peft::Adapter::read(adapter, &config.adaptable())?;
+    let outside = |m: &LoraModule| m.module == HEAD || m.module == EMBEDDING;
+    let untied = config.tied && adapter.modules.iter().any(outside);
+    let modules = adapter.modules.len();
     check_new(out)?;
-    let shards = by_file(&weights)?;
+    let shards = entries(&weights, adapter.modules, untied)?;
     let folder = staging(out)?;
     for (name, tensors) in &shards {
         shard(name);
-        write_shard(&folder.path().join(name), tensors, &modules)?;
+        write_shard(&folder.path().join(name), tensors)?;
     }
     let copied = copy_rest(base, folder.path(), shards.contains_key(SINGLE))?;
+    if untied {
+        untie(folder.path(), &shards)?;
+    }
     // An empty folder may be in the way; anything else was refused before.
     if out.exists() {
         fs::remove_dir(out).map_err(io_error("replace the folder", out, NEW_FOLDER))?;
@@ -84,11 +97,13 @@ pub fn merge(
     fs::rename(folder.path(), out).map_err(io_error("write the folder", out, NEW_FOLDER))?;
     // It has another name now: there is nothing to delete.
     let _ = folder.keep();
+    let all = shards.values().flatten();
     Ok(Merged {
-        modules: modules.len(),
+        modules,
+        tensor_bytes: all.map(|e| e.from.bytes.len()).sum(),
         shards: shards.into_keys().collect(),
         copied,
-        tensor_bytes: weights.total_bytes(),
+        untied,
         warnings: adapter.warnings,
     })
 }
@@ -173,36 +188,101 @@ fn staging(out: &Path) -> Result<tempfile::TempDir> {
     builder.tempdir_in(parent).map_err(fail())
 }
 
-/// The tensors of each file, in the order in which they lie there.
-fn by_file(weights: &Weights) -> Result<BTreeMap<String, Vec<&TensorView>>> {
-    let mut shards: BTreeMap<String, Vec<&TensorView>> = BTreeMap::new();
+/// The tensors of each file, in the order in which they lie there, each with what is folded into it.
+fn entries(
+    weights: &Weights,
+    modules: Vec<LoraModule>,
+    untied: bool,
+) -> Result<BTreeMap<String, Vec<Entry<'_>>>> {
+    let mut modules: BTreeMap<String, LoraModule> = modules
+        .into_iter()
+        .map(|m| (format!("{}.weight", m.module), m))
+        .collect();
+    let mut shards: BTreeMap<String, Vec<Entry>> = BTreeMap::new();
     for t in weights.iter() {
+        // A tied model's copy of its embedding is made anew.
+        if untied && t.name == HEAD_WEIGHT {
+            continue;
+        }
         let name = t.file.file_name().and_then(|n| n.to_str());
         let name = name.ok_or_else(|| Error::Index {
             path: t.file.to_path_buf(),
             problem: "its name is not text".to_owned(),
         })?;
-        shards.entry(name.to_owned()).or_default().push(t);
+        let shard = shards.entry(name.to_owned()).or_default();
+        let is_embedding = t.name == EMBEDDING_WEIGHT;
+        let found = modules.remove(&t.name);
+        shard.push(Entry {
+            name: t.name.clone(),
+            from: t,
+            module: match is_embedding {
+                true => found.map(by_token),
+                false => found,
+            },
+        });
+        if untied && is_embedding {
+            shard.push(Entry {
+                name: HEAD_WEIGHT.to_owned(),
+                from: t,
+                module: modules.remove(HEAD_WEIGHT),
+            });
+        }
     }
     for tensors in shards.values_mut() {
-        tensors.sort_by_key(|t| t.bytes.start);
+        tensors.sort_by_key(|e| e.from.bytes.start);
     }
     Ok(shards)
 }
 
-fn write_shard(
-    path: &Path,
-    tensors: &[&TensorView],
-    modules: &BTreeMap<String, &LoraModule>,
-) -> Result<()> {
+/// An adapter on the embedding as one on its table `[vocab, c]`: a token's row gains `scale·B·A[:, token]`.
+fn by_token(m: LoraModule) -> LoraModule {
+    let Projection { n, k } = m.projection;
+    LoraModule {
+        projection: Projection { n: k, k: n },
+        a: turned(&m.b, m.rank),
+        b: turned(&m.a, k),
+        ..m
+    }
+}
+
+/// Says in the copied configuration and index that the output projection is a weight of its own.
+fn untie(folder: &Path, shards: &BTreeMap<String, Vec<Entry>>) -> Result<()> {
+    let rewrite = |name: &str, change: &dyn Fn(&mut Map<String, Value>)| -> Result<()> {
+        let path = folder.join(name);
+        let (mut map, _) = crate::json::read_object(&path, "give a whole model folder")?;
+        change(&mut map);
+        let text = format!("{:#}\n", Value::Object(map));
+        files::write_atomic(&path, |w| w.write_all(text.as_bytes()))
+    };
+    rewrite("config.json", &|map| {
+        map.insert("tie_word_embeddings".to_owned(), false.into());
+    })?;
+    if !folder.join(INDEX).exists() {
+        return Ok(());
+    }
+    let sizes = shards.values().flatten().map(|e| e.from.bytes.len());
+    let total: usize = sizes.sum();
+    let holds = |all: &&Vec<Entry>| all.iter().any(|e| e.name == HEAD_WEIGHT);
+    let file = shards.iter().find(|(_, all)| holds(all)).map(|s| s.0);
+    rewrite(INDEX, &|map| {
+        if let (Some(Value::Object(names)), Some(file)) = (map.get_mut("weight_map"), file) {
+            names.insert(HEAD_WEIGHT.to_owned(), json!(file));
+        }
+        if let Some(Value::Object(about)) = map.get_mut("metadata") {
+            about.insert("total_size".to_owned(), json!(total));
+        }
+    })
+}
+
+fn write_shard(path: &Path, tensors: &[Entry]) -> Result<()> {
     let mut failed = None;
     let written = Staged::write(path, |w| {
         w.write_all(&header(tensors))?;
         for t in tensors {
-            match modules.get(&t.name) {
-                None => w.write_all(t.as_bytes())?,
+            match &t.module {
+                None => w.write_all(t.from.as_bytes())?,
                 Some(m) => {
-                    if let Err(e) = write_merged(w, t, m)? {
+                    if let Err(e) = write_merged(w, t.from, m)? {
                         failed = Some(e);
                         return Err(io::Error::other("stopped"));
                     }
@@ -218,15 +298,15 @@ fn write_shard(
 }
 
 /// Length and JSON of a safetensors file, padded so that the data begins at a multiple of 8.
-fn header(tensors: &[&TensorView]) -> Vec<u8> {
+fn header(tensors: &[Entry]) -> Vec<u8> {
     let mut all = Map::new();
     all.insert("__metadata__".to_owned(), json!({"format": "pt"}));
     let mut at = 0;
     for t in tensors {
-        let end = at + t.bytes.len();
+        let end = at + t.from.bytes.len();
         let info = json!({
-            "dtype": t.dtype.to_string(),
-            "shape": t.shape,
+            "dtype": t.from.dtype.to_string(),
+            "shape": t.from.shape,
             "data_offsets": [at, end],
         });
         all.insert(t.name.clone(), info);

@@ -1,7 +1,7 @@
 //! LoRA and DoRA adapters in mlx-lm's format, in and out.
 //! Invariant: what is read or written computes what the other format's adapter does; what the format cannot say is
 //! refused, or folded into numbers where that changes nothing (ranks are padded with zeros, scales go into `B`).
-//! Absent on purpose: full fine-tuning ("full"), adapters on embeddings and switch layers: refused by name.
+//! Absent on purpose: full fine-tuning ("full"), DoRA on embeddings, switch layers: refused by name.
 //!
 //! A folder holds `adapters.safetensors` with `<module>.lora_a [k, r]`, `.lora_b [r, n]` and, for DoRA, `.m [n]`, and
 //! `adapter_config.json` with `fine_tune_type`, `num_layers` (counted from the last; -1 is all) and `lora_parameters`
@@ -16,7 +16,7 @@ use crate::config::{Projection, Projections};
 use crate::error::{Error, Result, list, quote};
 use crate::files::{self, Staged};
 use crate::json::{self, Fields, brief};
-use crate::peft::{self, Adapter, AdapterConfig, CONFIG_FILE, LoraModule, Targets};
+use crate::peft::{self, Adapter, AdapterConfig, CONFIG_FILE, LoraModule, Targets, turned};
 use crate::weights::{TensorView, Weights};
 
 /// Where an adapter's tensors lie in its folder.
@@ -87,6 +87,8 @@ pub fn read(dir: &Path, base: Option<&Projections>) -> Result<Adapter> {
     config.use_dora = about.dora;
     config.dropout = about.dropout;
     config.base_model = about.model;
+    config.path = dir.join(CONFIG_FILE);
+    config.check_outside(&modules)?;
     Ok(Adapter {
         config,
         modules,
@@ -237,14 +239,6 @@ fn sort(weights: &Weights, dora: bool) -> Result<BTreeMap<&str, Parts<'_>>> {
         names: list(foreign),
         hint: "only <module>.lora_a and .lora_b are understood, and with fine_tune_type dora .m",
     })
-}
-
-/// A row-major matrix of rows of `width` with rows and columns exchanged.
-fn turned(values: &[f32], width: usize) -> Vec<f32> {
-    let columns = 0..width;
-    columns
-        .flat_map(|c| values.iter().skip(c).step_by(width).copied())
-        .collect()
 }
 
 /// A module's tensors at another rank and scale, with the same product.

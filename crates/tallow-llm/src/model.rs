@@ -15,8 +15,9 @@ use tallow_core::tensor::Tensor;
 use tallow_core::types::{DType, TensorType};
 
 use crate::adapter::Adapter;
+use crate::adapter::branch::{self, Part};
 use crate::cache::Cache;
-use crate::config::{Family, ModelConfig};
+use crate::config::{Family, HEAD, ModelConfig};
 use crate::error::{Error, Result};
 use crate::layers::Forward;
 use crate::weights::{self, StoredDtype, TensorView, Weights};
@@ -113,7 +114,7 @@ impl Model {
         })
     }
 
-    /// The projections an adapter can be on: "model.layers.0.self_attn.q_proj" to `(n, k)`, its values out and in.
+    /// The projections of the layers, which "all-linear" selects: "model.layers.0.self_attn.q_proj" to `(n, k)`, its values out and in.
     pub fn module_shapes(&self) -> BTreeMap<String, (usize, usize)> {
         let all = self.config.projections().into_iter();
         all.map(|(name, p)| (name, (p.n, p.k))).collect()
@@ -177,9 +178,7 @@ impl Model {
             Family::Mistral => mistral::layer,
         };
         let mut forward = Forward::new(self, pos, packed, adapter, cache);
-        let mut x = forward
-            .weight("model.embed_tokens.weight")?
-            .gather(ids, DType::F32)?;
+        let mut x = forward.embed(ids)?;
         for index in 0..self.config.layers {
             if self.recompute {
                 x = x.barrier(index as u32)?;
@@ -192,17 +191,53 @@ impl Model {
         })
     }
 
-    /// Scores of every token: `x [.., c]` (after the final norm) to `[.., vocab]`.
+    /// Scores of every token: `x [.., c]` (after the final norm) to `[.., vocab]`, without an adapter on the output
+    /// projection.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.linear(self.head()?)?)
+        self.logits_with(x, None)
+    }
+
+    /// Scores of every token, as [`logits`](Self::logits), with what the adapter adds to the output projection. A tied
+    /// embedding is not touched by it.
+    pub fn logits_with(&self, x: &Tensor, adapter: Option<&Adapter>) -> Result<Tensor> {
+        let part = Part {
+            w: self.head()?.clone(),
+            bias: None,
+            branch: adapter.map_or(Ok(None), |a| a.of(HEAD))?,
+        };
+        branch::project(x, &[part], None)
     }
 
     /// Cross entropy in nats, without ever holding all logits: `x [b, t, c]` (after the final norm) against
     /// `targets [b, t]` u32 gives `[b * t]`. A target of `u32::MAX` is not counted: 0, and no gradient.
     pub fn nll(&self, x: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        self.nll_with(x, targets, None)
+    }
+
+    /// As [`nll`](Self::nll), with what the adapter adds to the output projection, where it is on that: then all
+    /// logits are held, and the memory for them is in the plan.
+    pub fn nll_with(
+        &self,
+        x: &Tensor,
+        targets: &Tensor,
+        adapter: Option<&Adapter>,
+    ) -> Result<Tensor> {
         let rows = x.reshape([x.shape().rows(), x.shape().last()])?;
         let targets = targets.reshape([targets.shape().numel()])?;
-        Ok(rows.cross_entropy(self.head()?, &targets)?)
+        match adapter.map_or(Ok(None), |a| a.of(HEAD))? {
+            None => Ok(rows.cross_entropy(self.head()?, &targets)?),
+            Some(_) => Ok(self
+                .logits_with(&rows, adapter)?
+                .logits_cross_entropy(&targets)?),
+        }
+    }
+
+    /// The weight `[n, k]` of a module that an adapter can be on, but for the embedding.
+    pub(crate) fn base_weight(&self, module: &str) -> Result<&Tensor> {
+        match module {
+            HEAD => self.head(),
+            _ => self.weight(&format!("{module}.weight")),
+        }
     }
 
     /// The output projection `[vocab, c]`: its own, or the embedding where they are tied.

@@ -1,7 +1,7 @@
 //! LoRA adapters in PEFT's format, in and out.
 //! Invariant: an adapter that was read binds whole: every module its configuration selects has both its
 //! tensors, every tensor belongs to such a module, every number is finite, shapes are the base model's.
-//! Absent on purpose: other adapter kinds and variants (adapters on embeddings, trained biases): refused by name.
+//! Absent on purpose: other adapter kinds and variants (trained biases, whole modules): refused by name.
 
 mod config;
 mod matching;
@@ -18,7 +18,7 @@ use safetensors::View;
 
 pub use config::{AdapterConfig, Init, Targets};
 
-use crate::config::{Projection, Projections};
+use crate::config::{EMBEDDING, HEAD, Projection, Projections};
 use crate::error::{Error, Result, list, quote};
 use crate::files::{self, Staged};
 use crate::weights::{StoredDtype, TensorView, Weights};
@@ -32,6 +32,10 @@ const PREFIX: &str = "base_model.model.";
 const LORA_A: &str = "lora_A.weight";
 const LORA_B: &str = "lora_B.weight";
 const MAGNITUDE: &str = "lora_magnitude_vector";
+const EMBEDDING_A: &str = "lora_embedding_A";
+const EMBEDDING_B: &str = "lora_embedding_B";
+/// The base's own weight, which PEFT saves beside an adapter on embedding or output projection.
+const BASE: &str = "base_layer.weight";
 const HINT: &str =
     "give a PEFT adapter folder, with adapter_config.json and adapter_model.safetensors";
 
@@ -58,17 +62,13 @@ impl LoraModule {
     /// Its tensors as PEFT names them in a file, each with its shape.
     fn tensors(&self) -> Vec<(String, Vec<usize>, &[f32])> {
         let (Projection { n, k }, at) = (self.projection, &self.module);
+        let (a, b) = match &**at {
+            EMBEDDING => (EMBEDDING_A, EMBEDDING_B),
+            _ => (LORA_A, LORA_B),
+        };
         let mut all = vec![
-            (
-                format!("{PREFIX}{at}.{LORA_A}"),
-                vec![self.rank, k],
-                &*self.a,
-            ),
-            (
-                format!("{PREFIX}{at}.{LORA_B}"),
-                vec![n, self.rank],
-                &*self.b,
-            ),
+            (format!("{PREFIX}{at}.{a}"), vec![self.rank, k], &*self.a),
+            (format!("{PREFIX}{at}.{b}"), vec![n, self.rank], &*self.b),
         ];
         if let Some(m) = &self.magnitude {
             all.push((format!("{PREFIX}{at}.{MAGNITUDE}"), vec![n], m));
@@ -103,6 +103,7 @@ impl Adapter {
         let weights = Weights::open_file_hinted(&path, HINT)?;
         let found = sort_tensors(&weights, config.use_dora)?;
         let mut modules = config.resolve(base)?;
+        config.check_outside(&modules)?;
         check_bound(dir, &found, &modules, base, config.use_dora)?;
         for m in &mut modules {
             let of = &found[m.module.as_str()];
@@ -114,19 +115,32 @@ impl Adapter {
         }
         Ok(Self {
             config,
-            warnings: modules.iter().filter_map(rank_warning).collect(),
+            warnings: modules
+                .iter()
+                .filter_map(rank_warning)
+                .chain(base_warning(&weights))
+                .collect(),
             modules,
         })
     }
 
-    /// A fresh adapter: every `A` uniform in ±1/sqrt(k) (PEFT's default), every `B` zero, magnitudes not set (they
-    /// are the base model's). The numbers of a module depend on the seed and its name only.
+    /// A fresh adapter: every `A` uniform in ±1/sqrt(k) (PEFT's default), every `B` zero (on the embedding the other
+    /// way round), magnitudes not set (they are the base model's). The numbers of a module depend on the seed and its name only.
     pub fn init(config: AdapterConfig, base: &Projections, seed: u64) -> Result<Self> {
         let mut modules = config.resolve(base)?;
+        config.check_outside(&modules)?;
         for m in &mut modules {
             let Projection { n, k } = m.projection;
-            m.a = uniform(seed, &m.module, m.rank * k, k);
-            m.b = vec![0.0; n * m.rank];
+            if m.module == EMBEDDING {
+                // The other way round, as PEFT does: a token's row of `A` is read, so it is `A` that starts at zero.
+                // Of the variance of PEFT's normals.
+                m.a = vec![0.0; m.rank * k];
+                m.b = uniform(seed, &m.module, n * m.rank, 1);
+                m.b.iter_mut().for_each(|v| *v *= 3.0_f32.sqrt());
+            } else {
+                m.a = uniform(seed, &m.module, m.rank * k, k);
+                m.b = vec![0.0; n * m.rank];
+            }
         }
         Ok(Self {
             config,
@@ -177,22 +191,16 @@ fn sort_tensors(weights: &Weights, dora: bool) -> Result<BTreeMap<&str, Parts<'_
     let mut foreign = Vec::new();
     for tensor in weights.iter() {
         let name = tensor.name.strip_prefix(PREFIX);
-        let bare = name.unwrap_or(&tensor.name);
-        if let Some(outside) = matching::outside_the_layers(bare) {
-            return Err(Error::Unsupported {
-                path: weights.path().to_path_buf(),
-                what: format!("an adapter on {outside} (tensor {})", quote(&tensor.name)),
-                hint: "train it on the projections of the layers only".to_owned(),
-            });
-        }
         let of = |end: &str| name?.strip_suffix(end)?.strip_suffix('.');
-        if let Some(module) = of(LORA_A) {
+        let embedded = |end: &str| of(end).filter(|m| *m == EMBEDDING);
+        let linear = |end: &str| of(end).filter(|m| *m != EMBEDDING);
+        if let Some(module) = linear(LORA_A).or_else(|| embedded(EMBEDDING_A)) {
             found.entry(module).or_default().a = Some(tensor);
-        } else if let Some(module) = of(LORA_B) {
+        } else if let Some(module) = linear(LORA_B).or_else(|| embedded(EMBEDDING_B)) {
             found.entry(module).or_default().b = Some(tensor);
-        } else if let Some(module) = of(MAGNITUDE).filter(|_| dora) {
+        } else if let Some(module) = linear(MAGNITUDE).filter(|_| dora) {
             found.entry(module).or_default().magnitude = Some(tensor);
-        } else {
+        } else if of(BASE).is_none_or(|m| m != HEAD && m != EMBEDDING) {
             foreign.push(quote(&tensor.name));
         }
     }
@@ -204,7 +212,7 @@ fn sort_tensors(weights: &Weights, dora: bool) -> Result<BTreeMap<&str, Parts<'_
         count: foreign.len(),
         problem: "tensors that do not belong to a LoRA adapter",
         names: list(foreign),
-        hint: "only <module>.lora_A.weight and .lora_B.weight are understood, and with use_dora .lora_magnitude_vector",
+        hint: "only <module>.lora_A.weight and .lora_B.weight (on the embedding lora_embedding_A and _B) are understood, and with use_dora .lora_magnitude_vector",
     })
 }
 
@@ -278,6 +286,17 @@ pub(crate) fn finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
     }
 }
 
+/// PEFT writes the base's embedding into such a file; it is the model's own that is used.
+fn base_warning(weights: &Weights) -> Option<String> {
+    let copy = |module| weights.find(&format!("{PREFIX}{module}.{BASE}"));
+    let found = copy(HEAD).or_else(|| copy(EMBEDDING))?;
+    Some(format!(
+        "{}: {} is a copy of the base's weight; the base model's own is used",
+        weights.path().display(),
+        quote(&found.name)
+    ))
+}
+
 /// PEFT accepts such an adapter; it only wastes work.
 fn rank_warning(m: &LoraModule) -> Option<String> {
     let LoraModule { module, rank, .. } = m;
@@ -301,6 +320,14 @@ pub(crate) fn uniform(seed: u64, name: &str, count: usize, k: usize) -> Vec<f32>
         ((2.0 * unit - 1.0) * bound) as f32
     };
     (0..count).map(one).collect()
+}
+
+/// A row-major matrix of rows of `width` with rows and columns exchanged.
+pub(crate) fn turned(values: &[f32], width: usize) -> Vec<f32> {
+    let columns = 0..width;
+    columns
+        .flat_map(|c| values.iter().skip(c).step_by(width).copied())
+        .collect()
 }
 
 /// Values on their way into a file.
@@ -346,9 +373,9 @@ pub fn shapes(dir: &Path) -> Result<Projections> {
             continue;
         };
         let of = |end: &str| Some(name.strip_suffix(end)?.strip_suffix('.')?.to_owned());
-        if let Some(module) = of(LORA_A) {
+        if let Some(module) = of(LORA_A).or_else(|| of(EMBEDDING_A)) {
             found.entry(module).or_default()[1] = side(t, 1);
-        } else if let Some(module) = of(LORA_B) {
+        } else if let Some(module) = of(LORA_B).or_else(|| of(EMBEDDING_B)) {
             found.entry(module).or_default()[0] = side(t, 0);
         }
     }

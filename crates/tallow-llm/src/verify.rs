@@ -6,7 +6,8 @@
 //! `logits [b, t, vocab]`; `greedy [1, n]`, 8 ids of the first row and what follows them; with the adapter
 //! `adapter_logits`, `loss [1]` (the ids as labels, the first 6 of a row not counted), its gradients
 //! `grad.<module>.lora_{A,B}.weight`; and the losses before each of some AdamW steps,
-//! `losses_adamw_lr<lr>_wd<wd> [n]`, with the weights after them, `after<n>.<module>.lora_{A,B}.weight`.
+//! `losses_adamw_lr<lr>_wd<wd> [n]`, with the weights after them, `after<n>.<module>.lora_{A,B}.weight`. With DoRA
+//! gradients and weights have `….lora_magnitude_vector.weight` too.
 
 mod reference;
 mod train;
@@ -139,7 +140,7 @@ fn logits(model: &Model, r: &Reference, ids: &Ids, adapter: Option<&Adapter>) ->
     let id = s.tensor_u32(&ids.ids, [ids.b, ids.t], Role::Data)?;
     let pos = s.tensor_u32(&ids.positions(), [ids.b, ids.t], Role::Data)?;
     let hidden = model.hidden(&id, &pos, adapter, None)?;
-    let got = s.read(&model.logits(&hidden.x)?)?;
+    let got = s.read(&model.logits_with(&hidden.x, adapter)?)?;
     let mut worst = (0.0, 0);
     for (i, (g, w)) in got.iter().zip(&want).enumerate() {
         let d = (f64::from(*g) - f64::from(*w)).abs();

@@ -186,7 +186,7 @@ impl Pass {
         let ints = || model.session.zeros(TensorType::u32([b, t]), Role::Data);
         let (ids, pos, targets) = (ints()?, ints()?, ints()?);
         let x = model.hidden(&ids, &pos, adapter, None)?.x;
-        let nll = model.nll(&x, &targets)?;
+        let nll = model.nll_with(&x, &targets, adapter)?;
         Ok(Pass {
             program: model.session.record(&[&nll], &[])?,
             inputs: [ids, pos, targets],

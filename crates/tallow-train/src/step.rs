@@ -72,7 +72,9 @@ impl Inputs {
                 model.hidden_packed(ids, pos, starts, Some(adapter))?.x
             }
         };
-        let mut loss = model.nll(&x, &self.targets)?.sum_all()?;
+        let mut loss = model
+            .nll_with(&x, &self.targets, Some(adapter))?
+            .sum_all()?;
         if let Some(scale) = scale {
             loss = loss.mul(scale)?;
         }

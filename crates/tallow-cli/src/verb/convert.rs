@@ -38,7 +38,7 @@ enum Format {
 
 pub(crate) fn run(args: &Args, _: &Global) -> Result<Outcome> {
     let base = match &args.model {
-        Some(dir) => Some(ModelConfig::read(dir)?.projections()),
+        Some(dir) => Some(ModelConfig::read(dir)?.adaptable()),
         None => None,
     };
     if args.input == args.output {

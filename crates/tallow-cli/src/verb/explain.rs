@@ -177,7 +177,7 @@ fn forward(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Resu
     let (ids, pos) = (leaf()?, leaf()?);
     let x = model.hidden(&ids, &pos, adapter, None)?.x;
     Ok(Subject {
-        outs: vec![model.logits(&x)?],
+        outs: vec![model.logits_with(&x, adapter)?],
         updates: vec![],
         ints: vec![(ids, some_ids(model, b * t)), (pos, iota([b, t]))],
         floats: vec![],
@@ -221,7 +221,7 @@ pub(super) fn decode(
     let hidden = model.hidden(&ids, &pos, adapter, Some(&cache))?;
     let x = hidden.x.reshape([1, model.config.hidden])?;
     let subject = Subject {
-        outs: vec![model.logits(&x)?],
+        outs: vec![model.logits_with(&x, adapter)?],
         updates: hidden.updates,
         ints: vec![(ids, vec![0]), (pos, vec![tokens as u32 - 1])],
         floats: vec![],

@@ -37,7 +37,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let ids = session.tensor_u32(&args.ids, shape, Role::Data)?;
     let pos = session.tensor_u32(&pos, shape, Role::Data)?;
     let x = model.hidden(&ids, &pos, adapter.as_ref(), None)?.x;
-    let all = session.read(&model.logits(&x)?)?;
+    let all = session.read(&model.logits_with(&x, adapter.as_ref())?)?;
     let rows: Vec<&[f32]> = all.chunks(model.config.vocab).collect();
     if args.json {
         out::json(&json!({ "logits": rows, "dtype": args.model.dtype.name() }))?;

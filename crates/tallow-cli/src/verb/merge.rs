@@ -53,6 +53,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
             "modules": done.modules,
             "shards": done.shards,
             "copied": done.copied,
+            "untied": done.untied,
             "tensor_bytes": done.tensor_bytes,
             "seconds": seconds,
             "drift": drift.map(|d| json!({
@@ -70,6 +71,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         done.shards.len(),
         out::seconds(seconds),
     ))?;
+    if done.untied {
+        out::line("embedding and output projection were one weight and are two now")?;
+    }
     if let Some(d) = drift {
         out::line(format!(
             "against base and adapter over {} tokens: logits differ by at most {:.1e}, KL {:.1e} nats a token",
@@ -118,5 +122,5 @@ fn scores(model: &Model, adapter: Option<&Adapter>) -> Result<Vec<f32>> {
     let ids = s.tensor_u32(&ids, [1, t], Role::Data)?;
     let pos = s.tensor_u32(&pos, [1, t], Role::Data)?;
     let x = model.hidden(&ids, &pos, adapter, None)?.x;
-    Ok(s.read(&model.logits(&x)?)?)
+    Ok(s.read(&model.logits_with(&x, adapter)?)?)
 }

@@ -90,6 +90,19 @@ fn variants_train_and_say_what_they_are() {
         "{l:?} and {plain:?}"
     );
 
+    let outside = ["--targets", "lm_head,embed_tokens"];
+    let (both, report) = train(dir.path(), "both", &outside);
+    let l = losses(&report);
+    // Both are trained: neither gradient is lost on the way.
+    assert!((l[0] - plain[0]).abs() < 1e-4 && falls(&l), "{l:?}");
+    let found = json(&["inspect", &both, "--model", &tiny(), "--json"]);
+    assert_eq!(found["trained"]["parameters"], report["trainable"]);
+    for only in ["lm_head", "embed_tokens"] {
+        let (_, report) = train(dir.path(), only, &["--targets", only]);
+        let l = losses(&report);
+        assert!(falls(&l), "{only}: {l:?}");
+    }
+
     let (pissa, report) = train(dir.path(), "pissa", &["--init", "pissa"]);
     let l = losses(&report);
     assert!((l[0] - plain[0]).abs() < 1e-3 && falls(&l), "{l:?}");
@@ -278,7 +291,7 @@ fn variants_that_cannot_be_are_refused() {
     let out = dir.path().join("out").display().to_string();
     let (tiny, valid) = (tiny(), valid());
     let base = ["train", "--model", &tiny, "--data", &valid, "--out", &out];
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["--dropout", "1"], "--dropout: want a number from 0"),
         (&["--layers", "4-99"], "there is no layer"),
         (&["--layers", "5-2"], "want layers like 8-15"),
@@ -288,6 +301,7 @@ fn variants_that_cannot_be_are_refused() {
         ),
         (&["--rank-pattern", "q_proj"], "want NAME=NUMBER"),
         (&["--rank-pattern", "q_proj=0"], "want a rank from 1"),
+        (&["--rank-pattern", "wq=4"], "no adapted module"),
         (&["--loraplus=-3"], "want a number above 0"),
         (&["--init", "pissa", "--dora"], "another start than pissa"),
         (

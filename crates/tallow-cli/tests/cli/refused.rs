@@ -215,7 +215,7 @@ fn settings_that_make_no_sense() {
         ("--batch", "0", "batch: want 1 or more"),
         ("--rank", "0", "rank: want a whole number"),
         ("--schedule", "step", "want one of constant, linear, cosine"),
-        ("--targets", "embed_tokens", "embed_tokens"),
+        ("--targets", "wq", "match no projection"),
         ("--dtype", "f64", "want f32 or bf16"),
         ("--threads", "0", "want a whole number from 1"),
         ("--device", "tpu", "unknown device"),

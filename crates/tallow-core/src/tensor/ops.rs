@@ -326,6 +326,12 @@ impl Tensor {
     pub fn cross_entropy(&self, w: &Tensor, target: &Tensor) -> Result<Self> {
         Ok(Self::composite(CrossEntropy, &[self, w, target])?.remove(0))
     }
+    /// Cross entropy in nats of these logits `[n, v]` against `target [n]`, `[n]`, where the logits are more than a
+    /// product with frozen weights. A target at or past `v` gives 0.
+    #[track_caller]
+    pub fn logits_cross_entropy(&self, target: &Tensor) -> Result<Self> {
+        Ok(Self::composite(LogitsCrossEntropy, &[self, target])?.remove(0))
+    }
     /// The next parameters and moments of AdamW; `self` are the parameters. See [`AdamW`].
     #[track_caller]
     pub fn adamw(

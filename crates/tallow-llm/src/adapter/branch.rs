@@ -72,7 +72,7 @@ impl Magnitude {
 
     /// The same with the factors computed now, for parameters that never change.
     pub(crate) fn fixed(self, model: &Model, module: &str, scale: f32) -> Result<Self> {
-        let factors = self.factors(model.weight(&format!("{module}.weight"))?, scale)?;
+        let factors = self.factors(model.base_weight(module)?, scale)?;
         let values = model.session.read(&factors)?;
         let fixed = model
             .session

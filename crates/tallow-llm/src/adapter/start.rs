@@ -31,7 +31,7 @@ pub(super) fn magnitudes(
         if !config.use_dora {
             return Ok(None);
         }
-        let w = model.weight(&format!("{}.weight", m.module))?;
+        let w = model.base_weight(&m.module)?;
         let squares = row_squares(&model.session, w)?;
         if m.magnitude.is_none() {
             m.magnitude = Some(squares.iter().map(|s| s.sqrt()).collect());
@@ -56,7 +56,7 @@ pub(super) fn pissa(model: &Model, modules: &mut [LoraModule], seed: u64) -> Res
         let name = format!("{}.weight", m.module);
         let w = model
             .session
-            .read(&model.weight(&name)?.cast(DType::F32)?)?;
+            .read(&model.base_weight(&m.module)?.cast(DType::F32)?)?;
         let bad = |got: String| Error::Setting {
             name: "weights to start pissa from",
             want: "finite numbers that have a decomposition",

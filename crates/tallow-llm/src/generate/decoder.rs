@@ -142,7 +142,7 @@ impl Decoder {
         if let Some(last) = &last {
             x = x.gather(last, x.dtype())?;
         }
-        let logits = self.model.logits(&x)?;
+        let logits = self.model.logits_with(&x, adapter)?;
         Ok(Step {
             program: session.record(&[&logits], &hidden.updates)?,
             ids: (ids, vec![0; rows]),

@@ -8,6 +8,7 @@ use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::{Value, json};
 
 use super::{CONFIG_FILE, HINT};
+use crate::config::EMBEDDING;
 use crate::error::{Error, Result, quote};
 use crate::json::{self, Fields, brief, truthy};
 
@@ -137,6 +138,23 @@ impl AdapterConfig {
             alpha_pattern: Vec::new(),
             base_model: None,
             task_type: Some("CAUSAL_LM".to_owned()),
+        }
+    }
+
+    /// Refuses what an embedding cannot be: its rows are looked up, and no product with them is made.
+    pub(crate) fn check_outside(&self, modules: &[super::LoraModule]) -> Result<()> {
+        let what = match (self.use_dora, self.init) {
+            (true, _) => "use_dora on the embedding",
+            (_, Init::Pissa) => "the start pissa on the embedding",
+            _ => return Ok(()),
+        };
+        match modules.iter().any(|m| m.module == EMBEDDING) {
+            false => Ok(()),
+            true => Err(Error::Unsupported {
+                path: self.path.clone(),
+                what: what.to_owned(),
+                hint: "leave embed_tokens out, or train it as plain LoRA".to_owned(),
+            }),
         }
     }
 

@@ -6,24 +6,14 @@ use fancy_regex::Regex;
 
 use super::LoraModule;
 use super::config::{AdapterConfig, Targets};
-use crate::config::Projections;
+use crate::config::{EMBEDDING, HEAD, Projections};
 use crate::error::{Error, Result, list, quote};
 
-/// Modules that adapters of other programs reach and this version does not.
-const OUTSIDE: [&str; 2] = ["lm_head", "embed_tokens"];
-/// Their paths in the families this version knows.
-const OUTSIDE_PATHS: [&str; 2] = ["lm_head", "model.embed_tokens"];
-
-/// The name of the embedding or output projection where `module` is part of one.
-pub(super) fn outside_the_layers(module: &str) -> Option<&'static str> {
-    OUTSIDE
-        .into_iter()
-        .find(|o| module.split('.').any(|part| part == *o))
-}
+/// Modules outside the layers, which "all-linear" leaves out, as PEFT does.
+const OUTSIDE: [&str; 2] = [HEAD, EMBEDDING];
 
 impl AdapterConfig {
-    /// The projections of `base` this adapter is on, sorted. An empty selection is an error, and so is one
-    /// that reaches the embedding or the output projection.
+    /// The modules of `base` this adapter is on, sorted. An empty selection is an error.
     pub fn select(&self, base: &Projections) -> Result<Vec<String>> {
         let targets = Selector::new(self, "target_modules", &self.targets)?;
         let exclude = match &self.exclude {
@@ -35,20 +25,10 @@ impl AdapterConfig {
             Some(e) => e.matches(self, module).map(|m| m != Match::No),
             None => Ok(false),
         };
-        for module in OUTSIDE_PATHS {
-            let reached = !matches!(self.targets, Targets::AllLinear)
-                && targets.matches(self, module)? != Match::No;
-            if reached && !excluded(module)? {
-                return Err(Error::Unsupported {
-                    path: self.path.clone(),
-                    what: format!("an adapter on {module} (target_modules)"),
-                    hint: "train it on the projections of the layers only".to_owned(),
-                });
-            }
-        }
         let mut selected = Vec::new();
         for module in base.keys() {
             let on = match targets.matches(self, module)? {
+                _ if self.targets == Targets::AllLinear && OUTSIDE.contains(&&**module) => false,
                 Match::No => false,
                 // PEFT looks at the layer's number only where the end of a path matched.
                 Match::End => self.in_layers(&layers, module)?,
@@ -66,10 +46,36 @@ impl AdapterConfig {
                     Targets::AllLinear => "all-linear".to_owned(),
                     Targets::Regex(pattern) => quote(pattern),
                 },
-                example: base.keys().next().cloned().unwrap_or_default(),
+                example: base
+                    .keys()
+                    .find(|m| !OUTSIDE.contains(&&***m))
+                    .cloned()
+                    .unwrap_or_default(),
             });
         }
         Ok(selected)
+    }
+
+    /// Patterns of ranks and alphas that no selected module of `base` matches: most likely mistakes.
+    pub fn unused_patterns(&self, base: &Projections) -> Result<Vec<String>> {
+        let selected = self.select(base)?;
+        let ranks = self.overrides("rank_pattern", &self.rank_pattern)?;
+        let alphas = self.overrides("alpha_pattern", &self.alpha_pattern)?;
+        let names = self.rank_pattern.iter().map(|p| &p.0);
+        let names = names.chain(self.alpha_pattern.iter().map(|p| &p.0));
+        let ranks = ranks.compiled.into_iter().map(|c| c.0);
+        let compiled = ranks.chain(alphas.compiled.into_iter().map(|c| c.0));
+        let mut unused = Vec::new();
+        for (name, regex) in names.zip(compiled) {
+            let mut used = false;
+            for module in &selected {
+                used |= self.is_match("rank_pattern", &regex, module)?;
+            }
+            if !used {
+                unused.push(name.clone());
+            }
+        }
+        Ok(unused)
     }
 
     /// The selection with ranks and scales, and with tensors still empty.

@@ -313,13 +313,13 @@ fn foreign_and_damaged_tensors_are_named() {
             "base_model.model.lm_head.lora_A.weight",
             vec![1],
             1.0,
-            "an adapter on lm_head (tensor",
+            "14 of 15 modules bound; these did not: \"lm_head\" (not in the base model)",
         ),
         (
             "base_model.model.model.embed_tokens.lora_embedding_A",
             vec![1],
             1.0,
-            "an adapter on embed_tokens (tensor",
+            "14 of 15 modules bound; these did not: \"model.embed_tokens\" (not in the base model)",
         ),
     ] {
         let got = refusal(json!({}), |t| one(t, name, shape, value));
@@ -384,14 +384,6 @@ fn variants_are_refused_by_name() {
         (
             json!({"use_new_trick": true}),
             "the unknown setting \"use_new_trick\" (true) is not supported",
-        ),
-        (
-            json!({"target_modules": ["q_proj", "lm_head"]}),
-            "an adapter on lm_head (target_modules) is not",
-        ),
-        (
-            json!({"target_modules": ".*embed.*"}),
-            "an adapter on model.embed_tokens (target_modules) is not",
         ),
     ] {
         let got = refusal(change, |_| ());
@@ -552,6 +544,55 @@ fn dora_wants_its_magnitudes_finite_and_whole() {
         got.contains("0 of 14 modules bound") && got.contains("(no lora_magnitude_vector)"),
         "{got}"
     );
+}
+
+#[test]
+fn embedding_and_output_are_adapted_by_name_only() {
+    let all = ModelConfig::read(&golden("llama")).unwrap().adaptable();
+    let select = |targets| {
+        let config = AdapterConfig::new(2, 4.0, targets);
+        Adapter::init(config, &all, 1).map(|a| a.modules)
+    };
+    let layers = select(Targets::AllLinear).unwrap();
+    assert_eq!(layers.len(), 14);
+    assert!(layers.iter().all(|m| m.module.starts_with("model.layers.")));
+    let both = select(names(&["lm_head", "embed_tokens"])).unwrap();
+    let [head, embedding] = &both[..] else {
+        panic!("{both:?}")
+    };
+    // B starts at zero for the one, A for the other.
+    assert_eq!((head.a.len(), head.b.len()), (2 * 64, 320 * 2));
+    assert!(head.b.iter().all(|v| *v == 0.0) && head.a.iter().all(|v| *v != 0.0));
+    assert_eq!((embedding.a.len(), embedding.b.len()), (2 * 320, 64 * 2));
+    assert!(embedding.a.iter().all(|v| *v == 0.0) && embedding.b.iter().all(|v| *v != 0.0));
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = Adapter {
+        config: AdapterConfig::new(2, 4.0, names(&["lm_head", "embed_tokens"])),
+        modules: both,
+        warnings: vec![],
+    };
+    adapter.write(dir.path()).unwrap();
+    let back = Adapter::read(dir.path(), &all).unwrap();
+    assert_eq!(back.modules, adapter.modules);
+    let file = Weights::open_file(&dir.path().join(WEIGHTS_FILE)).unwrap();
+    let shape = |name: &str| {
+        file.get(&format!("base_model.model.{name}"))
+            .unwrap()
+            .shape
+            .clone()
+    };
+    assert_eq!(shape("model.embed_tokens.lora_embedding_A"), [2, 320]);
+    assert_eq!(shape("model.embed_tokens.lora_embedding_B"), [64, 2]);
+    assert_eq!(shape("lm_head.lora_B.weight"), [320, 2]);
+    for change in [
+        |c: &mut AdapterConfig| c.use_dora = true,
+        |c: &mut AdapterConfig| c.init = Init::Pissa,
+    ] {
+        let mut config = AdapterConfig::new(2, 4.0, names(&["embed_tokens"]));
+        change(&mut config);
+        let got = message(dir.path(), Adapter::init(config, &all, 1));
+        assert!(got.contains("on the embedding is not supported"), "{got}");
+    }
 }
 
 #[test]

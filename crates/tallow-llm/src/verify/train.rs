@@ -133,7 +133,7 @@ impl Step {
         let pos = s.tensor_u32(&ids.positions(), shape, Role::Data)?;
         let target = s.tensor_u32(&targets, shape, Role::Data)?;
         let hidden = model.hidden(&id, &pos, Some(adapter), None)?;
-        let nll = model.nll(&hidden.x, &target)?;
+        let nll = model.nll_with(&hidden.x, &target, Some(adapter))?;
         let loss = nll.sum_all()?.mul_scalar(1.0 / counted as f32)?;
 
         let parts = adapter.parts()?;

@@ -158,7 +158,9 @@ pub(crate) fn leaves(model: &Model, ids: &[u32], pos: &[u32], b: usize) -> (Tens
 pub(crate) fn logits(model: &Model, adapter: Option<&Adapter>, ids: &[u32]) -> Vec<Vec<f32>> {
     let (id, pos) = rows(model, ids, 1);
     let hidden = model.hidden(&id, &pos, adapter, None).unwrap();
-    let all = model.session.read(&model.logits(&hidden.x).unwrap());
+    let all = model
+        .session
+        .read(&model.logits_with(&hidden.x, adapter).unwrap());
     let all = all.unwrap();
     all.chunks(model.config.vocab)
         .map(<[f32]>::to_vec)

@@ -155,6 +155,65 @@ fn shards_keep_their_names_and_types() {
 }
 
 #[test]
+fn embedding_and_output_are_adapted_and_merged_tied_or_not() {
+    // llama3-rope is tied, llama is not.
+    for name in ["llama", "llama3-rope"] {
+        let dir = golden(name);
+        let model = load(&dir);
+        let s = &model.session;
+        let ids = some_ids(25, model.config.vocab);
+        let bare = logits(&model, None, &ids).concat();
+        for on in [
+            &["embed_tokens"][..],
+            &["lm_head"],
+            &["lm_head", "embed_tokens", "v_proj"],
+        ] {
+            let config = AdapterConfig::new(3, 6.0, names(on));
+            let a = Adapter::new(&model, &config, 2).unwrap();
+            assert!(distance(&logits(&model, Some(&a), &ids).concat(), &bare) < 1e-5);
+            shake(&model, &a, 0.05);
+            let with = logits(&model, Some(&a), &ids).concat();
+            assert!(distance(&with, &bare) > 1e-2);
+            let (folder, merged) = merged(&dir, &model, &a);
+            assert!(!merged.config.tied);
+            let d = distance(&logits(&merged, None, &ids).concat(), &with);
+            assert!(d < 2e-5, "{name}, {on:?}: {d}");
+            // The one does not touch the other.
+            let weight = |dir: &Path, name: &str| {
+                let all = tensors(&dir.join(WEIGHTS));
+                all.into_iter().find(|t| t.name == name).unwrap().bytes
+            };
+            let out = folder.path().join("deep/out");
+            let embedding = "model.embed_tokens.weight";
+            let kept = weight(&out, embedding) == weight(&dir, embedding);
+            assert_eq!(kept, !on.contains(&"embed_tokens"));
+            // As text goes on, with a cache.
+            let mut decoder = tallow_llm::Decoder::new(&model, Some(&a), 32).unwrap();
+            let last = decoder.feed(&ids).unwrap().to_vec();
+            assert!(distance(&last, &with[with.len() - last.len()..]) < 2e-5);
+            // The gradient: along itself the loss rises by its square.
+            let (_, g) = gradients(&model, &a, &ids[..24]);
+            let square: f64 = g.iter().map(|g| f64::from(*g).powi(2)).sum();
+            let old = s.read(&a.params).unwrap();
+            let h = 5e-3 / square.sqrt();
+            let loss_at = |h: f64| {
+                let step = old
+                    .iter()
+                    .zip(&g)
+                    .map(|(p, g)| p + (h * f64::from(*g)) as f32);
+                s.write(&a.params, &step.collect::<Vec<_>>()).unwrap();
+                f64::from(gradients(&model, &a, &ids[..24]).0)
+            };
+            let slope = (loss_at(h) - loss_at(-h)) / (2.0 * h);
+            assert!(
+                (slope / square - 1.0).abs() < 0.02,
+                "{name}, {on:?}: {slope} and {square}"
+            );
+        }
+    }
+}
+
+#[test]
 fn merging_refuses_what_is_there_and_leaves_nothing_behind() {
     let base = golden("llama");
     let dir = tempfile::tempdir().unwrap();
@@ -243,7 +302,11 @@ fn gradients(model: &Model, a: &Adapter, ids: &[u32]) -> (f32, Vec<f32>) {
     let targets: Vec<u32> = ids[1..].iter().chain(&[NONE]).copied().collect();
     let (targets, _) = rows(model, &targets, 2);
     let hidden = model.hidden(&id, &pos, Some(a), None).unwrap();
-    let loss = model.nll(&hidden.x, &targets).unwrap().mean_all().unwrap();
+    let loss = model
+        .nll_with(&hidden.x, &targets, Some(a))
+        .unwrap()
+        .mean_all()
+        .unwrap();
     let parts = a.parts().unwrap();
     let wrt: Vec<&Tensor> = parts.iter().map(|p| &p.1).collect();
     let g = value_and_grad(&loss, &wrt).unwrap();
