@@ -109,6 +109,7 @@ fn settings() -> TrainConfig {
         seed: 0,
         eval_every: None,
         patience: None,
+        checkpoint_layers: false,
         skip_nonfinite: false,
     }
 }

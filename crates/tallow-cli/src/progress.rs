@@ -152,9 +152,15 @@ impl Observer for Progress {
                 trainable,
                 batch,
                 accumulate,
+                checkpoint_layers,
                 memory,
                 ..
-            } => self.begin(data, *total, *trainable, [*batch, *accumulate], memory.total()),
+            } => {
+                self.begin(data, *total, *trainable, [*batch, *accumulate], memory.total());
+                if *checkpoint_layers {
+                    self.say("layers are computed again in the backward pass");
+                }
+            }
             Event::Resumed {
                 step,
                 dir,

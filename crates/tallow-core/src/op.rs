@@ -144,7 +144,8 @@ pub enum Op {
         /// Result extents.
         shape: Shape,
     },
-    /// Identity that separates a recomputation from its first run.
+    /// The first operand, kept apart from equal values. Gradients compute again what lies between two barriers
+    /// (see [`recompute`](crate::pass::recompute)); a second operand is only waited for.
     Barrier(u32),
     /// Result number `k` of a composite with several.
     Part(usize),
@@ -190,6 +191,7 @@ impl Op {
             Op::Map(s) => s.arity(),
             Op::MatMul { .. } | Op::Gather(_) | Op::ScatterAdd(_) => 2,
             Op::Concat(_) => ins.len().max(1),
+            Op::Barrier(_) => ins.len().clamp(1, 2),
             _ => 1,
         };
         if ins.len() != arity {

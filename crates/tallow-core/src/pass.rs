@@ -7,7 +7,9 @@ pub mod expand;
 pub mod fuse;
 pub mod group;
 pub mod recognise;
+mod recompute;
 pub mod simplify;
 #[cfg(test)]
 mod testing;
 pub use canonical::canonical;
+pub use recompute::recompute;

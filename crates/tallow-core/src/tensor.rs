@@ -9,7 +9,14 @@ use crate::{
     op::{Composite, Op, Role},
     types::{DType, Shape, TensorType},
 };
-use std::{collections::HashMap, panic::Location, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    panic::Location,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 mod grads;
 mod ops;
@@ -21,6 +28,8 @@ pub use ops::LoraWeights;
 pub struct Tensor(Arc<Inner>);
 
 struct Inner {
+    /// Counts handles in the order they were made: an order in which they can be computed.
+    made: u64,
     kind: Kind,
     ty: TensorType,
     /// All result types of a composite with several.
@@ -30,6 +39,19 @@ struct Inner {
 enum Kind {
     Leaf(Buffer, Role),
     Apply(Op, Vec<Tensor>),
+}
+
+impl Inner {
+    fn new(kind: Kind, ty: TensorType, parts: Vec<TensorType>) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let made = NEXT.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Inner {
+            made,
+            kind,
+            ty,
+            parts,
+        })
+    }
 }
 
 impl Drop for Inner {
@@ -62,11 +84,7 @@ impl std::fmt::Debug for Tensor {
 impl Tensor {
     /// A handle on device memory.
     pub fn leaf(buf: Buffer, ty: TensorType, role: Role) -> Self {
-        Tensor(Arc::new(Inner {
-            kind: Kind::Leaf(buf, role),
-            ty,
-            parts: vec![],
-        }))
+        Tensor(Inner::new(Kind::Leaf(buf, role), ty, vec![]))
     }
     /// Shape and dtype.
     pub fn ty(&self) -> &TensorType {
@@ -109,11 +127,7 @@ impl Tensor {
             parts.clear();
         }
         let ins = ins.iter().map(|t| (*t).clone()).collect();
-        Ok(Tensor(Arc::new(Inner {
-            kind: Kind::Apply(op, ins),
-            ty,
-            parts,
-        })))
+        Ok(Tensor(Inner::new(Kind::Apply(op, ins), ty, parts)))
     }
     /// All results of a composite, in order.
     #[track_caller]
@@ -123,11 +137,8 @@ impl Tensor {
             return Ok(vec![t]);
         }
         let part = |k: usize| {
-            Tensor(Arc::new(Inner {
-                kind: Kind::Apply(Op::Part(k), vec![t.clone()]),
-                ty: t.0.parts[k].clone(),
-                parts: vec![],
-            }))
+            let kind = Kind::Apply(Op::Part(k), vec![t.clone()]);
+            Tensor(Inner::new(kind, t.0.parts[k].clone(), vec![]))
         };
         Ok((0..t.0.parts.len()).map(part).collect())
     }
@@ -141,44 +152,21 @@ pub struct Lowered {
     pub leaves: Vec<Tensor>,
 }
 
-/// Flattens lazy handles into a graph. Leaves become input slots in first-visit order, so the
-/// graph depends on structure only and two equal computations hash alike.
+/// Flattens lazy handles into a graph. Leaves become input slots in first-visit order, so the slots
+/// depend on structure only; the rest stands in the order it was made, so that what frees memory early
+/// (a weight's gradient, right behind what it is made of) does so, and two runs of one code hash alike.
 /// `updates`: state leaves and their next values, in order.
 pub fn lower(outs: &[Tensor], updates: &[(Tensor, Tensor)]) -> Result<Lowered> {
     let mut b = Builder::default();
     let mut seen = HashMap::<*const Inner, NodeId>::new();
-    let mut slots = HashMap::<(u64, usize), NodeId>::new();
     let mut leaves: Vec<Tensor> = vec![];
     let roots = || outs.iter().chain(updates.iter().flat_map(|(s, v)| [s, v]));
-    let mut stack: Vec<(&Tensor, bool)> = roots().map(|t| (t, false)).collect();
-    stack.reverse();
-    while let Some((t, ready)) = stack.pop() {
-        let key = Arc::as_ptr(&t.0);
-        if seen.contains_key(&key) {
+    for t in reached(roots(), &mut b, &mut seen, &mut leaves) {
+        let Kind::Apply(op, ins) = &t.0.kind else {
             continue;
-        }
-        let id = match &t.0.kind {
-            // Two handles on one buffer are one input, or an update would not be seen by both.
-            Kind::Leaf(buf, role) => match slots.get(&(buf.raw, buf.bytes)) {
-                Some(id) if b.ty(*id) == t.ty() => *id,
-                _ => {
-                    let id = b.input(*role, t.ty().clone());
-                    slots.insert((buf.raw, buf.bytes), id);
-                    leaves.push(t.clone());
-                    id
-                }
-            },
-            Kind::Apply(_, ins) if !ready => {
-                stack.push((t, true));
-                stack.extend(ins.iter().rev().map(|i| (i, false)));
-                continue;
-            }
-            Kind::Apply(op, ins) => {
-                let ids: Vec<NodeId> = ins.iter().map(|i| seen[&Arc::as_ptr(&i.0)]).collect();
-                b.push(op.clone(), &ids)?
-            }
         };
-        seen.insert(key, id);
+        let ids: Vec<NodeId> = ins.iter().map(|i| seen[&Arc::as_ptr(&i.0)]).collect();
+        seen.insert(Arc::as_ptr(&t.0), b.push(op.clone(), &ids)?);
     }
     let id = |t: &Tensor| seen[&Arc::as_ptr(&t.0)];
     let mut ups: Vec<Update> = vec![];
@@ -206,20 +194,57 @@ pub fn lower(outs: &[Tensor], updates: &[(Tensor, Tensor)]) -> Result<Lowered> {
     })
 }
 
+/// Makes inputs of all leaves below `roots`; gives back everything else there, in the order it was made.
+fn reached<'a>(
+    roots: impl Iterator<Item = &'a Tensor>,
+    b: &mut Builder,
+    seen: &mut HashMap<*const Inner, NodeId>,
+    leaves: &mut Vec<Tensor>,
+) -> Vec<&'a Tensor> {
+    let mut slots = HashMap::<(u64, usize), NodeId>::new();
+    let mut visited = HashSet::<*const Inner>::new();
+    let mut made = vec![];
+    let mut stack: Vec<&Tensor> = roots.collect();
+    stack.reverse();
+    while let Some(t) = stack.pop() {
+        let key = Arc::as_ptr(&t.0);
+        if !visited.insert(key) {
+            continue;
+        }
+        let id = match &t.0.kind {
+            // Two handles on one buffer are one input, or an update would not be seen by both.
+            Kind::Leaf(buf, role) => match slots.get(&(buf.raw, buf.bytes)) {
+                Some(id) if b.ty(*id) == t.ty() => *id,
+                _ => {
+                    let id = b.input(*role, t.ty().clone());
+                    slots.insert((buf.raw, buf.bytes), id);
+                    leaves.push(t.clone());
+                    id
+                }
+            },
+            Kind::Apply(_, ins) => {
+                made.push(t);
+                stack.extend(ins.iter().rev());
+                continue;
+            }
+        };
+        seen.insert(key, id);
+    }
+    made.sort_by_key(|t| t.0.made);
+    made
+}
+
 /// Lazy handles for the outputs of a graph over given leaves: the inverse of [`lower`].
 pub fn lift(g: &Graph, leaves: &[Tensor]) -> Vec<Tensor> {
     let mut made: Vec<Tensor> = Vec::with_capacity(g.nodes.len());
     for n in &g.nodes {
         let t = match n.op {
             Op::Input(slot, _) => leaves[slot as usize].clone(),
-            _ => Tensor(Arc::new(Inner {
-                kind: Kind::Apply(
-                    n.op.clone(),
-                    n.inputs.iter().map(|i| made[i.index()].clone()).collect(),
-                ),
-                ty: n.ty.clone(),
-                parts: n.parts.clone(),
-            })),
+            _ => {
+                let ins = n.inputs.iter().map(|i| made[i.index()].clone());
+                let kind = Kind::Apply(n.op.clone(), ins.collect());
+                Tensor(Inner::new(kind, n.ty.clone(), n.parts.clone()))
+            }
         };
         made.push(t);
     }

@@ -72,6 +72,9 @@ pub struct Model {
     pub config: ModelConfig,
     /// Where it computes.
     pub session: Session,
+    /// Are layers computed again in a backward pass, instead of keeping what they computed? Gradient
+    /// checkpointing: less memory, about a third more time.
+    pub recompute: bool,
     /// Leaves by their names in the checkpoint.
     pub(crate) weights: Arc<HashMap<String, Tensor>>,
     /// Radians a token, `[head_dim / 2]`.
@@ -104,6 +107,7 @@ impl Model {
         Ok(Self {
             inv_freq: session.tensor(freq, [freq.len()], Role::Frozen)?,
             session: session.clone(),
+            recompute: false,
             weights: Arc::new(leaves),
             config,
         })
@@ -177,6 +181,9 @@ impl Model {
             .weight("model.embed_tokens.weight")?
             .gather(ids, DType::F32)?;
         for index in 0..self.config.layers {
+            if self.recompute {
+                x = x.barrier(index as u32)?;
+            }
             x = layer(&mut forward, index, &x)?;
         }
         Ok(Hidden {

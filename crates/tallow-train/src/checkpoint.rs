@@ -121,13 +121,16 @@ impl Store {
         steps
     }
 
-    /// Creates the folder and removes what a killed run left half-made in it.
+    /// Removes what a killed run left half-made. The folder is only made with its first checkpoint.
     ///
     /// # Errors
     /// A folder that cannot be written.
     pub fn prepare(&self) -> Result<()> {
-        files::prepare_output_dir(&self.dir)?;
-        Ok(files::sweep(&self.dir)?)
+        if self.dir.is_dir() {
+            files::prepare_output_dir(&self.dir)?;
+            files::sweep(&self.dir)?;
+        }
+        Ok(())
     }
 
     /// Writes a checkpoint; `more` may put further files into its folder. Returns the folder and its size in bytes.
@@ -142,7 +145,11 @@ impl Store {
         let step = checkpoint.about.step;
         let dir = self.path(step);
         let mut bytes = 0;
-        let made = files::write_folder_atomic(&dir, |temp| -> Result<()> {
+        let ready = match self.dir.is_dir() {
+            true => Ok(()),
+            false => files::prepare_output_dir(&self.dir),
+        };
+        let fill = |temp: &Path| -> Result<()> {
             more(temp)?;
             files::write_synced(&temp.join(STATE), &tensors(checkpoint)?)?;
             let about = serde_json::to_vec_pretty(&checkpoint.about).map_err(bug)?;
@@ -151,7 +158,9 @@ impl Store {
             bytes = sums.values().map(|s| s.bytes).sum();
             let manifest = serde_json::to_vec_pretty(&sums).map_err(bug)?;
             Ok(files::write_synced(&temp.join(MANIFEST), &manifest)?)
-        });
+        };
+        let made = ready.map_err(Error::from);
+        let made = made.and_then(|()| files::write_folder_atomic(&dir, fill));
         made.map_err(|cause| Error::CheckpointNotSaved {
             step,
             cause: cause.to_string(),

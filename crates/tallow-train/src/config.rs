@@ -46,6 +46,8 @@ pub struct TrainConfig {
     pub eval_every: Option<u64>,
     /// The run ends after this many evaluations without a new best one.
     pub patience: Option<u64>,
+    /// Layers are computed again in the backward pass, instead of being kept: less memory, more time.
+    pub checkpoint_layers: bool,
     /// A step whose loss or gradient is not finite is skipped and counted, instead of ending the run.
     pub skip_nonfinite: bool,
 }
@@ -130,6 +132,7 @@ impl TrainConfig {
             ("seed", json!(self.seed)),
             ("eval_every", json!(self.eval_every)),
             ("patience", json!(self.patience)),
+            ("checkpoint_layers", json!(self.checkpoint_layers)),
             ("skip_nonfinite", json!(self.skip_nonfinite)),
         ]
     }
@@ -166,6 +169,7 @@ mod tests {
             seed: 0,
             eval_every: None,
             patience: None,
+            checkpoint_layers: false,
             skip_nonfinite: false,
         }
     }

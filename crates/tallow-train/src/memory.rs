@@ -57,7 +57,7 @@ pub(crate) fn check(trainer: &Trainer, feed: &Feed) -> Result<Memory> {
 }
 
 /// The job's settings with rows a batch and batches a step chosen to fit into its memory: as few batches as
-/// possible, the same rows a step.
+/// possible, the same rows a step; layers are computed again only where nothing else fits.
 pub(crate) fn fit(job: &Job, feed: &mut Feed) -> Result<TrainConfig> {
     let config = job.config.clone();
     let Some(limit) = job.memory_bytes else {
@@ -65,10 +65,16 @@ pub(crate) fn fit(job: &Job, feed: &mut Feed) -> Result<TrainConfig> {
     };
     let rows = config.batch * config.accumulate;
     let mut least = usize::MAX;
-    for batch in (1..=rows).rev().filter(|b| rows.is_multiple_of(*b)) {
+    let divides = |b: &usize| rows.is_multiple_of(*b);
+    let batches: Vec<usize> = (1..=rows).rev().filter(divides).collect();
+    // Smaller batches cost less than computing layers again.
+    let all = [config.checkpoint_layers, true].into_iter();
+    let all = all.flat_map(|again| batches.iter().map(move |b| (*b, again)));
+    for (batch, checkpoint_layers) in all {
         let fitted = TrainConfig {
             batch,
             accumulate: rows / batch,
+            checkpoint_layers,
             ..config.clone()
         };
         feed.set_batch(batch);
@@ -84,7 +90,7 @@ pub(crate) fn fit(job: &Job, feed: &mut Feed) -> Result<TrainConfig> {
         least = least.min(need);
     }
     Err(Error::TooLarge {
-        what: format!("a step of one row at a time ({rows} in all)"),
+        what: format!("a step of {rows} rows, one at a time and with layers computed again,"),
         need: show(least),
         have: show(limit),
         is: "is allowed",

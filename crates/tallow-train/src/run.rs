@@ -43,7 +43,8 @@ pub struct Job<'a> {
     pub config: &'a TrainConfig,
     /// Checkpoints; `None` makes none.
     pub keep: Option<Keep>,
-    /// Memory the run may take, in bytes: rows a batch and batches a step are chosen to fit, their product stays.
+    /// Memory the run may take, in bytes: rows a batch, batches a step and recomputation of layers are chosen to
+    /// fit; rows a step stay.
     pub memory_bytes: Option<usize>,
     /// CPU threads, for the checkpoints.
     pub threads: Option<usize>,
@@ -90,6 +91,8 @@ pub enum Event {
         batch: usize,
         /// Batches of a step.
         accumulate: usize,
+        /// Are layers computed again in the backward pass?
+        checkpoint_layers: bool,
         /// Predicted memory of the largest batch, in bytes.
         memory: Memory,
         /// All settings: names and values.
@@ -285,6 +288,7 @@ pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
         trainable: job.adapter.elems(),
         batch: run.config.batch,
         accumulate: run.config.accumulate,
+        checkpoint_layers: run.config.checkpoint_layers,
         memory,
         settings: run.settings(),
     });

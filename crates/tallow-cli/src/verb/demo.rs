@@ -70,6 +70,7 @@ fn config(seed: u64) -> TrainConfig {
         seed,
         eval_every: Some(125),
         patience: None,
+        checkpoint_layers: false,
         skip_nonfinite: false,
     }
 }

@@ -79,7 +79,8 @@ pub(crate) struct Args {
     /// Batches of a step: their gradients are added up, each token counting alike.
     #[arg(long, value_name = "N", default_value_t = 1)]
     accumulate: usize,
-    /// Memory the run may take, as 3GiB: rows a batch and batches a step are chosen to fit, as many rows a step.
+    /// Memory the run may take, as 3GiB: rows a batch, batches a step and --checkpoint-layers are chosen to
+    /// fit; rows a step stay.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<usize>,
     /// Rows are cut after this many tokens.
@@ -112,6 +113,9 @@ pub(crate) struct Args {
     /// Stop after this many evaluations without a better one, and take the best adapter.
     #[arg(long, value_name = "N", requires = "eval_every")]
     patience: Option<u64>,
+    /// Compute each layer again in the backward pass instead of keeping it: less memory, more time.
+    #[arg(long)]
+    checkpoint_layers: bool,
     /// Skip and count steps whose loss or gradient is not finite, instead of stopping.
     #[arg(long)]
     skip_nonfinite: bool,
@@ -180,6 +184,7 @@ impl Args {
             seed: self.seed,
             eval_every: self.eval_every,
             patience: self.patience,
+            checkpoint_layers: self.checkpoint_layers,
             skip_nonfinite: self.skip_nonfinite,
         }
     }

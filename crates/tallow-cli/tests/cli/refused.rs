@@ -270,7 +270,11 @@ fn a_diverging_run_saves_nothing() {
     ];
     refused(
         &args,
-        &["step ", "nothing was saved; lower the learning rate"],
+        &[
+            "step ",
+            "valid.jsonl:",
+            "there is no checkpoint yet; lower the learning rate",
+        ],
     );
     assert_eq!(names(&out), Vec::<String>::new());
 }

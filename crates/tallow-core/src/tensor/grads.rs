@@ -13,6 +13,7 @@ pub struct Grads {
 
 /// Gradients of the scalar `loss` in each of `wrt`, as lazy tensors. `wrt` may be any tensors the
 /// loss was computed from, views of state included; what leads to none of them is not differentiated.
+/// What lies between two [barriers](Tensor::barrier) is computed again rather than kept.
 pub fn value_and_grad(loss: &Tensor, wrt: &[&Tensor]) -> Result<Grads> {
     let mut outs = vec![loss.clone()];
     outs.extend(wrt.iter().map(|t| (*t).clone()));
@@ -20,7 +21,7 @@ pub fn value_and_grad(loss: &Tensor, wrt: &[&Tensor]) -> Result<Grads> {
     // Gradients follow the composites that user code is recognised as.
     let mut g = pass::canonical(&low.graph)?.0;
     let wrt = g.outputs.split_off(1);
-    let g = grad::grad(&g, &wrt)?;
+    let g = pass::recompute(&grad::grad(&g, &wrt)?)?;
     let mut all = lift(&g, &low.leaves);
     let grads = all.split_off(1);
     Ok(Grads {

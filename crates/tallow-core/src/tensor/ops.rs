@@ -353,7 +353,8 @@ impl Tensor {
         let shape = shape.into();
         Self::apply(Op::Random { id, shape }, &[seed])
     }
-    /// The same value, kept apart from equal ones: what is computed from it is computed again.
+    /// The same value. Gradients do not keep what lies between two barriers, but compute it again: gradient
+    /// checkpointing. `id` counts the barriers of a graph.
     #[track_caller]
     pub fn barrier(&self, id: u32) -> Result<Self> {
         Self::apply(Op::Barrier(id), &[self])

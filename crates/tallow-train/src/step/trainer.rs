@@ -65,8 +65,10 @@ impl Trainer {
                 }
             }
         };
+        let mut model = model.clone();
+        model.recompute = config.checkpoint_layers;
         Ok(Trainer {
-            model: model.clone(),
+            model,
             adapter: adapter.clone(),
             config: config.clone(),
             optimizer,

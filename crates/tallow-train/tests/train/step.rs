@@ -202,3 +202,36 @@ fn a_packed_step_is_the_step_of_its_documents_alone() {
     let off = (off / norm(&mut a.iter().copied())).sqrt();
     assert!(off < 1e-4, "{off:e}");
 }
+
+#[test]
+fn layers_computed_again_take_less_memory_and_change_nothing() {
+    let model = model();
+    let batch = batch(&rows(6));
+    let shape = [batch.b, batch.t];
+    let run = |checkpoint_layers: bool| {
+        let adapter = moved(&model);
+        let config = TrainConfig {
+            checkpoint_layers,
+            ..config()
+        };
+        let mut trainer = Trainer::new(&model, &adapter, &config).unwrap();
+        let arena = trainer.plan(shape).unwrap().plan.memory().arena;
+        let steps = [(); 3].map(|()| {
+            let got = trainer.step(std::slice::from_ref(&batch), 1e-2).unwrap();
+            (got.loss, got.grad_norm)
+        });
+        (arena, steps)
+    };
+    let ((all, kept), (less, again)) = (run(false), run(true));
+    assert!(less * 5 < all * 3, "{less} bytes for {all}");
+    for ((loss, norm), (want_loss, want_norm)) in again.into_iter().zip(kept) {
+        assert!(
+            (loss / want_loss - 1.0).abs() < 1e-6,
+            "{loss} for {want_loss}"
+        );
+        assert!(
+            (norm / want_norm - 1.0).abs() < 1e-5,
+            "{norm} for {want_norm}"
+        );
+    }
+}

@@ -61,6 +61,7 @@ pub(crate) fn config() -> TrainConfig {
         seed: 0,
         eval_every: None,
         patience: None,
+        checkpoint_layers: false,
         skip_nonfinite: false,
     }
 }
