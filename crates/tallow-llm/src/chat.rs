@@ -80,7 +80,7 @@ impl ChatTemplate {
             return Self::build(tokenizer, file, &text, &about);
         }
         match choose(about.get("chat_template"), name) {
-            Ok(text) => Self::build(tokenizer, config, &text.to_owned(), &about),
+            Ok(text) => Self::build(tokenizer, config, text, &about),
             Err(problem) => Err(Error::Chat {
                 path: dir.to_path_buf(),
                 problem,

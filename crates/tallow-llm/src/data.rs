@@ -59,6 +59,16 @@ impl Examples {
         self.kind.map(|k| k.0)
     }
 
+    /// An error of encoding the line returned last, with that line named.
+    pub fn blame(&self, e: Error) -> Error {
+        match e {
+            Error::Chat { problem, hint, .. } => {
+                self.lines.bad(format!("chat template: {problem}"), hint)
+            }
+            other => other,
+        }
+    }
+
     /// Goes on from a place given out before.
     ///
     /// # Errors

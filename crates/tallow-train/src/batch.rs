@@ -60,7 +60,8 @@ impl Rows {
     pub fn read(&mut self, path: &Path, encoder: &mut Encoder, longest: usize) -> Result<()> {
         let mut examples = Examples::open(path)?;
         while let Some(example) = examples.next() {
-            let row = encoder.encode(&example?)?;
+            let row = encoder.encode(&example?);
+            let row = row.map_err(|e| examples.blame(e))?;
             self.push(row, longest, examples.line());
         }
         Ok(())

@@ -28,10 +28,10 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// 64 MiB of files; buffers of at most 24 MiB.
+    /// 64 MiB of files; buffers of about 25 MiB at most.
     pub const USUAL: Self = Self {
         resident_bytes: 64 << 20,
-        buffer_rows: 1 << 15,
+        buffer_rows: 1 << 14,
         buffer_tokens: 4 << 20,
     };
 }
@@ -41,6 +41,19 @@ impl Limits {
 pub(crate) struct Input {
     pub(crate) path: PathBuf,
     pub(crate) shown: PathBuf,
+}
+
+impl Input {
+    /// An error about this file, by the name people know.
+    pub(crate) fn named(&self, mut e: tallow_llm::Error) -> tallow_llm::Error {
+        use tallow_llm::Error::{Data, NoExamples};
+        if let Data { path, .. } | NoExamples { path } = &mut e
+            && *path == self.path
+        {
+            path.clone_from(&self.shown);
+        }
+        e
+    }
 }
 
 /// Where a row comes from.

@@ -86,7 +86,8 @@ impl Evaluator {
         let mut lines = Examples::open(data)?;
         let mut count = 0;
         while let Some(example) = lines.next() {
-            let row = encoder.encode(&example?)?;
+            let row = encoder.encode(&example?);
+            let row = row.map_err(|e| lines.blame(e))?;
             if row.ids.len() > most {
                 return Err(Error::LineTooLong {
                     path: data.to_path_buf(),

@@ -267,6 +267,50 @@ fn a_changed_large_file_is_refused() {
 }
 
 #[test]
+fn a_chat_that_the_template_refuses_is_named_by_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["tokenizer.json", "config.json"] {
+        let bytes = fs::read(root().join("assets/tiny").join(file)).unwrap();
+        fs::write(dir.path().join(file), bytes).unwrap();
+    }
+    let template = "{% for m in messages %}{% if m.role == 'x' %}{{ raise_exception('no x') }}{% endif %}\
+                    {{ m.content }} {% endfor %}";
+    fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    let (tokenizer, config) = (
+        Tokenizer::open(dir.path()).unwrap(),
+        ModelConfig::read(dir.path()).unwrap(),
+    );
+    let line = |role: &str| {
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"a b c\"}}, \
+             {{\"role\": \"{role}\", \"content\": \"d e f\"}}]}}\n"
+        )
+    };
+    let path = dir.path().join("chats");
+    fs::write(&path, line("assistant").repeat(2)).unwrap();
+    let good = settings(vec![path.clone()]);
+    let mut batch = Batch::default();
+    let mut feed = Feed::open(&good, &tokenizer, &config).unwrap();
+    feed.next(&mut batch).unwrap();
+    assert!(batch.counted > 0 && batch.counted < batch.inputs());
+    fs::write(&path, line("assistant") + &line("x")).unwrap();
+    for limits in [Limits::USUAL, SMALL] {
+        let bad = FeedSettings {
+            limits,
+            ..good.clone()
+        };
+        let got = Feed::open(&bad, &tokenizer, &config)
+            .and_then(|mut f| f.next(&mut batch))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            got.contains("chats, line 2: chat template: \"no x\""),
+            "{got}"
+        );
+    }
+}
+
+#[test]
 fn files_without_anything_to_learn_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (tokenizer, config) = tiny();

@@ -90,7 +90,8 @@ fn survey(args: &Args, encoder: &mut Encoder, longest: usize) -> Result<Survey> 
         let name = |i: usize, line: u64| format!("{}:{line}", files[i].display());
         let mut examples = Examples::open(file)?;
         while let Some(example) = examples.next() {
-            let mut row = encoder.encode(&example?)?;
+            let row = encoder.encode(&example?);
+            let mut row = row.map_err(|e| examples.blame(e))?;
             let line = examples.line();
             found.lines += 1;
             found.lengths.push(row.ids.len());

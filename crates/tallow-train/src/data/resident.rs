@@ -27,7 +27,11 @@ impl Resident {
     ) -> Result<Self> {
         let (mut rows, mut ends) = (Rows::default(), vec![]);
         for input in inputs {
-            rows.read(&input.path, encoder, longest)?;
+            let read = rows.read(&input.path, encoder, longest);
+            read.map_err(|e| match e {
+                Error::Llm(e) => Error::Llm(input.named(e)),
+                other => other,
+            })?;
             ends.push(rows.len());
         }
         if rows.is_empty() {

@@ -27,7 +27,7 @@ pub(crate) struct Source {
 
 enum Part {
     Resident(Resident),
-    Stream(Stream),
+    Stream(Box<Stream>),
 }
 
 /// What a source reads and how.
@@ -59,7 +59,10 @@ impl Source {
         let mut part = |inputs: &[Input], seed: u64| -> Result<Part> {
             Ok(match whole {
                 true => Part::Resident(Resident::open(inputs, &mut o.encoder, o.longest, seed)?),
-                false => Part::Stream(Stream::new(inputs, &o.encoder, o.longest, seed, o.limits)),
+                false => {
+                    let made = Stream::new(inputs, &o.encoder, o.longest, seed, o.limits);
+                    Part::Stream(Box::new(made))
+                }
             })
         };
         let parts = match o.weights {

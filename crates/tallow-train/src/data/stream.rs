@@ -101,7 +101,9 @@ impl Stream {
                 self.file += 1;
                 continue;
             };
-            let mut row = self.encoder.encode(&example?)?;
+            let example = example.map_err(|e| input.named(e))?;
+            let row = self.encoder.encode(&example);
+            let mut row = row.map_err(|e| input.named(reader.blame(e)))?;
             if self.tally.fit(&mut row, self.longest) {
                 let origin = Origin {
                     file: self.file,
