@@ -74,27 +74,42 @@ fn next(state: &mut u64) -> u64 {
     *state >> 33
 }
 
+/// The newest checkpoint of a run.
+fn newest(out: &Path) -> u64 {
+    let step = |n: &String| n.strip_prefix("step-")?.parse().ok();
+    let all = names(&out.join("checkpoints"));
+    all.iter().filter_map(step).max().unwrap_or(0)
+}
+
 #[test]
 fn killed_twenty_times_it_ends_as_if_it_had_not_been() {
     let dir = tempfile::tempdir().unwrap();
     let calm = dir.path().join("calm");
     let start = Instant::now();
     let valid = valid();
-    let more = ["--valid", &valid, "--eval-every", "30", "--save-every", "1"];
-    let want = json(&options(&calm, "60", &more));
-    let whole = start.elapsed();
+    let more = ["--valid", &valid, "--eval-every", "45", "--save-every", "1"];
+    let want = json(&options(&calm, "90", &more));
+    let a_step = start.elapsed() / 90;
 
     let out = dir.path().join("killed");
-    let args = options(&out, "60", &[&more[..], &["--resume"]].concat());
+    let args = options(&out, "90", &[&more[..], &["--resume"]].concat());
     let (mut random, mut landed) = (7, 0);
     for _ in 0..KILLS {
+        let from = newest(&out);
+        let quiet = || Stdio::null();
         let mut child = tallow(&args)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stdout(quiet())
+            .stderr(quiet())
             .spawn()
             .unwrap();
-        // Anywhere from before the first file to a few steps on: the end is not reached too soon.
-        std::thread::sleep(whole.mul_f64(next(&mut random) as f64 / (1_u64 << 31) as f64 * 0.4));
+        // After up to two further checkpoints, and then anywhere in the next two steps: while a step is computed,
+        // while a file is written, while a folder is renamed; or before there is anything.
+        let until = from + next(&mut random) % 3;
+        while newest(&out) < until && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        let share = next(&mut random) as f64 / (1_u64 << 31) as f64;
+        std::thread::sleep(a_step.mul_f64(2.0 * share));
         // SIGKILL.
         child.kill().unwrap();
         landed += u64::from(child.wait().unwrap().code().is_none());
@@ -104,6 +119,7 @@ fn killed_twenty_times_it_ends_as_if_it_had_not_been() {
         "{landed} of {KILLS} runs were still going"
     );
     let got = json(&args);
+    assert!(got["resumed_from"].as_u64().is_some_and(|n| n > 0), "{got}");
     assert_eq!(got["losses"], want["losses"]);
     assert_eq!(got["valid_loss"], want["valid_loss"]);
     assert_eq!(adapter(&out), adapter(&calm));
