@@ -118,6 +118,9 @@ fn trained_adapters_lower_the_loss_and_change_the_text() {
         "adapter_config.json",
         "adapter_model.safetensors",
         "checkpoints",
+        "metrics.jsonl",
+        "report.html",
+        "tensorboard",
         "train.yaml",
     ];
     assert_eq!(names(&out), files);

@@ -122,7 +122,7 @@ fn variants_train_and_say_what_they_are() {
     assert_eq!(found["trained"]["parameters"], report["trainable"]);
     let settings = fs::read_to_string(Path::new(&some).join("train.yaml")).unwrap();
     assert!(
-        settings.contains("layers: [1,2]\nrank_pattern: [\"q_proj=6\"]\n"),
+        settings.contains("layers: \"1,2\"\nrank_pattern: [\"q_proj=6\"]\n"),
         "{settings}"
     );
 }

@@ -167,7 +167,11 @@ fn data_that_cannot_be_read() {
             b"{\"text\": \"a b\"}\n{\"text\": \"a",
             "line 2: not valid JSON",
         ),
-        (b"{\"prompt\": \"a\"}", "line 1: no key `text`"),
+        (
+            b"{\"prompt\": \"a\"}",
+            "line 1: `prompt` without `completion`",
+        ),
+        (b"{\"x\": \"a\"}", "line 1: no key `text`"),
         (b"{\"text\": \"\xff\"}", "is not UTF-8"),
     ] {
         fs::write(&file, bytes).unwrap();
@@ -276,5 +280,6 @@ fn a_diverging_run_saves_nothing() {
             "there is no checkpoint yet; lower the learning rate",
         ],
     );
-    assert_eq!(names(&out), Vec::<String>::new());
+    // What happened stays to be read; no adapter, no settings, no report.
+    assert_eq!(names(&out), ["metrics.jsonl", "tensorboard"]);
 }

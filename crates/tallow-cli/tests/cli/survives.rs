@@ -156,7 +156,7 @@ fn signals_save_a_checkpoint_and_say_how_to_go_on() {
             "{last}"
         );
         let step = last.split(' ').nth(4).unwrap().parse::<u64>().unwrap();
-        assert_eq!(names(&out), ["checkpoints"]);
+        assert_eq!(names(&out), ["checkpoints", "metrics.jsonl", "tensorboard"]);
         assert_eq!(names(&out.join("checkpoints")), [format!("step-{step:06}")]);
         let steps = (step + 3).to_string();
         let done = json(&options(&out, &steps, &["--resume"]));
