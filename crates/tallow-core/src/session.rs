@@ -34,12 +34,14 @@ pub struct Compiled {
 #[derive(Clone)]
 pub struct Session(Arc<Shared>);
 
+/// Where a prepared operand came from; not kept alive by it.
+type Source = Weak<dyn Any + Send + Sync>;
+
 struct Shared {
     backend: Arc<dyn Backend>,
     chooser: Box<dyn Chooser>,
     plans: Mutex<PlanCache>,
-    /// Each with its source, which it does not keep alive.
-    prepared: Mutex<HashMap<PreparedKey, (Weak<dyn Any + Send + Sync>, Buffer)>>,
+    prepared: Mutex<HashMap<PreparedKey, (Source, Buffer)>>,
 }
 
 /// Most recently used plans; older ones are dropped.
