@@ -104,19 +104,21 @@ impl Optimizer {
         Ok(s.write(&self.hyper, &both)?)
     }
 
-    /// `params` and the moments with their next values, given the gradient `[P]`, which is 0 where `gate []`
+    /// The adapter's parameters and the moments with their next values, given the gradient `[P]`, which is 0 where `gate []`
     /// is 0; nothing changes then.
     pub(crate) fn updates(
         &self,
-        params: &Tensor,
+        adapter: &Adapter,
         grad: &Tensor,
         gate: &Tensor,
     ) -> Result<Vec<(Tensor, Tensor)>> {
+        let params = &adapter.params;
         let row = |i: usize| self.hyper.slice(0, i, 1)?.reshape([NUMBERS]);
         let hyper = gate.select(&row(0)?, &row(1)?)?;
         let (m, state) = (&self.m, |x: &Tensor| x.clone());
         if let Some(v) = &self.v {
             let [p1, m1, v1] = params.adamw(grad, m, v, &hyper)?;
+            let p1 = adapter.pace(&p1)?;
             return Ok(vec![(state(params), p1), (state(m), m1), (state(v), v1)]);
         }
         let number = |i: usize| hyper.slice(0, i, 1)?.reshape([]);
@@ -137,6 +139,7 @@ impl Optimizer {
                 (p1, blend(&number(2)?)?)
             }
         };
+        let p1 = adapter.pace(&p1)?;
         Ok(vec![(state(params), p1), (state(m), m1)])
     }
 }

@@ -119,11 +119,7 @@ impl Update {
             }
         };
         let grad = gate.select(&grad, &Tensor::scalar(0.0))?;
-        let mut updates = optimizer.updates(&adapter.params, &grad, &gate)?;
-        for (state, next) in updates.iter_mut().take(1) {
-            debug_assert!(state.shape() == adapter.params.shape(), "parameters first");
-            *next = adapter.pace(next)?;
-        }
+        let updates = optimizer.updates(adapter, &grad, &gate)?;
         Ok(Update { norm, updates })
     }
 }
