@@ -2,7 +2,7 @@
 //! Invariant: every call uploads its ids and reads its result; nothing is left running when it returns.
 //! Absent on purpose: settings that the command line does not use by default.
 
-use ::tallow::llm::{Adapter, Decoder, LoadOptions, Model};
+use ::tallow::llm::{Adapter, Decoder, LoadOptions, Model, data::LossOn};
 use ::tallow::train::{Batch as Padded, OptimizerKind, Schedule, TrainConfig, Trainer};
 use ::tallow::{DType, OpenOptions, Program, Role, Session, TensorType};
 use tempfile::TempDir;
@@ -71,6 +71,7 @@ impl Contender for Tallow {
             pos: (0..b).flat_map(|_| 0..t as u32).collect(),
             targets: batch.targets.clone(),
             counted: batch.tokens(),
+            ..Padded::default()
         };
         Ok(self.trainer.step(&[padded], adamw::LR)?.loss)
     }
@@ -97,6 +98,8 @@ fn settings() -> TrainConfig {
         batch: 4,
         accumulate: 1,
         seq_len: 128,
+        packing: false,
+        loss_on: LossOn::Answers,
         optimizer: OptimizerKind::AdamW,
         lr: adamw::LR,
         schedule: Schedule::Constant,
