@@ -243,9 +243,6 @@ fn percentiles(samples: &[f64]) -> [f64; 3] {
 fn differ(bare: &[f32], adapted: &[f32]) -> Result<()> {
     let apart = bare.iter().zip(adapted).map(|(a, b)| (a - b).abs());
     let most = apart.fold(0.0, f32::max);
-    if std::env::var("HACK").is_ok() {
-        return Ok(());
-    }
     match bare.iter().chain(adapted).all(|v| v.is_finite()) && most > 1e-4 {
         true => Ok(()),
         false => Err(format!("INVALID: results are not finite, or the same ({most:e})").into()),
