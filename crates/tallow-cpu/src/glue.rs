@@ -15,6 +15,7 @@ mod attention;
 mod dropout;
 mod layer_norm;
 mod linear;
+mod matmul;
 mod rows;
 mod structural;
 
@@ -147,7 +148,7 @@ fn offers(cpu: &Cpu, spec: &KernelSpec) -> Vec<Offer> {
             // No kernel: it runs as its decomposition.
             _ => vec![],
         },
-        Body::MatMul { ta, tb, alpha } => linear::matmul(cpu, *ta, *tb, alpha.get(), spec),
+        Body::MatMul { ta, tb, alpha } => matmul::matmul(cpu, *ta, *tb, alpha.get(), spec),
         Body::Map(_)
         | Body::Copy
         | Body::Fill(_)

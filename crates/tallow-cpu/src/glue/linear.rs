@@ -1,13 +1,12 @@
-//! Products: linears with adapters, their gradients, cross entropy over a projection, plain matmuls.
+//! Linears with adapters, their gradients, cross entropy over a projection.
 //! Invariant: weights are read only in panels packed once from operands that never change; what has
 //! no such weights is not offered here and falls to its decomposition.
 use super::{Io, Offer, row_stride};
 use crate::{
     device::Cpu,
     linear::{
-        Adapter, Backward, Block, Forward, Gemm, Outer, Packed, Rows, Source, Strided,
-        backward_workspace, forward_workspace, gemm_workspace, head_len, outer, pack_head, pack_kn,
-        pack_nk, pack_tail, packed_len,
+        Adapter, Backward, Block, Forward, Packed, Rows, Source, backward_workspace,
+        forward_workspace, head_len, pack_head, pack_kn, pack_nk, pack_tail, packed_len,
     },
     loss,
     tile::{Element, head_limit},
@@ -277,14 +276,14 @@ unsafe fn with_blocks<E: Copy, R>(parts: &[Part], io: &Io, f: impl FnOnce(&[Bloc
     f(&blocks[..parts.len()])
 }
 
-fn rows_of(io: &Io, i: usize, row: usize) -> Rows<*const f32> {
+pub(super) fn rows_of(io: &Io, i: usize, row: usize) -> Rows<*const f32> {
     Rows {
         at: io.read(i),
         row,
     }
 }
 
-fn out_rows(io: &Io, i: usize, row: usize) -> Rows<*mut f32> {
+pub(super) fn out_rows(io: &Io, i: usize, row: usize) -> Rows<*mut f32> {
     Rows {
         at: io.write(i),
         row,
@@ -439,140 +438,6 @@ pub(super) fn backward(cpu: &Cpu, l: &LinearGrad, spec: &KernelSpec) -> Option<O
     Some(Offer {
         prepare,
         ..offer.scratch(scratch)
-    })
-}
-
-/// Products over the two innermost axes, with any strides.
-pub(super) fn matmul(cpu: &Cpu, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Vec<Offer> {
-    let mut all = vec![];
-    all.extend(adapter_gradient(ta, tb, alpha, spec));
-    if all.is_empty() {
-        all.extend(general(cpu, ta, tb, alpha, spec));
-    }
-    all
-}
-
-/// `dA = dhᵀ x` and `dB = s dyᵀ h`: few columns on one side, a long sum over rows.
-fn adapter_gradient(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
-    const FEW: usize = 64;
-    let (a, b, c) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
-    let f32s = [a, b, c].iter().all(|o| o.dtype == DType::F32);
-    if !(ta && !tb && f32s && a.layout.shape.rank() == 2) {
-        return None;
-    }
-    let (m, p, q) = (
-        a.layout.shape.0[0],
-        a.layout.shape.0[1],
-        b.layout.shape.0[1],
-    );
-    let (a_row, b_row, c_row) = (row_stride(a)?, row_stride(b)?, row_stride(c)?);
-    let transposed = p > q;
-    if p.min(q) > FEW {
-        return None;
-    }
-    Some(Offer::new("matmul_tn_outer_f32", move |io| {
-        let (first, second) = (rows_of(io, 0, a_row), rows_of(io, 1, b_row));
-        let (few, many) = if transposed {
-            (second, first)
-        } else {
-            (first, second)
-        };
-        let job = Outer {
-            m,
-            r: p.min(q),
-            n: p.max(q),
-            scale: alpha,
-            a: few,
-            b: many,
-            out: out_rows(io, 0, c_row),
-            transposed,
-        };
-        // SAFETY: the plan's spans hold these matrices, and the result overlaps neither operand.
-        unsafe { outer(io.exec, &job) };
-    }))
-}
-
-fn general(cpu: &Cpu, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
-    let (a, b, c) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
-    if [a, b, c].iter().any(|o| o.dtype != DType::F32) {
-        return None;
-    }
-    let (a, b) = (matrices(a, ta)?, matrices(b, tb)?);
-    let out = matrices(c, false)?;
-    if out.col != 1 {
-        return None;
-    }
-    let scratch = gemm_workspace(cpu.threads());
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    let run = move |io: &Io| {
-        let strided = |i: usize, x: &Matrices| Strided {
-            at: io.read(i),
-            batch: x.batch,
-            row: x.row,
-            col: x.col,
-        };
-        let job = Gemm {
-            batch: out.count,
-            m,
-            n,
-            k,
-            alpha,
-            a: strided(0, &a),
-            b: strided(1, &b),
-            c: out_rows(io, 0, out.row),
-            c_batch: out.batch,
-        };
-        // SAFETY: the plan's spans hold these matrices, and the result overlaps neither operand.
-        unsafe { crate::linear::gemm(io.exec, &job, io.scratch()) };
-    };
-    Some(Offer::new("matmul_packed_f32", run).scratch(scratch))
-}
-
-/// Matrices at even distances, maybe read transposed.
-#[derive(Clone, Copy)]
-struct Matrices {
-    count: usize,
-    batch: usize,
-    rows: usize,
-    cols: usize,
-    row: usize,
-    col: usize,
-}
-
-fn matrices(o: &Operand, transposed: bool) -> Option<Matrices> {
-    let l = &o.layout;
-    let rank = l.shape.rank();
-    let (outer, inner) = (&l.shape.0[..rank - 2], &l.shape.0[rank - 2..]);
-    let (mut count, mut batch) = (1, 0);
-    for (n, s) in outer.iter().zip(&l.strides).rev() {
-        if *n == 1 {
-            continue;
-        }
-        if count == 1 {
-            batch = *s;
-        } else if *s != batch * count {
-            return None;
-        }
-        count *= n;
-    }
-    let (rows, cols, row, col) = (inner[0], inner[1], l.strides[rank - 2], l.strides[rank - 1]);
-    Some(match transposed {
-        false => Matrices {
-            count,
-            batch,
-            rows,
-            cols,
-            row,
-            col,
-        },
-        true => Matrices {
-            count,
-            batch,
-            rows: cols,
-            cols: rows,
-            row: col,
-            col: row,
-        },
     })
 }
 
