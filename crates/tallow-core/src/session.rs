@@ -16,7 +16,7 @@ use std::{
     any::Any,
     collections::HashMap,
     ops::Range,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Mutex, MutexGuard, Weak},
 };
 
 /// A plan with what the passes did, without buffers.
@@ -34,14 +34,14 @@ pub struct Compiled {
 #[derive(Clone)]
 pub struct Session(Arc<Shared>);
 
-/// Where a prepared operand came from; not kept alive by it.
-type Source = Weak<dyn Any + Send + Sync>;
+/// Operands in a backend's format, each with where it came from, which it does not keep alive.
+type PreparedOperands = HashMap<PreparedKey, (Weak<dyn Any + Send + Sync>, Buffer)>;
 
 struct Shared {
     backend: Arc<dyn Backend>,
     chooser: Box<dyn Chooser>,
     plans: Mutex<PlanCache>,
-    prepared: Mutex<HashMap<PreparedKey, (Source, Buffer)>>,
+    prepared: Mutex<PreparedOperands>,
 }
 
 /// Most recently used plans; older ones are dropped.
@@ -277,9 +277,7 @@ impl Session {
             operand: p.operand.clone(),
             format: p.format,
         };
-        let mut cache = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
-        // An address may be used again, but only after its first owner is gone.
-        cache.retain(|_, (source, _)| source.strong_count() > 0);
+        let mut cache = self.prepared();
         if let Some((_, b)) = cache.get(&key) {
             return Ok(b.clone());
         }
@@ -290,11 +288,16 @@ impl Session {
         cache.insert(key, (Arc::downgrade(&src.keep), b.clone()));
         Ok(b)
     }
+    /// The prepared operands whose source is alive. An address may be used again, but only after its first
+    /// owner is gone.
+    fn prepared(&self) -> MutexGuard<'_, PreparedOperands> {
+        let mut all = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
+        all.retain(|_, (source, _)| source.strong_count() > 0);
+        all
+    }
     /// Bytes of prepared weights that this session keeps.
     pub fn prepared_bytes(&self) -> usize {
-        let mut cache = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
-        cache.retain(|_, (source, _)| source.strong_count() > 0);
-        cache.values().map(|(_, b)| b.bytes).sum()
+        self.prepared().values().map(|(_, b)| b.bytes).sum()
     }
 }
 

@@ -111,6 +111,16 @@ fn session() -> Session {
     tallow::open("cpu").unwrap()
 }
 
+/// A small model with adapters on all it has. Its files are mapped, so their folder may go.
+fn small() -> (Session, Model, Adapter) {
+    let dir = tempfile::tempdir().unwrap();
+    write_model(dir.path(), [64, 2, 4, 2, 96, 128]);
+    let s = session();
+    let m = Model::load(&s, dir.path(), &LoadOptions::default()).unwrap();
+    let a = Adapter::new(&m, &AdapterConfig::new(4, 8.0, Targets::AllLinear), 1).unwrap();
+    (s, m, a)
+}
+
 /// Everything one training step binds.
 struct Step {
     program: tallow::Program,
@@ -168,11 +178,7 @@ fn training_step(s: &Session, m: &Model, a: &Adapter, b: usize, t: usize) -> Ste
 #[test]
 fn nothing_is_allocated_from_upload_to_read() {
     let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
-    let dir = tempfile::tempdir().unwrap();
-    write_model(dir.path(), [64, 2, 4, 2, 96, 128]);
-    let s = session();
-    let m = Model::load(&s, dir.path(), &LoadOptions::default()).unwrap();
-    let a = Adapter::new(&m, &AdapterConfig::new(4, 8.0, Targets::AllLinear), 1).unwrap();
+    let (s, m, a) = small();
     let mut step = training_step(&s, &m, &a, 2, 16);
     let cache = Cache::new(&m, 64).unwrap();
     let id = s.tensor_u32(&[5], [1, 1], Role::Data).unwrap();
@@ -238,11 +244,7 @@ fn peak_memory_is_within_a_tenth_of_the_prediction() {
 #[test]
 fn packed_weights_are_given_back_with_their_model() {
     let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
-    let dir = tempfile::tempdir().unwrap();
-    write_model(dir.path(), [64, 2, 4, 2, 96, 128]);
-    let s = session();
-    let m = Model::load(&s, dir.path(), &LoadOptions::default()).unwrap();
-    let a = Adapter::new(&m, &AdapterConfig::new(4, 8.0, Targets::AllLinear), 1).unwrap();
+    let (s, m, a) = small();
     let step = training_step(&s, &m, &a, 1, 8);
     let packed = s.prepared_bytes();
     let again = training_step(&s, &m, &a, 1, 8);

@@ -137,6 +137,7 @@ impl<E: Element> Columns<'_, E> {
                         3 => self.group::<V, $panels, 3>(0),
                         _ => self.group::<V, $panels, HEAD_VECTORS>(0),
                     }
+                    $panels
                 }
             };
         }
@@ -144,11 +145,6 @@ impl<E: Element> Columns<'_, E> {
             (16, 4..) => at_once!(4),
             (8.., 2..) => at_once!(2),
             _ => at_once!(1),
-        }
-        match (V::LANES, panels) {
-            (16, 4..) => 4,
-            (8.., 2..) => 2,
-            _ => 1,
         }
     }
 
