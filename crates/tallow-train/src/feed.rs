@@ -9,7 +9,7 @@ use crate::{
     },
 };
 use serde_json::{Value, json};
-use std::{io, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 use tallow_llm::data::{Encoder, LossOn, STDIN};
 use tallow_llm::{ModelConfig, Tokenizer};
 
@@ -63,6 +63,12 @@ pub struct Line {
     pub file: PathBuf,
     /// Its number, counted from 1.
     pub line: u64,
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
+    }
 }
 
 /// What a batch was made of.

@@ -169,8 +169,8 @@ impl Run<'_> {
             true => ("gradient norm", got.grad_norm),
         };
         let blamed = blamed(got, lines);
-        let name = |l: &Line| format!("{}:{}", l.file.display(), l.line);
-        let mut names: Vec<String> = blamed.iter().take(LINES_NAMED).map(name).collect();
+        let named = blamed.iter().take(LINES_NAMED);
+        let mut names: Vec<String> = named.map(Line::to_string).collect();
         if blamed.len() > LINES_NAMED {
             names.push(format!("{} more", blamed.len() - LINES_NAMED));
         }

@@ -82,8 +82,7 @@ pub fn line(event: &Event) -> Value {
             "tokens_per_s": *tokens as f64 / seconds.max(1e-9),
         }),
         Event::Skipped { step, lines } => {
-            let name = |l: &Line| format!("{}:{}", l.file.display(), l.line);
-            let lines: Vec<String> = lines.iter().map(name).collect();
+            let lines: Vec<String> = lines.iter().map(Line::to_string).collect();
             json!({
                 "event": "skipped", "step": step, "lines": lines,
                 "text": format!("step {step} skipped: not finite; its lines: {}", lines.join(", ")),
