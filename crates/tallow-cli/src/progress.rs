@@ -226,6 +226,7 @@ impl Observer for Progress {
             Event::EarlyStop { step, best: (at, loss) } => self.say(&format!(
                 "stopped after step {step}: no better than {loss:.4} after step {at}, whose adapter is taken"
             )),
+            Event::Failed { step, why } => self.say(&format!("step {step} failed: {why}")),
             Event::Saved { .. } => {}
         }
         match interrupt::asked() {

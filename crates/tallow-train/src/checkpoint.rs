@@ -180,8 +180,13 @@ impl Store {
 
     /// The newest whole checkpoint, and the newer ones that are not.
     pub fn newest(&self) -> (Option<Checkpoint>, Vec<Damaged>) {
+        self.newest_up_to(u64::MAX)
+    }
+
+    /// As [`Store::newest`], of checkpoints after step `last` or before it.
+    pub fn newest_up_to(&self, last: u64) -> (Option<Checkpoint>, Vec<Damaged>) {
         let mut damaged = vec![];
-        for step in self.steps() {
+        for step in self.steps().into_iter().filter(|s| *s <= last) {
             let dir = self.path(step);
             match read(&dir) {
                 Ok(found) => return (Some(found), damaged),

@@ -30,7 +30,7 @@ fn broken_off(config: &TrainConfig, meddle: impl FnOnce(&Bench)) -> (Bench, Log)
     let dir = bench.out().join("checkpoints/step-000005");
     assert_eq!((*step, saved.as_ref()), (5, Some(&dir)));
     assert!(error.to_string().contains("--resume goes on"), "{error}");
-    assert_eq!(bench.files(), ["checkpoints"]);
+    assert_eq!(bench.files(), ["checkpoints", "train.yaml"]);
     meddle(&bench);
     bench.keep = keep(2, Start::Resume);
     let mut log = Log::default();
