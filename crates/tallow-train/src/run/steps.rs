@@ -258,7 +258,7 @@ impl Run<'_> {
             total: self.total,
             config: settings.map(|(k, v)| (k.to_owned(), v)).collect(),
             model: self.fingerprint,
-            feed: self.feed.state()?,
+            feed: self.feed.state(),
             threads: self.job.threads,
             kernels: self.kernels(),
             tokens: self.summary.tokens,
