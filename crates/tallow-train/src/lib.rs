@@ -14,6 +14,7 @@ pub mod memory;
 pub mod optim;
 pub mod run;
 pub mod schedule;
+pub mod settings;
 pub mod step;
 pub mod watch;
 

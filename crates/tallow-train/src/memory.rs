@@ -2,7 +2,8 @@
 //! Invariant: predictions come from the plans that will be recorded, so they are exact for tallow's own buffers.
 //! Absent on purpose: the allocator's and the tokenizer's own needs.
 use crate::{Error, Feed, Result, TrainConfig, Trainer, run::Job};
-use tallow_core::plan::Memory;
+use tallow_core::{op::Role, plan::Memory, types::TensorType};
+use tallow_llm::model::Model;
 
 /// Bytes that can be had: of the machine, or of the limit this process runs under. `None` where nobody knows.
 pub fn free_bytes() -> Option<usize> {
@@ -34,6 +35,29 @@ fn together(plans: &[Memory]) -> usize {
     let shared = most(|m| m.frozen) + most(|m| m.prepared) + most(|m| m.state);
     let own = |m: &Memory| m.arena + m.data + m.outputs;
     shared + plans.iter().map(own).sum::<usize>()
+}
+
+/// Refuses a model that cannot even read one token in the memory that is free.
+///
+/// # Errors
+/// [`Error::TooLarge`]; a model that cannot be planned.
+pub fn check_model(model: &Model) -> Result<()> {
+    let s = &model.session;
+    let one = || s.zeros(TensorType::u32([1, 1]), Role::Data);
+    let x = model.hidden(&one()?, &one()?, None, None)?.x;
+    let memory = s.explain(&[&model.nll(&x, &one()?)?], &[])?.plan.memory();
+    // Frozen weights are in memory already, or mapped.
+    let need = memory.total() - memory.frozen;
+    match free_bytes() {
+        Some(free) if need > free => Err(Error::TooLarge {
+            what: "this model".into(),
+            need: show(need),
+            have: show(free),
+            is: "is free",
+            hint: "use a smaller model, or --dtype bf16",
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a run whose largest batch cannot fit into the memory that is free; its memory.

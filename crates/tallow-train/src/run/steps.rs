@@ -330,7 +330,7 @@ impl Lane<'_> {
             total: self.total,
             config: settings.map(|(k, v)| (k.to_owned(), v)).collect(),
             model: self.fingerprint,
-            feed: self.feed.state()?,
+            feed: self.feed.state(),
             threads: self.job.threads,
             kernels: kernels(trainer),
             tokens: self.summary.tokens,
