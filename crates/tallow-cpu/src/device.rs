@@ -2,7 +2,13 @@
 //! Invariant: every pointer a kernel gets lies inside a buffer that the recording keeps alive, at an
 //! offset that [`Plan::verify`] checked; a replay allocates nothing.
 //! Absent on purpose: arithmetic.
-use crate::{exec::Exec, glue, pool::Pool, simd::Isa};
+use crate::{
+    exec::Exec,
+    glue,
+    pool::Pool,
+    simd::Isa,
+    wave::{self, Reach},
+};
 use std::{
     any::Any,
     ops::Range,
@@ -13,7 +19,7 @@ use tallow_core::{
     Error, Result,
     backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, HostBytes, Recording},
     kernel::{Candidate, Format, KernelSpec, Operand},
-    plan::{Place, Plan, Span},
+    plan::{Place, Plan, Span, Step},
     types::DType,
 };
 
@@ -215,10 +221,12 @@ impl Backend for Cpu {
                 workspace,
             });
         }
+        let waves = wave::waves(&reach(&plan, &calls, self.threads()));
         Ok(Box::new(CpuRecording {
             isa: self.isa,
             pool: self.pool.clone(),
             calls,
+            waves,
             _keep: (bind, arena),
         }))
     }
@@ -232,10 +240,30 @@ struct Call {
     workspace: (*mut u8, usize),
 }
 
+/// What each call costs and touches.
+fn reach(plan: &Plan, calls: &[Call], threads: usize) -> Vec<Reach> {
+    let one = |(s, c): (&Step, &Call)| {
+        let at = |p: usize, span: &Span| p..p + span.bytes;
+        let reads = c.reads.iter().zip(&s.reads);
+        let writes = c.writes.iter().zip(&s.writes);
+        Reach {
+            cost: s.cost * threads as f64,
+            has_workspace: s.workspace.is_some(),
+            reads: reads.map(|(p, span)| at(p.addr(), span)).collect(),
+            writes: writes
+                .filter_map(|(p, span)| Some(at(p.addr(), span.as_ref()?)))
+                .collect(),
+        }
+    };
+    plan.steps.iter().zip(calls).map(one).collect()
+}
+
 struct CpuRecording {
     isa: Isa,
     pool: Arc<Pool>,
     calls: Vec<Call>,
+    /// Calls that run one after another, or side by side.
+    waves: Vec<Range<usize>>,
     _keep: (Bindings, Buffer),
 }
 // SAFETY: the pointers lie in buffers that `_keep` holds; a recording is used by one thread at a time.
@@ -256,10 +284,23 @@ impl CpuRecording {
     }
 }
 
+/// Calls that may run at the same time.
+struct Side<'a>(&'a CpuRecording, &'a [Call]);
+// SAFETY: calls of a wave write nothing that another reads or writes, and use no workspace (`wave`).
+unsafe impl Sync for Side<'_> {}
+
+impl Side<'_> {
+    fn run(&self, i: usize) {
+        self.0.run(&self.1[i]);
+    }
+}
+
 impl Recording for CpuRecording {
     fn replay(&mut self) -> Result<()> {
-        for c in &self.calls {
-            self.run(c);
+        for wave in &self.waves {
+            let calls = Side(self, &self.calls[wave.clone()]);
+            // A kernel that runs inside of a task stays on its thread.
+            self.pool.run(wave.len(), &|i, _| calls.run(i));
         }
         Ok(())
     }

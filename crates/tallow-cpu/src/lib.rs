@@ -22,6 +22,7 @@ pub mod simd;
 pub mod swiglu;
 pub mod tile;
 pub mod vecmath;
+mod wave;
 
 #[cfg(test)]
 mod testing;
