@@ -1,0 +1,474 @@
+//! Linears with adapters and their gradients.
+//! Invariant: few rows go through one pass over the weights in which the adapter is the tail of each sum; many rows
+//! through the library's product and one pass that adds everything else. No gradient of a weight is formed.
+//! Absent on purpose: weights that change. In bf16 they have no candidate and fall to their decomposition.
+use super::{Arg, Job, Offer, Target, c_type, elementwise, kernel, matmul::matrix, source, word};
+use crate::{gemm::Product, launch::Kernel};
+use std::sync::Arc;
+use tallow_core::{
+    kernel::{Body, Format, KernelSpec, Operand},
+    op::{Bits, Block, Linear, LinearGrad, LinearIns},
+    types::{DType, Layout},
+};
+
+const FEW: &str = include_str!("linear_few.cu");
+const LOW: &str = include_str!("linear_low.cu");
+const ROWS_F32: &str = "rows_f32";
+const ROWS_BF16: &str = "rows_bf16";
+/// Rows up to which a warp for each output beats the library.
+const FEW_ROWS: usize = 8;
+/// Projections in one call.
+const MAX_BLOCKS: usize = 8;
+
+/// Writes a frozen weight as dense rows of another type.
+pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Job>> {
+    let dtype = match format.name {
+        ROWS_F32 => DType::F32,
+        ROWS_BF16 => DType::BF16,
+        _ => return None,
+    };
+    let to = Operand {
+        dtype,
+        layout: Layout::contiguous(&op.layout.shape),
+        frozen: false,
+    };
+    let spec = KernelSpec {
+        body: Body::Copy,
+        inputs: vec![op.clone()],
+        outputs: vec![Some(to)],
+    };
+    Some(elementwise::generated(t, &spec)?.jobs)
+}
+
+/// How a weight is read: its type then, the formats asked for, and whether it lies with rows and columns exchanged.
+struct Weights {
+    dtype: DType,
+    prepare: Vec<(usize, Format)>,
+    strides: Vec<[usize; 2]>,
+}
+
+/// Weights `[n, k]` as one type: as they lie if that is how they are wanted, else in a format.
+fn weights(spec: &KernelSpec, at: &[LinearIns], want: DType, any_float: bool) -> Option<Weights> {
+    let operands = || at.iter().map(|i| &spec.inputs[i.w]);
+    let same = operands().all(|o| o.dtype == spec.inputs[at[0].w].dtype);
+    let dtype = match same && any_float {
+        true => spec.inputs[at[0].w].dtype,
+        false => want,
+    };
+    let mut w = Weights {
+        dtype,
+        prepare: vec![],
+        strides: vec![],
+    };
+    for (i, o) in at.iter().zip(operands()) {
+        let s = &o.layout.strides;
+        let lies_well = s[1] == 1 || s[0] == 1 || o.layout.shape.0.contains(&1);
+        if o.dtype == dtype && lies_well {
+            w.strides.push([s[0], s[1]]);
+            continue;
+        }
+        if !o.frozen {
+            return None;
+        }
+        let (name, size) = match dtype {
+            DType::F32 => (ROWS_F32, 4),
+            DType::BF16 => (ROWS_BF16, 2),
+            _ => return None,
+        };
+        let format = Format {
+            name,
+            bytes: o.layout.shape.numel() * size,
+            scale: Bits::from(1.0),
+        };
+        w.prepare.push((i.w, format));
+        w.strides.push([o.layout.shape.0[1], 1]);
+    }
+    Some(w)
+}
+
+/// A single weight as f32, for products outside of linears.
+pub(super) struct OneWeight {
+    pub(super) prepare: Vec<(usize, Format)>,
+    pub(super) stride: [usize; 2],
+}
+
+pub(super) fn one_weight(_: &Target, spec: &KernelSpec, at: usize) -> Option<OneWeight> {
+    let ins = LinearIns {
+        w: at,
+        bias: None,
+        ab: None,
+    };
+    let w = weights(spec, &[ins], DType::F32, false)?;
+    Some(OneWeight {
+        stride: w.strides[0],
+        prepare: w.prepare,
+    })
+}
+
+/// Row strides and extents of a call.
+struct Call<'a> {
+    blocks: &'a [Block],
+    at: Vec<LinearIns>,
+    m: usize,
+    rank: usize,
+    in_row: usize,
+    out_row: usize,
+    /// Where `h` or `dh` goes, and its row stride.
+    hidden: (Arg, usize),
+    hidden_scratch: usize,
+    residual: Option<(usize, usize)>,
+}
+
+fn call<'a>(
+    spec: &KernelSpec,
+    blocks: &'a [Block],
+    at: Vec<LinearIns>,
+    residual: bool,
+) -> Option<Call<'a>> {
+    let row = |o: &Operand| o.layout.row_stride();
+    let small = |i: &LinearIns| {
+        let mut all: Vec<usize> = i.bias.into_iter().collect();
+        all.extend(i.ab.iter().flat_map(|(a, b)| [*a, *b]));
+        all.iter().all(|i| spec.inputs[*i].is_dense())
+    };
+    if blocks.len() > MAX_BLOCKS || !at.iter().all(small) {
+        return None;
+    }
+    let m = spec.inputs[0].layout.shape.rows();
+    let rank: usize = blocks.iter().filter_map(|b| b.adapter).map(|a| a.0).sum();
+    let hidden = match spec.outputs.get(1).and_then(Option::as_ref) {
+        Some(o) => (Arg::Write(1), row(o)?),
+        None => (Arg::Scratch(0), rank),
+    };
+    let last = spec.inputs.len() - 1;
+    Some(Call {
+        blocks,
+        at,
+        m,
+        rank,
+        in_row: row(&spec.inputs[0])?,
+        out_row: spec.outputs[0].as_ref().map_or(Some(0), row)?,
+        hidden,
+        hidden_scratch: if matches!(hidden.0, Arg::Scratch(_)) {
+            m * rank * 4
+        } else {
+            0
+        },
+        residual: match residual {
+            true => Some((last, row(&spec.inputs[last])?)),
+            false => None,
+        },
+    })
+}
+
+pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
+    if spec.outputs[0].is_none() {
+        return vec![];
+    }
+    let Some(c) = call(spec, &l.blocks, l.ins(), l.residual) else {
+        return vec![];
+    };
+    let mut all = vec![];
+    all.extend(few_rows(t, &c, spec));
+    all.extend(many_rows(&c, spec));
+    all
+}
+
+/// Code that finds, for row `o` of all outputs (or of all ranks), its block; one branch for each block.
+fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
+    let (mut text, mut start) = (String::new(), 0);
+    for (n, body) in ends {
+        let end = start + n;
+        text += &format!("if (o < {end}u) {{ const u32 j = o - {start}u; {body} }} else ");
+        start = end;
+    }
+    text + "{}\n"
+}
+
+/// One warp for each output; the adapter is the tail of its sum.
+fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
+    if c.m > FEW_ROWS || c.m == 0 {
+        return None;
+    }
+    let exact = t.weights == DType::F32;
+    let w = weights(spec, &c.at, t.weights, exact)?;
+    let k = spec.inputs[0].layout.shape.last();
+    // Rows of a weight that was not prepared must be dense here.
+    let rows_dense = c.at.iter().zip(&w.strides).all(|(i, s)| {
+        let n = spec.inputs[i.w].layout.shape.0[0];
+        (s[1] == 1 || k == 1) && (s[0] == k || n == 1)
+    });
+    if !rows_dense {
+        return None;
+    }
+    let (mut params, mut args) = (String::new(), vec![Arg::Read(0), Arg::Write(0), c.hidden.0]);
+    let (mut down, mut up) = (vec![], vec![]);
+    let mut r0 = 0;
+    for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
+        params += &format!(", const W* w{i}");
+        args.push(Arg::Read(at.w));
+        let mut body = format!("dot<W>(w{i} + (u64)j * {k}u, x, acc);");
+        if let (Some((r, scale)), Some((ia, ib))) = (b.adapter, at.ab) {
+            params += &format!(", const float* a{i}, const float* b{i}");
+            args.extend([Arg::Read(ia), Arg::Read(ib)]);
+            down.push((r, format!("dot<float>(a{i} + (u64)j * {k}u, x, acc);")));
+            body += &format!(
+                " tail<{r}>(b{i} + (u64)j * {r}u, h + {r0}u, {:?}f, acc);",
+                scale.get()
+            );
+            r0 += r;
+        }
+        if let Some(bias) = at.bias {
+            params += &format!(", const float* c{i}");
+            args.push(Arg::Read(bias));
+            body += &format!(" add = c{i}[j];");
+        }
+        up.push((b.n, body));
+    }
+    if let Some((i, _)) = c.residual {
+        params += ", const float* past";
+        args.push(Arg::Read(i));
+    }
+    let outputs: usize = c.blocks.iter().map(|b| b.n).sum();
+    let defines = [
+        ("W", c_type(w.dtype).to_owned()),
+        ("M", c.m.to_string()),
+        ("K", k.to_string()),
+        ("XS", c.in_row.to_string()),
+        ("YS", c.out_row.to_string()),
+        ("HS", c.hidden.1.to_string()),
+        ("OUTPUTS", format!("{outputs}u")),
+        ("RANK", format!("{}u", c.rank)),
+        (
+            "PAST",
+            c.residual.map_or(String::new(), |(_, row)| {
+                format!("if (lane < M) add += past[(u64)lane * {row}u + o];")
+            }),
+        ),
+    ];
+    let text = FEW
+        .replace("PARAMS", &params)
+        .replace("PICK_DOWN", &pick(down.into_iter()))
+        .replace("PICK_UP", &pick(up.into_iter()));
+    let source = source(&text, &defines);
+    let mut jobs = vec![];
+    if c.rank > 0 {
+        jobs.push(kernel(
+            "down",
+            source.clone(),
+            c.rank as u32,
+            32,
+            args.clone(),
+        ));
+    }
+    jobs.push(kernel("up", source, outputs.div_ceil(8) as u32, 256, args));
+    let name = if c.rank > 0 {
+        "lora_linear_warp"
+    } else {
+        "linear_warp"
+    };
+    Some(Offer {
+        prepare: w.prepare,
+        ..Offer::new(name, jobs).scratch(c.hidden_scratch)
+    })
+}
+
+/// The library's product for each block, then one pass that adds bias, residual and adapter.
+fn many_rows(c: &Call, spec: &KernelSpec) -> Option<Offer> {
+    let w = weights(spec, &c.at, DType::F32, false)?;
+    let k = spec.inputs[0].layout.shape.last();
+    let mut jobs = vec![];
+    let x = matrix(Arg::Read(0), DType::F32, [c.m, k], [c.in_row, 1], 0)?;
+    let (mut n0, mut r0) = (0, 0);
+    for ((b, at), s) in c.blocks.iter().zip(&c.at).zip(&w.strides) {
+        let mut out = matrix(
+            Arg::Write(0),
+            DType::F32,
+            [c.m, b.n],
+            [c.out_row.max(b.n), 1],
+            0,
+        )?;
+        out.offset = n0;
+        n0 += b.n;
+        jobs.push(Job::Gemm(Product {
+            count: 1,
+            m: c.m,
+            n: b.n,
+            k,
+            alpha: 1.0,
+            beta: 0.0,
+            a: x,
+            b: matrix(Arg::Read(at.w), DType::F32, [k, b.n], [s[1], s[0]], 0)?,
+            out,
+        }));
+        if let (Some((r, _)), Some((a, _))) = (b.adapter, at.ab) {
+            let mut out = matrix(c.hidden.0, DType::F32, [c.m, r], [c.hidden.1.max(r), 1], 0)?;
+            out.offset = r0;
+            r0 += r;
+            jobs.push(Job::Gemm(Product {
+                count: 1,
+                m: c.m,
+                n: r,
+                k,
+                alpha: 1.0,
+                beta: 0.0,
+                a: x,
+                b: matrix(Arg::Read(a), DType::F32, [k, r], [1, k], 0)?,
+                out,
+            }));
+        }
+    }
+    jobs.extend(add_up(c)?);
+    let name = if c.rank > 0 {
+        "lora_linear_cublaslt_f32"
+    } else {
+        "linear_cublaslt_f32"
+    };
+    Some(Offer {
+        prepare: w.prepare,
+        ..Offer::new(name, jobs).scratch(c.hidden_scratch)
+    })
+}
+
+/// `y += bias + residual + s h Bᵀ`, if there is anything to add.
+fn add_up(c: &Call) -> Option<Option<Job>> {
+    let (mut params, mut args, mut blocks) = (String::new(), vec![], vec![]);
+    let (mut r0, mut any) = (0, c.residual.is_some());
+    for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
+        let mut body = String::new();
+        if let Some(bias) = at.bias {
+            params += &format!(", const float* c{i}");
+            args.push(Arg::Read(bias));
+            body +=
+                &format!("const float v = c{i}[j]; for (int e = 0; e < TILE; ++e) acc[e] += v; ");
+            any = true;
+        }
+        if let (Some((r, scale)), Some((_, ib))) = (b.adapter, at.ab) {
+            params += &format!(", const float* b{i}");
+            args.push(Arg::Read(ib));
+            let s = scale.get();
+            body += &format!(
+                "for (int r = 0; r < {r}; ++r) {{ const float v = {s:?}f * b{i}[(u64)j * {r}u + r]; \
+                 for (int e = 0; e < TILE; ++e) acc[e] += v * h[e][{r0} + r]; }}"
+            );
+            r0 += r;
+            any = true;
+        }
+        blocks.push((b.n, body));
+    }
+    if !any {
+        return Some(None);
+    }
+    let outputs = c.blocks.iter().map(|b| b.n).sum();
+    low_rank(c, outputs, &params, args, &pick(blocks.into_iter())).map(Some)
+}
+
+/// One pass over a result of `outputs` columns that adds what `body` makes of the rows of `h`, and the residual.
+fn low_rank(c: &Call, outputs: usize, params: &str, own: Vec<Arg>, body: &str) -> Option<Job> {
+    let mut args = vec![
+        Arg::Write(0),
+        c.hidden.0,
+        word(c.m)?,
+        word(c.out_row)?,
+        word(c.hidden.1)?,
+    ];
+    match c.residual {
+        Some((i, row)) => args.extend([Arg::Read(i), word(row)?]),
+        None => args.extend([Arg::U64(0), Arg::U32(0)]),
+    }
+    args.extend(own);
+    let defines = [
+        ("OUTPUTS", format!("{outputs}u")),
+        ("RANK", c.rank.to_string()),
+    ];
+    let text = LOW.replace("PARAMS", params).replace("BODY", body);
+    let source: Arc<str> = source(&text, &defines);
+    let tiles = c.m.div_ceil(16);
+    Some(Job::Kernel(Kernel {
+        entry: "low_rank",
+        source,
+        grid: [
+            outputs.div_ceil(128) as u32,
+            u32::try_from(tiles).ok().filter(|n| *n <= 65_535)?,
+            1,
+        ],
+        block: 128,
+        shared: 0,
+        args,
+    }))
+}
+
+pub(super) fn backward(_: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<Offer> {
+    let c = call(spec, &l.blocks, l.ins(), l.residual)?;
+    let wants_dx = spec.outputs[0].is_some();
+    let w = match wants_dx {
+        true => weights(spec, &c.at, DType::F32, false)?,
+        false => Weights {
+            dtype: DType::F32,
+            prepare: vec![],
+            strides: vec![[0, 0]; c.at.len()],
+        },
+    };
+    let k = spec.inputs[1].layout.shape.last();
+    let (mut jobs, mut params, mut own, mut body) = (vec![], String::new(), vec![], String::new());
+    let (mut n0, mut r0) = (0, 0);
+    for (i, ((b, at), s)) in c.blocks.iter().zip(&c.at).zip(&w.strides).enumerate() {
+        let mut dy = matrix(
+            Arg::Read(0),
+            DType::F32,
+            [c.m, b.n],
+            [c.in_row.max(b.n), 1],
+            0,
+        )?;
+        dy.offset = n0;
+        n0 += b.n;
+        let product = |n, alpha, beta, weight, out| Product {
+            count: 1,
+            m: c.m,
+            n,
+            k: b.n,
+            alpha,
+            beta,
+            a: dy,
+            b: weight,
+            out,
+        };
+        if wants_dx {
+            let weight = matrix(Arg::Read(at.w), DType::F32, [b.n, k], *s, 0)?;
+            let out = matrix(
+                Arg::Write(0),
+                DType::F32,
+                [c.m, k],
+                [c.out_row.max(k), 1],
+                0,
+            )?;
+            let beta = if i == 0 { 0.0 } else { 1.0 };
+            jobs.push(Job::Gemm(product(k, 1.0, beta, weight, out)));
+        }
+        if let (Some((r, scale)), Some((ia, ib))) = (b.adapter, at.ab) {
+            let up = matrix(Arg::Read(ib), DType::F32, [b.n, r], [r, 1], 0)?;
+            let mut out = matrix(c.hidden.0, DType::F32, [c.m, r], [c.hidden.1.max(r), 1], 0)?;
+            out.offset = r0;
+            jobs.push(Job::Gemm(product(r, scale.get(), 0.0, up, out)));
+            params += &format!(", const float* a{i}");
+            own.push(Arg::Read(ia));
+            body += &format!(
+                "for (int r = 0; r < {r}; ++r) {{ const float v = a{i}[(u64)r * {k}u + o]; \
+                 for (int e = 0; e < TILE; ++e) acc[e] += v * h[e][{r0} + r]; }}\n"
+            );
+            r0 += r;
+        }
+    }
+    if wants_dx && (c.rank > 0 || c.residual.is_some()) {
+        jobs.push(low_rank(&c, k, &params, own, &body)?);
+    }
+    let name = if c.rank > 0 {
+        "lora_linear_grad_cublaslt_f32"
+    } else {
+        "linear_grad_cublaslt_f32"
+    };
+    Some(Offer {
+        prepare: w.prepare,
+        ..Offer::new(name, jobs).scratch(c.hidden_scratch)
+    })
+}

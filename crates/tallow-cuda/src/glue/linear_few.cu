@@ -1,0 +1,74 @@
+// A linear for M <= 8 rows: `down` makes h = x Aᵀ, one warp a rank; `up` makes every output with one warp, whose sum
+// runs over k and on over the adapter's tail. Bound by reading the weights once.
+// Constants: M, K, strides of rows XS, YS, HS, OUTPUTS, RANK; W is the type of the weights.
+template <class T> struct Pack { static const int N = 4; };
+template <> struct Pack<bf16> { static const int N = 8; };
+template <> struct Pack<f16> { static const int N = 8; };
+DEV void unpack(const float* p, float* v) {
+  const float4 q = *(const float4*)p;
+  v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w;
+}
+DEV void unpack(const bf16* p, float* v) {
+  const uint4 q = *(const uint4*)p;
+  const u32 w[4] = {q.x, q.y, q.z, q.w};
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = __uint_as_float(w[i] << 16);
+    v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  }
+}
+DEV void unpack(const f16* p, float* v) {
+  const uint4 q = *(const uint4*)p;
+  const f16* h = (const f16*)&q;
+  for (int i = 0; i < 8; ++i) v[i] = ld(h + i);
+}
+// Each lane's part of w · x for all rows.
+template <class T> DEV void dot(const T* w, const float* x, float* acc) {
+  const u32 lane = threadIdx.x & 31;
+  const int N = Pack<T>::N;
+  if (K % N == 0 && XS % 4 == 0 && (((u64)w | (u64)x) & 15) == 0) {
+#pragma unroll 4
+    for (u32 i = lane * N; i < K; i += 32 * N) {
+      float a[N], b[N];
+      unpack(w + i, a);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        for (int e = 0; e < N; e += 4) unpack(x + (u64)m * XS + i + e, b + e);
+        for (int e = 0; e < N; ++e) acc[m] += a[e] * b[e];
+      }
+    }
+  } else {
+    for (u32 i = lane; i < K; i += 32) {
+      const float a = ld(w + i);
+      for (int m = 0; m < M; ++m) acc[m] += a * x[(u64)m * XS + i];
+    }
+  }
+}
+// Each lane's part of s h · b: the sum goes on over the ranks.
+template <int R> DEV void tail(const float* b, const float* h, float s, float* acc) {
+  for (u32 r = threadIdx.x & 31; r < R; r += 32) {
+    const float v = s * b[r];
+    for (int m = 0; m < M; ++m) acc[m] += v * h[(u64)m * HS + r];
+  }
+}
+extern "C" __global__ void down(const float* x, float*, float* h PARAMS) {
+  const u32 o = blockIdx.x;
+  float acc[M] = {};
+  PICK_DOWN
+  for (int m = 0; m < M; ++m) {
+    const float v = warp_sum(acc[m]);
+    if (threadIdx.x == 0) h[(u64)m * HS + o] = v;
+  }
+}
+extern "C" __global__ void __launch_bounds__(256) up(const float* x, float* y, const float* h PARAMS) {
+  const u32 o = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (o >= OUTPUTS) return;
+  float acc[M] = {}, add = 0.f;
+  PICK_UP
+  PAST
+  float mine = 0.f;
+  for (int m = 0; m < M; ++m) {
+    const float v = warp_sum(acc[m]);
+    if (lane == m) mine = v;
+  }
+  if (lane < M) y[(u64)lane * YS + o] = mine + add;
+}
