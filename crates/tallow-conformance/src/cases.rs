@@ -272,7 +272,7 @@ fn linear(b: &mut Builder, x: NodeId, w: NodeId) -> Result<Vec<NodeId>> {
     let block = tallow_core::op::Block {
         n: b.shape(w).0[0],
         bias: false,
-        adapter: None,
+        adapters: vec![None],
     };
     let op = tallow_core::op::Linear {
         blocks: vec![block],
@@ -422,7 +422,7 @@ fn step(
     let block = tallow_core::op::Block {
         n: c,
         bias: false,
-        adapter: Some((r, 0.5.into())),
+        adapters: vec![Some((r, 0.5.into()))],
     };
     let op = tallow_core::op::Linear {
         blocks: vec![block],

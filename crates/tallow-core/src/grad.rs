@@ -1,7 +1,7 @@
 //! Reverse-mode gradients, graph to graph.
 //! Invariant: a node that does not depend on what is asked for is never differentiated, so frozen
 //! weights cost nothing; a composite differentiates itself or is decomposed first.
-//! Absent on purpose: recomputation, and gradients of several losses.
+//! Absent on purpose: recomputation.
 use crate::{
     Error, Result,
     graph::{Builder, Graph, NodeId},
@@ -17,18 +17,18 @@ mod structural;
 mod tests;
 
 /// The graph of `[loss, d loss / d wrt[0], ..]`, without updates, where the loss is the first
-/// output of `g`. Any node may be asked for; differentiation stops at it, so of a node and a view
+/// output of `g`; of several losses in one tensor it is the gradient of their sum. Any node may be asked for; differentiation stops at it, so of a node and a view
 /// of it only the view sees what is read through the view. What the loss does not reach gets zeros.
 ///
 /// # Errors
-/// [`Error::NoGradient`] if the loss is not one float, or something asked for is not a float.
+/// [`Error::NoGradient`] if the loss or something asked for is not float.
 pub fn grad(g: &Graph, wrt: &[NodeId]) -> Result<Graph> {
     let Some(loss) = g.outputs.first() else {
         return no_gradient("a graph", "it has no output to take as the loss");
     };
     let ty = g.ty(*loss);
-    if ty.shape.numel() != 1 || !ty.dtype.is_float() {
-        let why = format!("the loss must be one float, not {ty}");
+    if !ty.dtype.is_float() {
+        let why = format!("the loss must be a float, not {ty}");
         return no_gradient(g.node(*loss).op.name(), why);
     }
     for w in wrt {

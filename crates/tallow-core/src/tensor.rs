@@ -20,7 +20,7 @@ use std::{
 
 mod grads;
 mod ops;
-pub use grads::{Grads, value_and_grad};
+pub use grads::{Grads, value_and_grad, values_and_grads};
 pub use ops::LoraWeights;
 
 /// A lazy tensor.

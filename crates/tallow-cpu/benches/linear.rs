@@ -243,8 +243,11 @@ impl<E: Packed> World<E> {
             workspace: Vec::new(),
         };
         let blocks = [world.block(false)];
-        let floats = forward_workspace(&blocks, k, pool.threads())
-            .max(backward_workspace(&blocks, pool.threads()));
+        let floats = forward_workspace(&blocks, 1, k, pool.threads()).max(backward_workspace(
+            &blocks,
+            1,
+            pool.threads(),
+        ));
         world.workspace = vec![0.0; floats];
         world
     }
@@ -285,16 +288,17 @@ impl<E: Packed> World<E> {
                 at: self.x.as_ptr(),
                 row: self.k,
             },
+            shares: 1,
             blocks: &blocks,
             y: Rows {
                 at: self.y.as_mut_ptr(),
                 row: self.n,
             },
             residual: Rows::<*const f32>::NONE,
-            h: Rows {
+            h: &[Rows {
                 at: self.hidden.as_mut_ptr(),
                 row: self.r,
-            },
+            }],
         };
         // SAFETY: the matrices were made for these sizes.
         unsafe { forward(exec, &job, &mut self.workspace) };
@@ -310,16 +314,17 @@ impl<E: Packed> World<E> {
                 at: self.x.as_ptr(),
                 row: self.n,
             },
+            shares: 1,
             blocks: &blocks,
             dx: Rows {
                 at: self.y.as_mut_ptr(),
                 row: self.k,
             },
             residual: Rows::<*const f32>::NONE,
-            dh: Rows {
+            dh: &[Rows {
                 at: self.hidden.as_mut_ptr(),
                 row: self.r,
-            },
+            }],
         };
         // SAFETY: the matrices were made for these sizes.
         unsafe { backward(exec, &job, &mut self.workspace) };

@@ -11,6 +11,9 @@
 //! Forward: `h_i = x A_iᵀ` for a block of rows, then for each panel of `W_i` the sum runs over `k`
 //! and on over `r_i` in the same registers: `y_i = [x | h_i] [W_i | s_i B_i]ᵀ`. Backward:
 //! `dh_i = s_i dy_i B_i`, then `dx = sum_i [dy_i | dh_i] [W_i ; A_i]`, again one sum a register.
+//!
+//! Several adapters side by side have equal *shares* of the rows. `W` is read once for all of them; each tail is
+//! that of its own rows, so one adapter's numbers never meet another's.
 
 mod backward;
 mod dots;
@@ -62,6 +65,65 @@ impl<E> Block<E> {
     fn rank(&self) -> usize {
         self.adapter.map_or(0, |a| a.rank)
     }
+}
+
+/// Which rows belong to which adapter.
+#[derive(Clone, Copy, Debug)]
+struct Shares {
+    /// Rows of each, at least 1.
+    rows: usize,
+}
+
+/// Rows `start..end` of a task that belong to one share.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    share: usize,
+    start: usize,
+    end: usize,
+}
+
+impl Shares {
+    fn new(m: usize, count: usize) -> Self {
+        Self {
+            rows: (m / count).max(1),
+        }
+    }
+
+    /// The rows `row..row + m`, cut where a share ends.
+    fn cut(self, row: usize, m: usize) -> impl Iterator<Item = Segment> {
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let share = (row + start) / self.rows;
+            let end = m.min((share + 1) * self.rows - row);
+            let segment = Segment { share, start, end };
+            let more = start < m;
+            start = end;
+            more.then_some(segment)
+        })
+    }
+}
+
+/// The blocks of one share: all of them lie share after share.
+fn blocks_of<E>(all: &[Block<E>], shares: usize, share: usize) -> &[Block<E>] {
+    let count = all.len() / shares;
+    &all[share * count..(share + 1) * count]
+}
+
+/// The largest rank of each block over the shares, and where its rows begin among those of all blocks.
+fn widest<E>(all: &[Block<E>], shares: usize, block: usize) -> (usize, usize) {
+    let rank = |i: usize| {
+        let each = (0..shares).map(|g| blocks_of(all, shares, g)[i].rank());
+        each.max().unwrap_or(0)
+    };
+    (rank(block), (0..block).map(rank).sum())
+}
+
+/// The sum of the blocks' largest ranks, and the largest of all.
+fn ranks<E>(all: &[Block<E>], shares: usize) -> (usize, usize) {
+    let count = all.len() / shares;
+    let each = |i: usize| widest(all, shares, i).0;
+    let largest = (0..count).map(each).max().unwrap_or(0);
+    ((0..count).map(each).sum(), largest)
 }
 
 /// A matrix that is added to the result, or that it is written to: rows `row` elements apart.

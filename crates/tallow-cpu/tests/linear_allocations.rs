@@ -65,8 +65,8 @@ fn kernels_allocate_nothing() {
         adapter,
     };
     let (up, down) = ([block(&nk)], [block(&kn)]);
-    let floats = forward_workspace(&up, K, 3)
-        .max(backward_workspace(&down, 3))
+    let floats = forward_workspace(&up, 1, K, 3)
+        .max(backward_workspace(&down, 1, 3))
         .max(gemm_workspace(3));
     let mut workspace = vec![0.0f32; floats];
     let (mut y, mut h) = (vec![0.0f32; M * N.max(K)], vec![0.0f32; M * R]);
@@ -89,10 +89,11 @@ fn kernels_allocate_nothing() {
             m: M,
             k: K,
             x,
+            shares: 1,
             blocks: &up,
             y: out,
             residual: none,
-            h: hidden,
+            h: &[hidden],
         };
         // SAFETY: every matrix was made for these sizes.
         unsafe { forward(exec, &job, &mut workspace) };
@@ -105,10 +106,11 @@ fn kernels_allocate_nothing() {
             m: M,
             k: K,
             dy,
+            shares: 1,
             blocks: &down,
             dx,
             residual: none,
-            dh: hidden,
+            dh: &[hidden],
         };
         // SAFETY: as above.
         unsafe { backward(exec, &job, &mut workspace) };

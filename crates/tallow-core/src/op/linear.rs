@@ -1,10 +1,13 @@
 //! Linear layers with adapters: the op this project exists for.
 //! LoRA (Hu et al. 2021, arXiv:2106.09685): `y = x Wᵀ + bias + s (x Aᵀ) Bᵀ`. Projections that share
-//! `x` (q, k, v; gate, up) are blocks of one op, their results side by side.
+//! `x` (q, k, v; gate, up) are blocks of one op, their results side by side. Several adapters trained side by
+//! side share the rows of `x`, an equal part each: the product with `W` is one for all of them.
 //! Invariant: `W` is never differentiated unless asked for; the gradient keeps the adapter inside the product.
 use super::{composite::misfit, *};
 use crate::graph::{Builder, NodeId};
 use ScalarOp::Add;
+
+mod grad;
 
 /// One projection of a [`Linear`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -13,13 +16,14 @@ pub struct Block {
     pub n: usize,
     /// Has a bias `[n]`.
     pub bias: bool,
-    /// Rank and scale of its adapter, if it has one.
-    pub adapter: Option<(usize, Bits)>,
+    /// Rank and scale of its adapter in each share of the rows, where it has one. All blocks of an op have
+    /// equally many shares, at least one.
+    pub adapters: Vec<Option<(usize, Bits)>>,
 }
 
-/// `y [.., Σn]` and, if any block has an adapter, `h [.., Σr]` with `h_i = x A_iᵀ`.
-/// Operands: `x [.., k]` f32; for each block `W [n, k]`, then its bias `[n]`, then `A [r, k]`, `B [n, r]`;
-/// last, with `residual`, a tensor like `y` that is added.
+/// `y [.., Σn]` and, for each share with an adapter, `h [.., Σr]` of its rows, with `h_i = x A_iᵀ`.
+/// Operands: `x [.., k]` f32, whose first axis the shares divide evenly; for each block `W [n, k]`, then its bias
+/// `[n]`, then `A [r, k]`, `B [n, r]` of each share that has them; last, with `residual`, a tensor like `y` that is added.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Linear {
     /// Projections, in the order of their outputs.
@@ -28,9 +32,9 @@ pub struct Linear {
     pub residual: bool,
 }
 
-/// Gradient of a [`Linear`] in its input. Operands: `dy [.., Σn]`; for each block `W`, then `A`, `B`;
-/// last, with `residual`, a tensor like `x` that is added to `dx`. Results:
-/// `dx [.., k] = Σ dy_i W_i + Σ dh_i A_i` and, if any block has an adapter, `dh [.., Σr]`, `dh_i = s dy_i B_i`.
+/// Gradient of a [`Linear`] in its input. Operands: `dy [.., Σn]`; for each block `W`, then `A`, `B` of each share
+/// that has them; last, with `residual`, a tensor like `x` that is added to `dx`. Results:
+/// `dx [.., k] = Σ dy_i W_i + Σ dh_i A_i` and, for each share with an adapter, `dh [.., Σr]`, `dh_i = s dy_i B_i`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LinearGrad {
     /// Projections, as in the forward op (biases are not operands here).
@@ -40,14 +44,14 @@ pub struct LinearGrad {
 }
 
 /// Where the operands of one block are.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LinearIns {
     /// Weight `[n, k]`.
     pub w: usize,
     /// Bias `[n]`.
     pub bias: Option<usize>,
-    /// `A [r, k]` and `B [n, r]`.
-    pub ab: Option<(usize, usize)>,
+    /// `A [r, k]` and `B [n, r]` of each share.
+    pub ab: Vec<Option<(usize, usize)>>,
 }
 
 fn layout(blocks: &[Block], biases: bool) -> (Vec<LinearIns>, usize) {
@@ -61,7 +65,11 @@ fn layout(blocks: &[Block], biases: bool) -> (Vec<LinearIns>, usize) {
         .map(|b| LinearIns {
             w: take(),
             bias: (biases && b.bias).then(&mut take),
-            ab: b.adapter.map(|_| (take(), take())),
+            ab: b
+                .adapters
+                .iter()
+                .map(|a| a.map(|_| (take(), take())))
+                .collect(),
         })
         .collect();
     (ins, next)
@@ -75,46 +83,103 @@ fn check(
     k: usize,
     ins: &[&TensorType],
 ) -> Result<()> {
+    let shares = shares(blocks);
     let fits = ins.len() == used + usize::from(residual)
-        && !blocks.is_empty()
         && blocks.iter().zip(&at).all(|(b, i)| {
-            let adapter = match (b.adapter, i.ab) {
+            let mut adapters = b.adapters.iter().zip(&i.ab);
+            let adapted = adapters.all(|(adapter, ab)| match (adapter, ab) {
                 (Some((r, _)), Some((a, bb))) => {
-                    *ins[a] == TensorType::f32([r, k]) && *ins[bb] == TensorType::f32([b.n, r])
+                    *ins[*a] == TensorType::f32([*r, k]) && *ins[*bb] == TensorType::f32([b.n, *r])
                 }
                 _ => true,
-            };
-            adapter
+            });
+            adapted
+                && b.adapters.len() == shares
                 && ins[i.w].shape == [b.n, k].into()
                 && ins[i.w].dtype.is_float()
                 && i.bias.is_none_or(|j| *ins[j] == TensorType::f32([b.n]))
         });
-    if fits && ins[0].dtype == DType::F32 {
+    let lead = &ins[0].shape;
+    let divides = shares == 1 || shares > 1 && lead.rank() > 1 && lead.0[0].is_multiple_of(shares);
+    if fits && divides && ins[0].dtype == DType::F32 {
         return Ok(());
     }
     let n: Vec<_> = blocks.iter().map(|b| b.n).collect();
     misfit(
         name,
-        &format!("f32 operands of a product with inner extent {k} and outputs {n:?}"),
+        &format!(
+            "f32 operands of a product with inner extent {k} and outputs {n:?}, rows in {shares} equal shares"
+        ),
         ins,
     )
 }
 
-fn ranks(blocks: &[Block]) -> usize {
-    blocks.iter().filter_map(|b| b.adapter).map(|a| a.0).sum()
+/// Parts of the rows that have adapters of their own.
+fn shares(blocks: &[Block]) -> usize {
+    blocks.first().map_or(0, |b| b.adapters.len())
+}
+
+/// Sum of the blocks' ranks in each share.
+fn ranks(blocks: &[Block]) -> Vec<usize> {
+    let rank = |g: usize| {
+        let all = blocks
+            .iter()
+            .filter_map(move |b| b.adapters.get(g)?.as_ref());
+        all.map(|a| a.0)
+    };
+    (0..shares(blocks)).map(|g| rank(g).sum()).collect()
+}
+
+/// Which result is `h` or `dh` of each share, from 1.
+fn hidden(blocks: &[Block]) -> Vec<Option<usize>> {
+    let mut next = 0;
+    let mut number = |r: usize| {
+        next += usize::from(r > 0);
+        (r > 0).then_some(next)
+    };
+    ranks(blocks).into_iter().map(&mut number).collect()
+}
+
+/// Types of `h` or `dh`, given that of all rows.
+fn hidden_types(blocks: &[Block], rows: &Shape) -> Vec<TensorType> {
+    let one = |r: usize| {
+        let mut shape = rows.with_last(r);
+        shape.0[0] /= shares(blocks);
+        TensorType::f32(shape)
+    };
+    let with = ranks(blocks).into_iter().filter(|r| *r > 0);
+    match shares(blocks) {
+        1 => with.map(|r| TensorType::f32(rows.with_last(r))).collect(),
+        _ => with.map(one).collect(),
+    }
 }
 
 fn outputs(blocks: &[Block]) -> usize {
     blocks.iter().map(|b| b.n).sum()
 }
 
+/// The rows of share `g` of `count`, flattened: `[rows, last]`.
+fn share(b: &mut Builder, x: NodeId, g: usize, count: usize) -> Result<NodeId> {
+    if count == 1 {
+        return flat(b, x);
+    }
+    let len = b.shape(x).0[0] / count;
+    let part = b.slice(x, 0, g * len, len)?;
+    flat(b, part)
+}
+
 /// Multiplications and additions of one pass, with the adapters inside.
 fn product_flops(blocks: &[Block], rows: f64, k: f64) -> f64 {
     let one = |b: &Block| {
-        let r = b.adapter.map_or(0, |a| a.0) as f64;
+        let r = mean_rank(b);
         b.n as f64 * (k + r) + r * k
     };
     2.0 * rows * blocks.iter().map(one).sum::<f64>()
+}
+
+fn mean_rank(b: &Block) -> f64 {
+    let all: usize = b.adapters.iter().flatten().map(|a| a.0).sum();
+    all as f64 / b.adapters.len().max(1) as f64
 }
 
 impl Linear {
@@ -126,9 +191,21 @@ impl Linear {
     pub fn n(&self) -> usize {
         outputs(&self.blocks)
     }
-    /// Sum of the blocks' ranks.
-    pub fn rank(&self) -> usize {
+    /// Parts of the rows that have adapters of their own.
+    pub fn shares(&self) -> usize {
+        shares(&self.blocks)
+    }
+    /// Sum of the blocks' ranks in each share.
+    pub fn ranks(&self) -> Vec<usize> {
         ranks(&self.blocks)
+    }
+    /// Which result is `h` of each share, where it has adapters.
+    pub fn hidden(&self) -> Vec<Option<usize>> {
+        hidden(&self.blocks)
+    }
+    /// Has any block an adapter?
+    pub fn is_adapted(&self) -> bool {
+        self.ranks().iter().any(|r| *r > 0)
     }
 }
 
@@ -136,6 +213,14 @@ impl LinearGrad {
     /// Where each block's operands are.
     pub fn ins(&self) -> Vec<LinearIns> {
         layout(&self.blocks, false).0
+    }
+    /// Sum of the blocks' ranks in each share.
+    pub fn ranks(&self) -> Vec<usize> {
+        ranks(&self.blocks)
+    }
+    /// Which result is `dh` of each share, where it has adapters.
+    pub fn hidden(&self) -> Vec<Option<usize>> {
+        hidden(&self.blocks)
     }
 }
 
@@ -146,37 +231,15 @@ fn flat(b: &mut Builder, x: NodeId) -> Result<NodeId> {
     b.reshape(x, to)
 }
 
-impl CompositeOp for Linear {
-    fn name(&self) -> &'static str {
-        if self.rank() > 0 {
-            "lora_linear"
-        } else {
-            "linear"
-        }
-    }
-    fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
-        let Some(x) = ins.first().filter(|x| x.shape.rank() > 0) else {
-            return misfit(self.name(), "x [.., k]", ins);
-        };
-        let at = layout(&self.blocks, true);
-        check(
-            self.name(),
-            &self.blocks,
-            at,
-            self.residual,
-            x.shape.last(),
-            ins,
-        )?;
-        let y = TensorType::f32(x.shape.with_last(self.n()));
-        if self.residual && *ins[ins.len() - 1] != y {
-            return misfit(self.name(), &format!("a residual {y}"), ins);
-        }
-        let h = TensorType::f32(x.shape.with_last(self.rank()));
-        Ok(if self.rank() > 0 { vec![y, h] } else { vec![y] })
-    }
-    fn decompose(&self, b: &mut Builder, ins: &[NodeId]) -> Result<Vec<NodeId>> {
-        let lead = b.shape(ins[0]).clone();
-        let x = flat(b, ins[0])?;
+impl Linear {
+    /// Results of every block, and `h` of those with an adapter, for the rows `x [m, k]` of share `g`.
+    fn decompose_share(
+        &self,
+        b: &mut Builder,
+        ins: &[NodeId],
+        x: NodeId,
+        g: usize,
+    ) -> Result<(Vec<NodeId>, Vec<NodeId>)> {
         let (mut ys, mut hs) = (vec![], vec![]);
         for (block, i) in self.blocks.iter().zip(self.ins()) {
             let w = b.cast(ins[i.w], DType::F32)?;
@@ -184,7 +247,7 @@ impl CompositeOp for Linear {
             if let Some(bias) = i.bias {
                 y = b.map(Add, &[y, ins[bias]])?;
             }
-            if let (Some((_, alpha)), Some((a, bb))) = (block.adapter, i.ab) {
+            if let (Some((_, alpha)), Some((a, bb))) = (block.adapters[g], i.ab[g]) {
                 let h = b.matmul(x, false, ins[a], true)?;
                 let (ta, tb) = (false, true);
                 let up = b.push(Op::MatMul { ta, tb, alpha }, &[h, ins[bb]])?;
@@ -193,20 +256,122 @@ impl CompositeOp for Linear {
             }
             ys.push(y);
         }
-        let y = b.concat(1, &ys)?;
+        Ok((ys, hs))
+    }
+
+    /// Gradients of weights and biases, where they are wanted.
+    fn vjp_base(&self, cx: &mut VjpCx, dy: NodeId, out: &mut [Option<NodeId>]) -> Result<()> {
+        let mut n0 = 0;
+        for (block, i) in self.blocks.iter().zip(self.ins()) {
+            let wanted = cx.needs[i.w] || i.bias.is_some_and(|j| cx.needs[j]);
+            if wanted {
+                let dy = flat(cx.b, dy)?;
+                let dy = cx.b.slice(dy, 1, n0, block.n)?;
+                if cx.needs[i.w] {
+                    let x = flat(cx.b, cx.ins[0])?;
+                    let dw = cx.b.push(tn(Bits::from(1.0)), &[dy, x])?;
+                    out[i.w] = Some(cx.b.cast(dw, cx.b.ty(cx.ins[i.w]).dtype)?);
+                }
+                if let Some(j) = i.bias.filter(|j| cx.needs[*j]) {
+                    let sum = cx.b.reduce(ReduceOp::Sum, 0, dy)?;
+                    out[j] = Some(cx.b.reshape(sum, [block.n])?);
+                }
+            }
+            n0 += block.n;
+        }
+        Ok(())
+    }
+
+    /// `dA = dhᵀ x` and `dB = s dyᵀ h` of share `g`.
+    fn vjp_share(
+        &self,
+        cx: &mut VjpCx,
+        g: usize,
+        [dy, dh, h]: [NodeId; 3],
+        out: &mut [Option<NodeId>],
+    ) -> Result<()> {
+        let count = self.shares();
+        let x = share(cx.b, cx.ins[0], g, count)?;
+        let dy = share(cx.b, dy, g, count)?;
+        let (dh, h) = (flat(cx.b, dh)?, flat(cx.b, h)?);
+        let (mut n0, mut r0) = (0, 0);
+        for (block, i) in self.blocks.iter().zip(self.ins()) {
+            if let (Some((r, scale)), Some((a, bb))) = (block.adapters[g], i.ab[g]) {
+                if cx.needs[a] {
+                    let dh = cx.b.slice(dh, 1, r0, r)?;
+                    out[a] = Some(cx.b.push(tn(Bits::from(1.0)), &[dh, x])?);
+                }
+                if cx.needs[bb] {
+                    let dy = cx.b.slice(dy, 1, n0, block.n)?;
+                    let h = cx.b.slice(h, 1, r0, r)?;
+                    out[bb] = Some(cx.b.push(tn(scale), &[dy, h])?);
+                }
+                r0 += r;
+            }
+            n0 += block.n;
+        }
+        Ok(())
+    }
+}
+
+/// `alpha aᵀ b`.
+fn tn(alpha: Bits) -> Op {
+    Op::MatMul {
+        ta: true,
+        tb: false,
+        alpha,
+    }
+}
+
+impl CompositeOp for Linear {
+    fn name(&self) -> &'static str {
+        if self.is_adapted() {
+            "lora_linear"
+        } else {
+            "linear"
+        }
+    }
+    fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
+        let Some(x) = ins.first().filter(|x| x.shape.rank() > 0) else {
+            return misfit("linear", "x [.., k]", ins);
+        };
+        let at = layout(&self.blocks, true);
+        let k = x.shape.last();
+        check("linear", &self.blocks, at, self.residual, k, ins)?;
+        let y = TensorType::f32(x.shape.with_last(self.n()));
+        if self.residual && *ins[ins.len() - 1] != y {
+            return misfit(self.name(), &format!("a residual {y}"), ins);
+        }
+        let mut all = vec![y];
+        all.extend(hidden_types(&self.blocks, &x.shape));
+        Ok(all)
+    }
+    fn decompose(&self, b: &mut Builder, ins: &[NodeId]) -> Result<Vec<NodeId>> {
+        let lead = b.shape(ins[0]).clone();
+        let count = self.shares();
+        let (mut all, mut out) = (vec![], vec![]);
+        for g in 0..count {
+            let x = share(b, ins[0], g, count)?;
+            let (ys, hs) = self.decompose_share(b, ins, x, g)?;
+            all.push(b.concat(1, &ys)?);
+            if !hs.is_empty() {
+                out.push(b.concat(1, &hs)?);
+            }
+        }
+        let y = b.concat(0, &all)?;
         let mut y = b.reshape(y, lead.with_last(self.n()))?;
         if let (true, Some(r)) = (self.residual, ins.last()) {
             y = b.map(Add, &[y, *r])?;
         }
-        let mut out = vec![y];
-        if !hs.is_empty() {
-            let h = b.concat(1, &hs)?;
-            out.push(b.reshape(h, lead.with_last(self.rank()))?);
+        let types = hidden_types(&self.blocks, &lead);
+        for (h, ty) in out.iter_mut().zip(types) {
+            *h = b.reshape(*h, ty.shape)?;
         }
+        out.insert(0, y);
         Ok(out)
     }
     fn vjp(&self, cx: &mut VjpCx) -> Result<Option<Vec<Option<NodeId>>>> {
-        if cx.cts.get(1).is_some_and(Option::is_some) {
+        if cx.cts[1..].iter().any(Option::is_some) {
             return Ok(None);
         }
         let mut out = vec![None; cx.ins.len()];
@@ -220,7 +385,8 @@ impl CompositeOp for Linear {
         let mut ins = vec![dy];
         for i in &at {
             ins.push(cx.ins[i.w]);
-            ins.extend(i.ab.iter().flat_map(|(a, b)| [cx.ins[*a], cx.ins[*b]]));
+            let ab = i.ab.iter().flatten();
+            ins.extend(ab.flat_map(|(a, b)| [cx.ins[*a], cx.ins[*b]]));
         }
         let grad = LinearGrad {
             blocks: self.blocks.clone(),
@@ -228,39 +394,11 @@ impl CompositeOp for Linear {
         };
         let d = cx.b.composite(grad, &ins)?;
         out[0] = Some(d[0]);
-        let x = flat(cx.b, cx.ins[0])?;
-        let dy = flat(cx.b, dy)?;
-        let (mut n0, mut r0) = (0, 0);
-        for (block, i) in self.blocks.iter().zip(&at) {
-            let dy_i = cx.b.slice(dy, 1, n0, block.n)?;
-            let alpha = Bits::from(1.0);
-            let tn = |alpha| Op::MatMul {
-                ta: true,
-                tb: false,
-                alpha,
-            };
-            if cx.needs[i.w] {
-                let dw = cx.b.push(tn(alpha), &[dy_i, x])?;
-                out[i.w] = Some(cx.b.cast(dw, cx.b.ty(cx.ins[i.w]).dtype)?);
+        self.vjp_base(cx, dy, &mut out)?;
+        for (g, number) in self.hidden().into_iter().enumerate() {
+            if let Some(number) = number {
+                self.vjp_share(cx, g, [dy, d[number], cx.outs[number]], &mut out)?;
             }
-            if let Some(j) = i.bias.filter(|j| cx.needs[*j]) {
-                let sum = cx.b.reduce(ReduceOp::Sum, 0, dy_i)?;
-                out[j] = Some(cx.b.reshape(sum, [block.n])?);
-            }
-            if let (Some((r, scale)), Some((a, bb))) = (block.adapter, i.ab) {
-                let dh = flat(cx.b, d[1])?;
-                let dh = cx.b.slice(dh, 1, r0, r)?;
-                let h = flat(cx.b, cx.outs[1])?;
-                let h = cx.b.slice(h, 1, r0, r)?;
-                if cx.needs[a] {
-                    out[a] = Some(cx.b.push(tn(alpha), &[dh, x])?);
-                }
-                if cx.needs[bb] {
-                    out[bb] = Some(cx.b.push(tn(scale), &[dy_i, h])?);
-                }
-                r0 += r;
-            }
-            n0 += block.n;
         }
         Ok(Some(out))
     }
@@ -275,9 +413,7 @@ impl CompositeOp for Linear {
             for b in &op.blocks {
                 ins.push(TensorType::f32([b.n, k]));
                 ins.extend(b.bias.then(|| TensorType::f32([b.n])));
-                if let Some((r, _)) = b.adapter {
-                    ins.extend([TensorType::f32([r, k]), TensorType::f32([b.n, r])]);
-                }
+                ins.extend(adapter_types(b, k));
             }
             ins.extend(residual.then(|| TensorType::f32([rows, op.n()])));
             (op, ins)
@@ -286,116 +422,66 @@ impl CompositeOp for Linear {
     }
 }
 
+/// `A` and `B` of each share.
+fn adapter_types(b: &Block, k: usize) -> Vec<TensorType> {
+    let two = |(r, _): &(usize, Bits)| [TensorType::f32([*r, k]), TensorType::f32([b.n, *r])];
+    b.adapters.iter().flatten().flat_map(two).collect()
+}
+
 /// Rows, inner extent, blocks, residual.
 fn example_blocks() -> Vec<(usize, usize, Vec<Block>, bool)> {
-    let block = |n: usize, bias: bool, rank: usize| Block {
+    let scales = [1.75, 0.5, -2.0, 1.0, 3.0, 0.25, 1.25, 0.75];
+    // Ranks: 0 where there is no adapter.
+    let block = |n: usize, bias: bool, ranks: &[usize]| Block {
         n,
         bias,
-        adapter: (rank > 0).then(|| (rank, Bits::from(1.75))),
+        adapters: (ranks.iter().zip(scales))
+            .map(|(r, s)| (*r > 0).then(|| (*r, Bits::from(s))))
+            .collect(),
     };
     vec![
-        (1, 1, vec![block(1, false, 1)], false),
-        (3, 7, vec![block(5, true, 0)], true),
+        (1, 1, vec![block(1, false, &[1])], false),
+        (3, 7, vec![block(5, true, &[0])], true),
         (
             1,
             33,
-            vec![block(31, false, 3), block(33, true, 0), block(64, false, 8)],
+            vec![
+                block(31, false, &[3]),
+                block(33, true, &[0]),
+                block(64, false, &[8]),
+            ],
             false,
         ),
-        (37, 64, vec![block(65, false, 8)], true),
-        (13, 127, vec![block(32, true, 5), block(1, true, 2)], true),
+        (37, 64, vec![block(65, false, &[8])], true),
+        (
+            13,
+            127,
+            vec![block(32, true, &[5]), block(1, true, &[2])],
+            true,
+        ),
         (
             130,
             96,
-            vec![block(96, false, 16), block(40, false, 4)],
+            vec![block(96, false, &[16]), block(40, false, &[4])],
             false,
         ),
+        // Several adapters, each with rows of its own.
+        (2, 5, vec![block(3, false, &[1, 2])], false),
+        (
+            14,
+            33,
+            vec![block(31, true, &[3, 8]), block(40, false, &[4, 1])],
+            true,
+        ),
+        (
+            8 * 37,
+            64,
+            vec![
+                block(33, false, &[8, 1, 2, 16, 4, 0, 3, 8]),
+                block(7, false, &[0, 1, 0, 0, 2, 0, 8, 1]),
+            ],
+            false,
+        ),
+        (300, 70, vec![block(65, true, &[5, 0, 40])], true),
     ]
-}
-
-impl CompositeOp for LinearGrad {
-    fn name(&self) -> &'static str {
-        if ranks(&self.blocks) > 0 {
-            "lora_linear_grad"
-        } else {
-            "linear_grad"
-        }
-    }
-    fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
-        let at = layout(&self.blocks, false);
-        let (Some(dy), Some(w)) = (ins.first(), ins.get(1)) else {
-            return misfit(self.name(), "dy and weights", ins);
-        };
-        let k = w.shape.last();
-        check(self.name(), &self.blocks, at, self.residual, k, ins)?;
-        let dx = TensorType::f32(dy.shape.with_last(k));
-        if dy.shape.last() != outputs(&self.blocks) || self.residual && *ins[ins.len() - 1] != dx {
-            return misfit(self.name(), "dy [.., Σn] and a residual like dx", ins);
-        }
-        let rank = ranks(&self.blocks);
-        let dh = TensorType::f32(dy.shape.with_last(rank));
-        Ok(if rank > 0 { vec![dx, dh] } else { vec![dx] })
-    }
-    fn decompose(&self, b: &mut Builder, ins: &[NodeId]) -> Result<Vec<NodeId>> {
-        let lead = b.shape(ins[0]).clone();
-        let k = b.shape(ins[1]).last();
-        let dy = flat(b, ins[0])?;
-        let (mut dx, mut dhs, mut n0) = (None, vec![], 0);
-        let mut sum = |b: &mut Builder, d: NodeId| {
-            dx = Some(match dx {
-                Some(p) => b.map(Add, &[p, d])?,
-                None => d,
-            });
-            Ok(())
-        };
-        for (block, i) in self.blocks.iter().zip(self.ins()) {
-            let dy_i = b.slice(dy, 1, n0, block.n)?;
-            n0 += block.n;
-            let w = b.cast(ins[i.w], DType::F32)?;
-            let d = b.matmul(dy_i, false, w, false)?;
-            sum(b, d)?;
-            if let (Some((_, alpha)), Some((a, bb))) = (block.adapter, i.ab) {
-                let (ta, tb) = (false, false);
-                let dh = b.push(Op::MatMul { ta, tb, alpha }, &[dy_i, ins[bb]])?;
-                let d = b.matmul(dh, false, ins[a], false)?;
-                sum(b, d)?;
-                dhs.push(dh);
-            }
-        }
-        let Some(dx) = dx else {
-            return misfit(self.name(), "at least one block", &[]);
-        };
-        let mut dx = b.reshape(dx, lead.with_last(k))?;
-        if let (true, Some(r)) = (self.residual, ins.last()) {
-            dx = b.map(Add, &[dx, *r])?;
-        }
-        let mut out = vec![dx];
-        if !dhs.is_empty() {
-            let dh = b.concat(1, &dhs)?;
-            out.push(b.reshape(dh, lead.with_last(ranks(&self.blocks)))?);
-        }
-        Ok(out)
-    }
-    fn flops(&self, ins: &[&TensorType], live: &[bool]) -> f64 {
-        let (rows, k) = (ins[0].shape.rows() as f64, ins[1].shape.last() as f64);
-        if live.first() == Some(&true) {
-            return product_flops(&self.blocks, rows, k);
-        }
-        let one = |b: &Block| (b.n * b.adapter.map_or(0, |a| a.0)) as f64;
-        2.0 * rows * self.blocks.iter().map(one).sum::<f64>()
-    }
-    fn examples() -> Vec<(Self, Vec<TensorType>)> {
-        let make = |(rows, k, blocks, residual): (usize, usize, Vec<Block>, bool)| {
-            let mut ins = vec![TensorType::f32([rows, outputs(&blocks)])];
-            for b in &blocks {
-                ins.push(TensorType::f32([b.n, k]));
-                if let Some((r, _)) = b.adapter {
-                    ins.extend([TensorType::f32([r, k]), TensorType::f32([b.n, r])]);
-                }
-            }
-            ins.extend(residual.then(|| TensorType::f32([rows, k])));
-            (LinearGrad { blocks, residual }, ins)
-        };
-        example_blocks().into_iter().map(make).collect()
-    }
 }

@@ -43,16 +43,17 @@ fn linear(g: &Graph, id: NodeId) -> Option<&Linear> {
     }
 }
 
-/// Layers with equal operands, and weights of one kind: dtype, and frozen or not.
+/// Layers with equal operands and as many shares, and weights of one kind: dtype, and frozen or not.
 fn candidates(g: &Graph) -> Vec<Vec<NodeId>> {
     let frozen = frozen(g);
-    let mut all: Vec<((NodeId, DType, bool), Vec<NodeId>)> = vec![];
+    type Key = ((NodeId, DType, bool), usize);
+    let mut all: Vec<(Key, Vec<NodeId>)> = vec![];
     for (id, n) in g.iter() {
         let Some(l) = linear(g, id) else { continue };
         let weights: Vec<NodeId> = l.ins().iter().map(|i| n.inputs[i.w]).collect();
         let kind = |w: &NodeId| (n.inputs[0], g.ty(*w).dtype, frozen[w.index()]);
-        let key = kind(&weights[0]);
-        if !weights.iter().all(|w| kind(w) == key) {
+        let key = (kind(&weights[0]), l.shares());
+        if !weights.iter().all(|w| kind(w) == key.0) {
             continue;
         }
         match all.iter_mut().find(|(k, _)| *k == key) {
@@ -77,18 +78,23 @@ fn merge(e: &mut Edit<'_>, members: &[NodeId]) -> Result<String> {
     }
     let widths: Vec<String> = layers.iter().map(|l| l.n().to_string()).collect();
     let residual = false;
-    let new = e.b.composite(Linear { blocks, residual }, &ins)?;
+    let whole = Linear { blocks, residual };
+    let number = whole.hidden();
+    let new = e.b.composite(whole, &ins)?;
     let axis = e.b.shape(x).rank() - 1;
-    let (mut n0, mut r0) = (0, 0);
+    let (mut n0, mut r0) = (0, vec![0; number.len()]);
     for (m, l) in members.iter().zip(&layers) {
         let old = e.b.results(*m)?;
         let y = e.b.slice(new[0], axis, n0, l.n())?;
         e.redirect(old[0], y);
-        if let Some(h) = old.get(1) {
-            let part = e.b.slice(new[1], axis, r0, l.rank())?;
-            e.redirect(*h, part);
+        n0 += l.n();
+        for (g, (was, rank)) in l.hidden().into_iter().zip(l.ranks()).enumerate() {
+            if let (Some(was), Some(now)) = (was, number[g]) {
+                let part = e.b.slice(new[now], axis, r0[g], rank)?;
+                e.redirect(old[was], part);
+                r0[g] += rank;
+            }
         }
-        (n0, r0) = (n0 + l.n(), r0 + l.rank());
     }
     Ok(format!(
         "{} linear layers of one input {}, outputs {}, in one product",

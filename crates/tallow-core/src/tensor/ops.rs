@@ -8,15 +8,16 @@ use crate::{
     types::{DType, Shape, TensorType},
 };
 
-/// One projection with its optional adapter, for [`Tensor::linears`].
+/// One projection with its adapters, for [`Tensor::linears`].
 #[derive(Clone)]
 pub struct LoraWeights {
     /// Weight `[n, k]`.
     pub w: Tensor,
     /// Bias `[n]`.
     pub bias: Option<Tensor>,
-    /// `A [r, k]`, `B [n, r]` and the scale.
-    pub adapter: Option<(Tensor, Tensor, f32)>,
+    /// `A [r, k]`, `B [n, r]` and the scale of each share of the rows, where it has an adapter. All projections of
+    /// a call have equally many shares, at least one; with several, they divide the input's first axis evenly.
+    pub adapters: Vec<Option<(Tensor, Tensor, f32)>>,
 }
 
 macro_rules! binary {
@@ -219,15 +220,17 @@ impl Tensor {
         for p in ws {
             ins.push(&p.w);
             ins.extend(&p.bias);
-            let mut adapter = None;
-            if let Some((a, b, scale)) = &p.adapter {
+            let rank = |a: &Tensor| a.dims().first().copied().unwrap_or(0);
+            let adapters = p.adapters.iter().map(|adapter| {
+                let (a, b, scale) = adapter.as_ref()?;
                 ins.extend([a, b]);
-                adapter = Some((a.dims().first().copied().unwrap_or(0), (*scale).into()));
-            }
+                Some((rank(a), (*scale).into()))
+            });
+            let adapters = adapters.collect();
             blocks.push(Block {
                 n: p.w.dims().first().copied().unwrap_or(0),
                 bias: p.bias.is_some(),
-                adapter,
+                adapters,
             });
         }
         ins.extend(residual);
@@ -241,7 +244,7 @@ impl Tensor {
         let one = LoraWeights {
             w: w.clone(),
             bias: None,
-            adapter: None,
+            adapters: vec![None],
         };
         self.linears(&[one], None)
     }
@@ -251,7 +254,7 @@ impl Tensor {
         let one = LoraWeights {
             w: w.clone(),
             bias: None,
-            adapter: Some((a.clone(), b.clone(), scale)),
+            adapters: vec![Some((a.clone(), b.clone(), scale))],
         };
         self.linears(&[one], None)
     }

@@ -146,7 +146,8 @@ unsafe fn pack<S: Source, E: Packed>(
 struct Part {
     n: usize,
     at: LinearIns,
-    adapter: Option<(usize, f32)>,
+    /// Of each share.
+    adapters: Vec<Option<(usize, f32)>>,
     /// `B` comes packed and scaled.
     packed_tail: bool,
     /// `A` comes turned.
@@ -154,10 +155,13 @@ struct Part {
 }
 
 impl Part {
+    /// The block as share `g` sees it.
+    ///
     /// # Safety
     /// `io` belongs to the spec this part was made from.
-    unsafe fn block<E>(&self, io: &Io) -> Block<E> {
-        let adapter = self.adapter.zip(self.at.ab).map(|((rank, scale), (a, b))| {
+    unsafe fn block<E>(&self, io: &Io, g: usize) -> Block<E> {
+        let adapter = self.adapters[g].zip(self.at.ab[g]);
+        let adapter = adapter.map(|((rank, scale), (a, b))| {
             let (b, tail) = match self.packed_tail {
                 true => (std::ptr::null(), io.read(b)),
                 false => (io.read(b), std::ptr::null()),
@@ -202,12 +206,15 @@ fn parts(
             return None;
         }
         let (mut packed_tail, mut turned) = (false, false);
-        if let (Some((ia, ib)), Some((r, scale))) = (at.ab, b.adapter) {
+        for (ab, adapter) in at.ab.iter().zip(&b.adapters) {
+            let (Some((ia, ib)), Some((r, scale))) = (*ab, *adapter) else {
+                continue;
+            };
             let (a, up) = (&spec.inputs[ia], &spec.inputs[ib]);
             if !a.is_dense() || !up.is_dense() || r == 0 {
                 return None;
             }
-            if up.frozen && !backward {
+            if up.frozen && !backward && b.adapters.len() == 1 {
                 let format = Format {
                     name: TAIL,
                     bytes: packed_len(b.n, r) * 4,
@@ -228,10 +235,11 @@ fn parts(
                 }
             }
         }
+        let adapters = b.adapters.iter();
         parts.push(Part {
             n: b.n,
-            at: *at,
-            adapter: b.adapter.map(|(r, s)| (r, s.get())),
+            at: at.clone(),
+            adapters: adapters.map(|a| a.map(|(r, s)| (r, s.get()))).collect(),
             packed_tail,
             turned,
         });
@@ -239,41 +247,46 @@ fn parts(
     Some((parts, prepare))
 }
 
-fn shapes<E>(parts: &[Part]) -> Vec<Block<E>> {
-    let adapter = |p: &Part| {
-        p.adapter.map(|(rank, scale)| Adapter {
-            rank,
-            scale,
-            a: std::ptr::null(),
-            b: std::ptr::null(),
-            tail: std::ptr::null(),
-            turned: std::ptr::null(),
-        })
+/// The blocks share after share, without their operands.
+fn shapes<E>(parts: &[Part], shares: usize) -> Vec<Block<E>> {
+    let adapter = |(rank, scale): (usize, f32)| Adapter {
+        rank,
+        scale,
+        a: std::ptr::null(),
+        b: std::ptr::null(),
+        tail: std::ptr::null(),
+        turned: std::ptr::null(),
     };
-    let block = |p: &Part| Block {
+    let block = |p: &Part, g: usize| Block {
         n: p.n,
         weights: std::ptr::null(),
         bias: std::ptr::null(),
-        adapter: adapter(p),
+        adapter: p.adapters[g].map(adapter),
     };
-    parts.iter().map(block).collect()
+    let each = (0..shares).flat_map(|g| parts.iter().map(move |p| block(p, g)));
+    each.collect()
 }
 
-/// Most projections that share an input in one call.
+/// Most adapters side by side in one call, and most projections that share an input with one adapter, or with many.
+const MAX_SHARES: usize = 32;
 const MAX_BLOCKS: usize = 8;
+const MAX_BANKED: usize = MAX_SHARES * 3;
 
-/// The blocks of a call, without allocating.
+/// The blocks of a call, share after share, without allocating.
 ///
 /// # Safety
 /// As [`Part::block`].
-unsafe fn with_blocks<E: Copy, R>(parts: &[Part], io: &Io, f: impl FnOnce(&[Block<E>]) -> R) -> R {
+unsafe fn with_blocks<E: Copy, const N: usize>(job: &Job, io: &Io, f: impl FnOnce(&[Block<E>])) {
     // SAFETY: the caller's promise.
-    let mut blocks = [unsafe { parts[0].block::<E>(io) }; MAX_BLOCKS];
-    for (b, p) in blocks.iter_mut().zip(parts) {
-        // SAFETY: the caller's promise.
-        *b = unsafe { p.block(io) };
+    let mut blocks = [unsafe { job.parts[0].block::<E>(io, 0) }; N];
+    let mut to = blocks.iter_mut();
+    for g in 0..job.shares {
+        for (p, b) in job.parts.iter().zip(to.by_ref()) {
+            // SAFETY: the caller's promise.
+            *b = unsafe { p.block(io, g) };
+        }
     }
-    f(&blocks[..parts.len()])
+    f(&blocks[..job.parts.len() * job.shares])
 }
 
 pub(super) fn rows_of(io: &Io, i: usize, row: usize) -> Rows<*const f32> {
@@ -294,37 +307,62 @@ pub(super) fn out_rows(io: &Io, i: usize, row: usize) -> Rows<*mut f32> {
 #[derive(Clone)]
 struct Job {
     parts: Vec<Part>,
+    /// Parts of the rows with adapters of their own.
+    shares: usize,
     m: usize,
     k: usize,
     in_row: usize,
     out_row: usize,
-    hidden_row: usize,
+    /// Of each share: its rank, and the result that takes `h` or `dh` with its row stride.
+    hidden: Vec<(usize, Option<(usize, usize)>)>,
     residual: Option<(usize, usize)>,
     /// Floats at the end of the scratch that take the place of a `dh` nobody wants.
     spare_dh: usize,
 }
 
-/// Sum of the ranks.
-fn rank(parts: &[Part]) -> usize {
-    parts.iter().filter_map(|p| p.adapter).map(|a| a.0).sum()
+/// What an op says of its blocks: ranks by share, and which result is `h` of each.
+struct Hidden {
+    ranks: Vec<usize>,
+    numbers: Vec<Option<usize>>,
 }
 
-fn job(spec: &KernelSpec, parts: Vec<Part>, k: usize, residual: bool) -> Option<Job> {
-    if parts.len() > MAX_BLOCKS {
+fn job(
+    spec: &KernelSpec,
+    parts: Vec<Part>,
+    hidden: &Hidden,
+    k: usize,
+    residual: bool,
+) -> Option<Job> {
+    let shares = hidden.ranks.len();
+    let room = match shares {
+        1 => MAX_BLOCKS,
+        _ => MAX_BANKED,
+    };
+    if parts.len() * shares > room || shares > MAX_SHARES {
         return None;
     }
     let last = spec.inputs.len() - 1;
-    let stride = |i: usize| match spec.outputs.get(i).and_then(Option::as_ref) {
-        Some(o) => row_stride(o),
-        None => Some(0),
-    };
+    let wanted = |i: usize| spec.outputs.get(i).and_then(Option::as_ref);
+    let mut all = vec![];
+    for (rank, number) in hidden.ranks.iter().zip(&hidden.numbers) {
+        let to = number.and_then(|i| Some((i, wanted(i)?)));
+        let to = match to {
+            Some((i, o)) => Some((i, row_stride(o)?)),
+            None => None,
+        };
+        all.push((*rank, to));
+    }
     Some(Job {
         parts,
+        shares,
         m: spec.inputs[0].layout.shape.rows(),
         k,
         in_row: row_stride(&spec.inputs[0])?,
-        out_row: stride(0)?,
-        hidden_row: stride(1)?,
+        out_row: match wanted(0) {
+            Some(o) => row_stride(o)?,
+            None => 0,
+        },
+        hidden: all,
         residual: match residual {
             true => Some((last, row_stride(&spec.inputs[last])?)),
             false => None,
@@ -337,53 +375,79 @@ impl Job {
     fn forward<E: Element>(&self, io: &Io) {
         // SAFETY: the plan's spans hold the operands of the spec this job was made from.
         unsafe {
-            with_blocks::<E, _>(&self.parts, io, |blocks| {
-                let job = Forward {
-                    m: self.m,
-                    k: self.k,
-                    x: rows_of(io, 0, self.in_row),
-                    blocks,
-                    y: out_rows(io, 0, self.out_row),
-                    residual: self
-                        .residual
-                        .map_or(Rows::<*const f32>::NONE, |(i, row)| rows_of(io, i, row)),
-                    h: match io.writes.get(1) {
-                        Some(p) if !p.is_null() => out_rows(io, 1, self.hidden_row),
-                        _ => Rows::<*mut f32>::NONE,
-                    },
-                };
-                crate::linear::forward(io.exec, &job, io.scratch());
-            });
+            match self.shares {
+                1 => with_blocks::<E, MAX_BLOCKS>(self, io, |b| self.forward_with(io, b)),
+                _ => with_blocks::<E, MAX_BANKED>(self, io, |b| self.forward_with(io, b)),
+            }
         }
     }
     fn backward<E: Element>(&self, io: &Io) {
-        // The scratch ends with `dh`, for when nobody else wants it.
-        let all = io.scratch();
-        let rank = rank(&self.parts);
-        let (scratch, dh) = all.split_at_mut(all.len() - self.spare_dh);
         // SAFETY: as in `forward`.
         unsafe {
-            with_blocks::<E, _>(&self.parts, io, |blocks| {
-                let job = Backward {
-                    m: self.m,
-                    k: self.k,
-                    dy: rows_of(io, 0, self.in_row),
-                    blocks,
-                    dx: out_rows(io, 0, self.out_row),
-                    residual: self
-                        .residual
-                        .map_or(Rows::<*const f32>::NONE, |(i, row)| rows_of(io, i, row)),
-                    dh: match io.writes.get(1) {
-                        Some(p) if !p.is_null() => out_rows(io, 1, self.hidden_row),
-                        _ => Rows {
-                            at: dh.as_mut_ptr(),
-                            row: rank,
-                        },
-                    },
-                };
-                crate::linear::backward(io.exec, &job, scratch);
-            });
+            match self.shares {
+                1 => with_blocks::<E, MAX_BLOCKS>(self, io, |b| self.backward_with(io, b)),
+                _ => with_blocks::<E, MAX_BANKED>(self, io, |b| self.backward_with(io, b)),
+            }
         }
+    }
+
+    /// Where `h` or `dh` of each share goes; what nobody wants, to `spare`, where that is given.
+    fn hidden(&self, io: &Io, mut spare: *mut f32) -> [Rows<*mut f32>; MAX_SHARES] {
+        let mut all = [Rows::<*mut f32>::NONE; MAX_SHARES];
+        for (to, (rank, result)) in all.iter_mut().zip(&self.hidden) {
+            *to = match *result {
+                Some((i, row)) if !io.writes[i].is_null() => out_rows(io, i, row),
+                _ if spare.is_null() => continue,
+                _ => {
+                    let at = spare;
+                    spare = spare.wrapping_add(self.m / self.shares * rank);
+                    Rows { at, row: *rank }
+                }
+            };
+        }
+        all
+    }
+
+    fn residual(&self, io: &Io) -> Rows<*const f32> {
+        let at = |(i, row)| rows_of(io, i, row);
+        self.residual.map_or(Rows::<*const f32>::NONE, at)
+    }
+
+    /// # Safety
+    /// `blocks` are this job's, from `io`.
+    unsafe fn forward_with<E: Element>(&self, io: &Io, blocks: &[Block<E>]) {
+        let job = Forward {
+            m: self.m,
+            k: self.k,
+            x: rows_of(io, 0, self.in_row),
+            shares: self.shares,
+            blocks,
+            y: out_rows(io, 0, self.out_row),
+            residual: self.residual(io),
+            h: &self.hidden(io, std::ptr::null_mut())[..self.shares],
+        };
+        // SAFETY: the caller's promise; the plan's spans are as large as the spec says.
+        unsafe { crate::linear::forward(io.exec, &job, io.scratch()) };
+    }
+
+    /// # Safety
+    /// As [`Job::forward_with`].
+    unsafe fn backward_with<E: Element>(&self, io: &Io, blocks: &[Block<E>]) {
+        // The scratch ends with `dh`, for when nobody else wants it.
+        let all = io.scratch();
+        let (scratch, dh) = all.split_at_mut(all.len() - self.spare_dh);
+        let job = Backward {
+            m: self.m,
+            k: self.k,
+            dy: rows_of(io, 0, self.in_row),
+            shares: self.shares,
+            blocks,
+            dx: out_rows(io, 0, self.out_row),
+            residual: self.residual(io),
+            dh: &self.hidden(io, dh.as_mut_ptr())[..self.shares],
+        };
+        // SAFETY: as in `forward_with`.
+        unsafe { crate::linear::backward(io.exec, &job, scratch) };
     }
 }
 
@@ -391,11 +455,17 @@ pub(super) fn forward(cpu: &Cpu, l: &Linear, spec: &KernelSpec) -> Option<Offer>
     spec.outputs[0].as_ref()?;
     let (parts, prepare) = parts(cpu, &l.blocks, &l.ins(), spec, false)?;
     let k = spec.inputs[0].layout.shape.last();
-    let scratch = forward_workspace(&shapes::<f32>(&parts), k, cpu.threads());
-    let adapted = l.rank() > 0;
-    let job = job(spec, parts, k, l.residual)?;
+    let shares = l.shares();
+    let scratch = forward_workspace(&shapes::<f32>(&parts, shares), shares, k, cpu.threads());
+    let hidden = Hidden {
+        ranks: l.ranks(),
+        numbers: l.hidden(),
+    };
+    let job = job(spec, parts, &hidden, k, l.residual)?;
     let half = cpu.weights == DType::BF16;
-    let name = match (adapted, half) {
+    let name = match (l.is_adapted(), half) {
+        (true, false) if shares > 1 => "lora_linear_tails_f32",
+        (true, true) if shares > 1 => "lora_linear_tails_bf16",
         (true, false) => "lora_linear_tail_f32",
         (true, true) => "lora_linear_tail_bf16",
         (false, false) => "linear_panels_f32",
@@ -413,17 +483,24 @@ pub(super) fn forward(cpu: &Cpu, l: &Linear, spec: &KernelSpec) -> Option<Offer>
 
 pub(super) fn backward(cpu: &Cpu, l: &LinearGrad, spec: &KernelSpec) -> Option<Offer> {
     let (parts, prepare) = parts(cpu, &l.blocks, &l.ins(), spec, true)?;
-    let scratch = backward_workspace(&shapes::<f32>(&parts), cpu.threads());
+    let hidden = Hidden {
+        ranks: l.ranks(),
+        numbers: l.hidden(),
+    };
+    let shares = hidden.ranks.len();
+    let scratch = backward_workspace(&shapes::<f32>(&parts, shares), shares, cpu.threads());
     let k = spec.inputs[1].layout.shape.last();
-    let mut job = job(spec, parts, k, l.residual)?;
-    if spec.outputs.get(1).is_some_and(Option::is_none) {
-        job.spare_dh = job.m * rank(&job.parts);
-    }
+    let mut job = job(spec, parts, &hidden, k, l.residual)?;
+    let unwanted = job.hidden.iter().filter(|(_, to)| to.is_none());
+    let spare: usize = unwanted.map(|(rank, _)| rank).sum();
+    job.spare_dh = job.m / shares * spare;
     let scratch = scratch + job.spare_dh;
     let half = cpu.weights == DType::BF16;
-    let name = match half {
-        false => "lora_linear_grad_tail_f32",
-        true => "lora_linear_grad_tail_bf16",
+    let name = match (half, shares > 1) {
+        (false, false) => "lora_linear_grad_tail_f32",
+        (true, false) => "lora_linear_grad_tail_bf16",
+        (false, true) => "lora_linear_grad_tails_f32",
+        (true, true) => "lora_linear_grad_tails_bf16",
     };
     let offer = match half {
         false => Offer::new(name, move |io| job.backward::<f32>(io)),

@@ -6,11 +6,11 @@ use std::ops::Range;
 
 use super::product::{PIECE, Product, Tails, copy_len};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
-use super::{Block, Raw, Rows, add_to};
+use super::{Block, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks, widest};
 use crate::exec::Exec;
 use crate::tile::{self, Element, Head, NR, Tail, Tile};
 
-/// A backward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
+/// A backward product. `n` is the sum of the blocks' outputs, `r` that of their ranks in a share.
 #[derive(Clone, Copy, Debug)]
 pub struct Backward<'a, E = f32> {
     /// Rows.
@@ -19,22 +19,24 @@ pub struct Backward<'a, E = f32> {
     pub k: usize,
     /// `[m, n]`: the gradient of the outputs.
     pub dy: Rows<*const f32>,
-    /// The projections, with panels from [`super::pack_kn`] (unused if `dx` is null) and adapters
-    /// with `b`.
+    /// Parts of the rows with adapters of their own; divides `m`.
+    pub shares: usize,
+    /// The projections, share after share: alike but for their adapters, which have `b`. Panels are from
+    /// [`super::pack_kn`] (unused if `dx` is null).
     pub blocks: &'a [Block<E>],
     /// `[m, k]`, written; null if nothing below the linear needs it.
     pub dx: Rows<*mut f32>,
     /// `[m, k]`, added to `dx`; null if there is none. It may be `dx` itself (the same pointer and
     /// stride): then the product is added in place.
     pub residual: Rows<*const f32>,
-    /// `[m, r]`, written with `s dy B`; may be null.
-    pub dh: Rows<*mut f32>,
+    /// `[m / shares, r]` of each share, written with `s dy B`; may be null.
+    pub dh: &'a [Rows<*mut f32>],
 }
 
 /// Floats of workspace that [`backward`] needs, for any number of rows.
 #[must_use]
-pub fn backward_workspace<E>(blocks: &[Block<E>], threads: usize) -> usize {
-    threads * Scratch::new(blocks).floats
+pub fn backward_workspace<E>(blocks: &[Block<E>], shares: usize, threads: usize) -> usize {
+    threads * Scratch::new(blocks, shares).floats
 }
 
 /// The scratch of one worker: which rows its `dh` is of, that, one panel of a tail, a copy of rows
@@ -47,9 +49,8 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new<E>(blocks: &[Block<E>]) -> Self {
-        let total: usize = blocks.iter().map(Block::rank).sum();
-        let largest = blocks.iter().map(Block::rank).max().unwrap_or(0);
+    fn new<E>(blocks: &[Block<E>], shares: usize) -> Self {
+        let (total, largest) = ranks(blocks, shares);
         let tail = 1 + MAX_ROWS * total;
         let copy = tail + NR * largest;
         let longest = blocks.iter().map(|b| b.n).max().unwrap_or(0);
@@ -70,12 +71,14 @@ impl Scratch {
 /// # Panics
 /// If `workspace` is shorter than [`backward_workspace`].
 pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, workspace: &mut [f32]) {
-    let (threads, per) = (exec.pool.threads(), Scratch::new(job.blocks).floats);
+    let at = Scratch::new(job.blocks, job.shares);
+    let (threads, per) = (exec.pool.threads(), at.floats);
     assert!(
         workspace.len() >= threads * per,
         "bug in tallow: backward: workspace too small"
     );
-    let n: usize = job.blocks.iter().map(|b| b.n).sum();
+    let first = blocks_of(job.blocks, job.shares, 0);
+    let n: usize = first.iter().map(|b| b.n).sum();
     let panels = if job.dx.at.is_null() {
         0
     } else {
@@ -93,6 +96,7 @@ pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, worksp
             exec,
             job,
             scratch: workspace.wrapping_add(worker * per),
+            at,
             row: rows.start,
             m: rows.len(),
         };
@@ -112,57 +116,80 @@ struct Part<'a, E> {
     exec: Exec<'a>,
     job: &'a Backward<'a, E>,
     scratch: *mut f32,
+    at: Scratch,
     row: usize,
     m: usize,
 }
 
 impl<E: Element> Part<'_, E> {
+    /// The blocks of a share.
+    fn blocks(&self, share: usize) -> &[Block<E>] {
+        blocks_of(self.job.blocks, self.job.shares, share)
+    }
+
+    /// These rows, cut where a share ends.
+    fn segments(&self) -> impl Iterator<Item = Segment> {
+        Shares::new(self.job.m, self.job.shares).cut(self.row, self.m)
+    }
+
+    /// Where `dh` of a block begins in scratch for some rows; they are as far apart as their own rank.
+    fn place(&self, i: usize, rows: Segment) -> *mut f32 {
+        let (row, before) = widest(self.job.blocks, self.job.shares, i);
+        let at = 1 + MAX_ROWS * before + rows.start * row;
+        self.scratch.wrapping_add(at)
+    }
+
     /// `dh` of these rows in scratch, computed unless this worker has it; written out if `keep`.
     ///
     /// # Safety
     /// As for [`backward`], for these rows and this worker's scratch, which holds `dh`.
     unsafe fn hidden(&self, key: u32, keep: bool) {
         let job = self.job;
-        let (mut column, mut rank) = (0, 0);
-        // SAFETY: the scratch holds a key and then `MAX_ROWS` rows of every rank.
+        let share_rows = job.m / job.shares;
+        // SAFETY: the scratch holds a key and then `MAX_ROWS` rows of every block's largest rank.
         unsafe {
             let fresh = (*self.scratch).to_bits() == key;
-            for block in job.blocks {
-                if let Some(adapter) = block.adapter {
-                    let dh = self.scratch.add(1 + MAX_ROWS * rank);
-                    if !fresh {
-                        self.down(block, column, dh);
-                    }
-                    if keep && !job.dh.at.is_null() {
-                        for row in 0..self.m {
-                            let to = job.dh.at.add((self.row + row) * job.dh.row + rank);
-                            let from = dh.add(row * adapter.rank);
-                            std::ptr::copy_nonoverlapping(from, to, adapter.rank);
+            for segment in self.segments() {
+                let (to, mut column, mut rank) = (job.dh[segment.share], 0, 0);
+                let first = self.row + segment.start - segment.share * share_rows;
+                for (i, block) in self.blocks(segment.share).iter().enumerate() {
+                    if let Some(adapter) = block.adapter {
+                        let dh = self.place(i, segment);
+                        if !fresh {
+                            self.down(block, segment, column, dh);
                         }
+                        if keep && !to.at.is_null() {
+                            for row in 0..segment.end - segment.start {
+                                let to = to.at.add((first + row) * to.row + rank);
+                                let from = dh.add(row * adapter.rank);
+                                std::ptr::copy_nonoverlapping(from, to, adapter.rank);
+                            }
+                        }
+                        rank += adapter.rank;
                     }
-                    rank += adapter.rank;
+                    column += block.n;
                 }
-                column += block.n;
             }
             *self.scratch = f32::from_bits(key);
         }
     }
 
-    /// `dh = s dy B` of one block whose outputs begin at `column`.
+    /// `dh = s dy B` of one block whose outputs begin at `column`, for some rows.
     ///
     /// # Safety
     /// As for [`Part::hidden`]; `dh` has room for these rows.
-    unsafe fn down(&self, block: &Block<E>, column: usize, dh: *mut f32) {
+    unsafe fn down(&self, block: &Block<E>, rows: Segment, column: usize, dh: *mut f32) {
         let Some(adapter) = block.adapter else { return };
         let (job, r) = (self.job, adapter.rank);
+        let (first, m) = (self.row + rows.start, rows.end - rows.start);
         // SAFETY: the caller's promise; `B` is `[n, r]`, read a panel of columns at a time.
         unsafe {
             for j in (0..r).step_by(NR) {
                 for i in (0..block.n.max(1)).step_by(PIECE) {
                     let tile = Tile {
-                        m: self.m,
+                        m,
                         k: (block.n - i).min(PIECE),
-                        x: job.dy.at.add(self.row * job.dy.row + column + i),
+                        x: job.dy.at.add(first * job.dy.row + column + i),
                         x_row: job.dy.row,
                         x_col: 1,
                         panel: adapter.b.add(i * r + j),
@@ -176,7 +203,7 @@ impl<E: Element> Part<'_, E> {
                     tile::run(self.exec.isa, &tile);
                 }
             }
-            let dh = std::slice::from_raw_parts_mut(dh, self.m * r);
+            let dh = std::slice::from_raw_parts_mut(dh, m * r);
             dh.iter_mut().for_each(|v| *v *= adapter.scale);
         }
     }
@@ -188,8 +215,8 @@ impl<E: Element> Part<'_, E> {
     unsafe fn panels(&self, panels: Range<usize>) {
         let job = self.job;
         let y = job.dx.at.wrapping_add(self.row * job.dx.row);
-        let (mut column, mut rank) = (0, 0);
-        for (i, block) in job.blocks.iter().enumerate() {
+        let mut column = 0;
+        for (i, block) in self.blocks(0).iter().enumerate() {
             let product = Product {
                 isa: self.exec.isa,
                 m: self.m,
@@ -201,19 +228,18 @@ impl<E: Element> Part<'_, E> {
                 y,
                 y_row: job.dx.row,
                 accumulate: i > 0 || job.residual.is(job.dx),
-                scratch: self.scratch.wrapping_add(Scratch::new(job.blocks).copy),
+                scratch: self.scratch.wrapping_add(self.at.copy),
                 head: Head::NONE,
+                shares: (Shares::new(job.m, job.shares), self.row),
             };
-            let dh = self.scratch.wrapping_add(1 + MAX_ROWS * rank).cast_const();
-            let each = |p: usize| self.tail(block, p, dh);
-            let tails = match block.adapter {
-                None => Tails::None,
-                Some(_) => Tails::Each(&each),
+            let each = |rows: Segment, p: usize| self.tail(i, rows, p);
+            let tails = match widest(job.blocks, job.shares, i).0 {
+                0 => Tails::None,
+                _ => Tails::Each(&each),
             };
             // SAFETY: the caller's promise.
             unsafe { product.run(panels.clone(), &tails) };
             column += block.n;
-            rank += block.rank();
         }
         let first = panels.start * NR;
         let cols = job.k.min(panels.end * NR) - first;
@@ -226,15 +252,15 @@ impl<E: Element> Part<'_, E> {
         unsafe { add_to(self.m, cols, y, std::ptr::null(), residual) };
     }
 
-    /// The adapter's part of panel `p` of `dx`: columns of `A`, of the last panel a padded copy.
-    fn tail(&self, block: &Block<E>, p: usize, dh: *const f32) -> Tail {
-        let Some(adapter) = block.adapter else {
+    /// The adapter's part of panel `p` of `dx` for some rows: columns of `A`, of the last panel a padded copy.
+    fn tail(&self, i: usize, rows: Segment, p: usize) -> Tail {
+        let Some(adapter) = self.blocks(rows.share)[i].adapter else {
             return Tail::NONE;
         };
         let (k, r) = (self.job.k, adapter.rank);
         let mut tail = Tail {
             k: r,
-            x: dh,
+            x: self.place(i, rows),
             x_row: r,
             x_col: 1,
             panel: adapter.a.wrapping_add(p * NR),
@@ -242,9 +268,7 @@ impl<E: Element> Part<'_, E> {
         };
         let cols = (k - p * NR).min(NR);
         if cols < NR {
-            let copy = self
-                .scratch
-                .wrapping_add(Scratch::new(self.job.blocks).tail);
+            let copy = self.scratch.wrapping_add(self.at.tail);
             for i in 0..r {
                 // SAFETY: this runs inside `panels`: `A` has `r` rows with `cols` columns from
                 // `p * 32` on, and the scratch has `32 * r` floats for them.

@@ -8,11 +8,11 @@ use super::dots::{self, Dots};
 use super::pack::tail_panel;
 use super::product::{Product, Tails, copy_len};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
-use super::{Block, Raw, Rows, add_to};
+use super::{Block, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks, widest};
 use crate::exec::Exec;
 use crate::tile::{Element, HEAD_PAD, Head, NR, Tail};
 
-/// A forward product. `n` is the sum of the blocks' outputs, `r` that of their ranks.
+/// A forward product. `n` is the sum of the blocks' outputs, `r` that of their ranks in a share.
 #[derive(Clone, Copy, Debug)]
 pub struct Forward<'a, E = f32> {
     /// Rows.
@@ -21,21 +21,23 @@ pub struct Forward<'a, E = f32> {
     pub k: usize,
     /// `[m, k]`
     pub x: Rows<*const f32>,
-    /// The projections of `x`.
+    /// Parts of the rows with adapters of their own; divides `m`.
+    pub shares: usize,
+    /// The projections of `x`, share after share: alike but for their adapters.
     pub blocks: &'a [Block<E>],
     /// `[m, n]`, written.
     pub y: Rows<*mut f32>,
     /// `[m, n]`, added to the result; null if there is none. It may be `y` itself (the same pointer
     /// and stride): then the product is added in place.
     pub residual: Rows<*const f32>,
-    /// `[m, r]`, written with `x Aᵀ` (not scaled) for the backward product; may be null.
-    pub h: Rows<*mut f32>,
+    /// `[m / shares, r]` of each share, written with `x Aᵀ` (not scaled) for the backward product; may be null.
+    pub h: &'a [Rows<*mut f32>],
 }
 
 /// Floats of workspace that [`forward`] needs with `k` inputs, for any number of rows.
 #[must_use]
-pub fn forward_workspace<E>(blocks: &[Block<E>], k: usize, threads: usize) -> usize {
-    threads * Scratch::new(blocks, k).floats
+pub fn forward_workspace<E>(blocks: &[Block<E>], shares: usize, k: usize, threads: usize) -> usize {
+    threads * Scratch::new(blocks, shares, k).floats
 }
 
 /// The scratch of one worker: which rows each `h` is of, the `h`s, one panel of a tail, a copy of
@@ -49,10 +51,9 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new<E>(blocks: &[Block<E>], k: usize) -> Self {
-        let total: usize = blocks.iter().map(Block::rank).sum();
-        let largest = blocks.iter().map(Block::rank).max().unwrap_or(0);
-        let h = blocks.len();
+    fn new<E>(blocks: &[Block<E>], shares: usize, k: usize) -> Self {
+        let (total, largest) = ranks(blocks, shares);
+        let h = blocks.len() / shares;
         let tail = h + MAX_ROWS * total + HEAD_PAD;
         let copy = tail + NR * largest;
         Self {
@@ -73,10 +74,14 @@ impl Scratch {
 /// # Panics
 /// If `workspace` is shorter than [`forward_workspace`].
 pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspace: &mut [f32]) {
-    let (threads, at) = (exec.pool.threads(), Scratch::new(job.blocks, job.k));
+    let (threads, at) = (
+        exec.pool.threads(),
+        Scratch::new(job.blocks, job.shares, job.k),
+    );
     let enough = workspace.len() >= threads * at.floats;
     assert!(enough, "bug in tallow: forward: workspace too small");
-    let panels = job.blocks.iter().map(|b| b.n.div_ceil(NR)).sum();
+    let first = blocks_of(job.blocks, job.shares, 0);
+    let panels = first.iter().map(|b| b.n.div_ceil(NR)).sum();
     let split = Split::new((job.m, panels, job.k), MIN_ROWS..=MAX_ROWS, threads);
     for scratch in workspace.chunks_exact_mut(at.floats).take(threads) {
         scratch[..at.h].fill(f32::from_bits(u32::MAX));
@@ -102,8 +107,17 @@ pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspac
 
 /// `h` of a block, and how it is made if it is not there yet.
 struct Hidden {
-    at: *const f32,
+    at: *mut f32,
+    /// Room for a row.
+    row: usize,
     head: Head,
+}
+
+impl Hidden {
+    /// Where the rows of a segment begin; they are as far apart as its own rank.
+    fn of(&self, segment: Segment) -> *mut f32 {
+        self.at.wrapping_add(segment.start * self.row)
+    }
 }
 
 /// Rows `row..row + m` of a job on one worker.
@@ -123,26 +137,34 @@ impl<E: Element> Part<'_, E> {
     /// # Safety
     /// As for [`forward`], for these rows and panels and this worker's scratch.
     unsafe fn run(&self, panels: Range<usize>) {
-        let (mut first, mut column, mut rank) = (0, 0, 0);
-        for (i, block) in self.job.blocks.iter().enumerate() {
+        let (mut first, mut column) = (0, 0);
+        for (i, block) in self.blocks(0).iter().enumerate() {
             let count = block.n.div_ceil(NR);
             let from = panels.start.max(first) - first;
             let to = panels.end.min(first + count).max(first) - first;
             if from < to {
-                // SAFETY: the caller's promise; `column` and `rank` are where the block's outputs
-                // and its part of `h` begin.
+                // SAFETY: the caller's promise; `column` is where the block's outputs begin.
                 unsafe {
-                    let hidden = self.hidden(i, block, rank);
-                    self.panels(block, from..to, column, &hidden);
+                    let hidden = self.hidden(i);
+                    self.panels(i, from..to, column, &hidden);
                     if from == 0 {
-                        self.keep(block, rank, hidden.at);
+                        self.keep(i, &hidden);
                     }
                 }
             }
             first += count;
             column += block.n;
-            rank += block.rank();
         }
+    }
+
+    /// The blocks of a share.
+    fn blocks(&self, share: usize) -> &[Block<E>] {
+        blocks_of(self.job.blocks, self.job.shares, share)
+    }
+
+    /// These rows, cut where a share ends.
+    fn segments(&self) -> impl Iterator<Item = Segment> {
+        Shares::new(self.job.m, self.job.shares).cut(self.row, self.m)
     }
 
     /// `h` of a block for these rows, computed unless this worker has it, or to be computed with the
@@ -150,61 +172,75 @@ impl<E: Element> Part<'_, E> {
     ///
     /// # Safety
     /// As for [`Part::run`]. If there is a head, the block's panels are computed next.
-    unsafe fn hidden(&self, i: usize, block: &Block<E>, rank: usize) -> Hidden {
-        let mut head = Head::NONE;
-        let Some(adapter) = block.adapter else {
-            return Hidden {
-                at: std::ptr::null(),
-                head,
-            };
+    unsafe fn hidden(&self, i: usize) -> Hidden {
+        let (row, before) = widest(self.job.blocks, self.job.shares, i);
+        let mut found = Hidden {
+            at: self.scratch.wrapping_add(self.at.h + MAX_ROWS * before),
+            row,
+            head: Head::NONE,
         };
+        if row == 0 {
+            return found;
+        }
         let job = self.job;
-        // SAFETY: the scratch holds a key for each block and then `MAX_ROWS` rows of every rank.
+        // SAFETY: the scratch holds a key for each block and then `MAX_ROWS` rows of every block's largest rank.
         unsafe {
             let key = self.scratch.add(i);
-            let h = self.scratch.add(self.at.h + MAX_ROWS * rank);
-            let here = (*key).to_bits() == self.key;
-            let streams = self.m == 1 && !adapter.turned.is_null() && !adapter.tail.is_null();
-            if !here && streams {
-                head = Head {
-                    a: adapter.turned,
-                    out: h,
-                    accumulate: false,
-                    r: adapter.rank,
-                };
-            } else if !here {
-                let dots = Dots {
-                    m: self.m,
-                    n: adapter.rank,
-                    k: job.k,
-                    x: job.x.at.add(self.row * job.x.row),
-                    x_row: job.x.row,
-                    w: adapter.a,
-                    w_row: job.k,
-                    y: h,
-                    y_row: adapter.rank,
-                };
-                dots::run(self.exec.isa, &dots);
+            if (*key).to_bits() != self.key {
+                for segment in self.segments() {
+                    let Some(adapter) = self.blocks(segment.share)[i].adapter else {
+                        continue;
+                    };
+                    let h = found.of(segment);
+                    if self.m == 1 && !adapter.turned.is_null() && !adapter.tail.is_null() {
+                        found.head = Head {
+                            a: adapter.turned,
+                            out: h,
+                            accumulate: false,
+                            r: adapter.rank,
+                        };
+                        continue;
+                    }
+                    let dots = Dots {
+                        m: segment.end - segment.start,
+                        n: adapter.rank,
+                        k: job.k,
+                        x: job.x.at.add((self.row + segment.start) * job.x.row),
+                        x_row: job.x.row,
+                        w: adapter.a,
+                        w_row: job.k,
+                        y: h,
+                        y_row: adapter.rank,
+                    };
+                    dots::run(self.exec.isa, &dots);
+                }
             }
             *key = f32::from_bits(self.key);
-            Hidden { at: h, head }
         }
+        found
     }
 
     /// Writes `h` of a block out for the backward product, if it is wanted.
     ///
     /// # Safety
-    /// As for [`Part::run`]; `h` is the block's.
-    unsafe fn keep(&self, block: &Block<E>, rank: usize, h: *const f32) {
-        let (to, r) = (self.job.h, block.rank());
-        if to.at.is_null() || r == 0 {
-            return;
-        }
-        for row in 0..self.m {
-            // SAFETY: the scratch holds `m` rows of `r`, and `to` row `self.row + row`.
-            unsafe {
-                let to = to.at.add((self.row + row) * to.row + rank);
-                std::ptr::copy_nonoverlapping(h.add(row * r), to, r);
+    /// As for [`Part::run`]; `hidden` is the block's.
+    unsafe fn keep(&self, i: usize, hidden: &Hidden) {
+        let share_rows = self.job.m / self.job.shares;
+        for segment in self.segments() {
+            let blocks = self.blocks(segment.share);
+            let (to, r) = (self.job.h[segment.share], blocks[i].rank());
+            if to.at.is_null() || r == 0 {
+                continue;
+            }
+            let before: usize = blocks[..i].iter().map(Block::rank).sum();
+            let from = hidden.of(segment);
+            let first = self.row + segment.start - segment.share * share_rows;
+            for row in 0..segment.end - segment.start {
+                // SAFETY: the scratch holds these rows of `r`, and `to` those from `first` on.
+                unsafe {
+                    let to = to.at.add((first + row) * to.row + before);
+                    std::ptr::copy_nonoverlapping(from.add(row * r), to, r);
+                }
             }
         }
     }
@@ -213,14 +249,8 @@ impl<E: Element> Part<'_, E> {
     ///
     /// # Safety
     /// As for [`Part::run`]; `hidden` is the block's.
-    unsafe fn panels(
-        &self,
-        block: &Block<E>,
-        panels: Range<usize>,
-        column: usize,
-        hidden: &Hidden,
-    ) {
-        let (job, h) = (self.job, hidden.at);
+    unsafe fn panels(&self, i: usize, panels: Range<usize>, column: usize, hidden: &Hidden) {
+        let (job, block) = (self.job, &self.blocks(0)[i]);
         let first = panels.start * NR;
         let product = Product {
             isa: self.exec.isa,
@@ -235,21 +265,22 @@ impl<E: Element> Part<'_, E> {
             accumulate: job.residual.is(job.y),
             scratch: self.scratch.wrapping_add(self.at.copy),
             head: hidden.head,
+            shares: (Shares::new(job.m, job.shares), self.row),
         };
         let y = Rows {
             at: product.y.wrapping_add(first),
             row: job.y.row,
         };
         let cols = block.n.min(panels.end * NR) - first;
-        let each = |p: usize| self.tail(block, p, h);
+        let each = |rows: Segment, p: usize| self.tail(i, rows, p, hidden);
         let tails = match block.adapter {
-            None => Tails::None,
-            Some(a) if a.tail.is_null() => Tails::Each(&each),
-            Some(a) => Tails::Packed {
+            _ if hidden.row == 0 => Tails::None,
+            Some(a) if job.shares == 1 && !a.tail.is_null() => Tails::Packed {
                 k: a.rank,
-                x: h,
+                x: hidden.at,
                 panels: a.tail,
             },
+            _ => Tails::Each(&each),
         };
         // SAFETY: the caller's promise.
         unsafe {
@@ -268,8 +299,9 @@ impl<E: Element> Part<'_, E> {
         }
     }
 
-    /// The adapter's part of panel `p`, packed into scratch.
-    fn tail(&self, block: &Block<E>, p: usize, h: *const f32) -> Tail {
+    /// The adapter's part of panel `p` for some rows, packed into scratch.
+    fn tail(&self, i: usize, rows: Segment, p: usize, hidden: &Hidden) -> Tail {
+        let block = &self.blocks(rows.share)[i];
         let Some(adapter) = block.adapter else {
             return Tail::NONE;
         };
@@ -281,7 +313,7 @@ impl<E: Element> Part<'_, E> {
         unsafe { tail_panel(adapter.b.add(p * NR * r), cols, r, adapter.scale, panel) };
         Tail {
             k: r,
-            x: h,
+            x: hidden.of(rows),
             x_row: r,
             x_col: 1,
             panel,

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::split::MAX_ROWS;
+use super::{Segment, Shares, split::MAX_ROWS};
 use crate::simd::{Isa, prefetch_far};
 use crate::tile::{Element, Head, MR, NR, Strip, Tail, Tile, run_strip, run_with_tail};
 
@@ -44,24 +44,26 @@ pub(super) struct Product<E> {
     pub(super) scratch: *mut f32,
     /// For one row with a packed tail: its `x` is made on the way.
     pub(super) head: Head,
+    /// Whose tail each row has, counted from this row on.
+    pub(super) shares: (Shares, usize),
 }
 
 /// The tail of the panels of a product.
 pub(super) enum Tails<'a> {
     /// There is none.
     None,
-    /// Packed and padded as by `pack_tail`: `k` terms, `x` with rows `k` apart.
+    /// Packed and padded as by `pack_tail`: `k` terms, `x` with rows `k` apart; one for all rows.
     Packed {
         k: usize,
         x: *const f32,
         panels: *const f32,
     },
-    /// Each panel's is asked for when it is used; padded.
-    Each(&'a dyn Fn(usize) -> Tail),
+    /// Each panel's of some rows is asked for when it is used; padded. Its `x` begins with those rows.
+    Each(&'a dyn Fn(Segment, usize) -> Tail),
 }
 
 impl Tails<'_> {
-    fn of(&self, p: usize) -> Tail {
+    fn of(&self, rows: Segment, p: usize) -> Tail {
         match *self {
             Tails::None => Tail::NONE,
             Tails::Packed { k, x, panels } => {
@@ -75,7 +77,7 @@ impl Tails<'_> {
                     panel_row: NR,
                 }
             }
-            Tails::Each(tail) => tail(p),
+            Tails::Each(tail) => tail(rows, p),
         }
     }
 }
@@ -117,38 +119,47 @@ impl<E: Element> Product<E> {
         // SAFETY: the caller's promise.
         let (x, x_row) = unsafe { self.near(piece) };
         let far = self.k * self.n * size_of::<E>() > NEAR_BYTES;
+        let (shares, first) = self.shares;
         for p in panels {
-            let panel = |p: usize| self.panels.wrapping_add((p * self.k + piece.from) * NR);
-            let tail = tails.of(p);
-            let chunks = self.m.div_ceil(CHUNK_ROWS);
-            for chunk in 0..chunks {
-                let row = chunk * self.m / chunks;
-                let tile = Tile {
-                    m: (chunk + 1) * self.m / chunks - row,
-                    k: piece.len,
-                    x: x.wrapping_add(row * x_row),
-                    x_row,
-                    x_col: 1,
-                    panel: panel(p),
-                    panel_row: NR,
-                    padded: true,
-                    y: self.y.wrapping_add(row * self.y_row + p * NR),
-                    y_row: self.y_row,
-                    cols: (self.n - p * NR).min(NR),
-                    accumulate: piece.accumulate,
-                };
-                if far && chunks > 1 {
-                    // The next panel arrives while this one is worked on.
-                    ahead(
-                        panel(p + 1),
-                        chunk * piece.len / chunks..(chunk + 1) * piece.len / chunks,
-                    );
+            for segment in shares.cut(first, self.m) {
+                let tail = tails.of(segment, p);
+                let rows = segment.end - segment.start;
+                let chunks = rows.div_ceil(CHUNK_ROWS);
+                let cut = |chunk: usize| segment.start + chunk * rows / chunks;
+                for chunk in 0..chunks {
+                    let (row, end) = (cut(chunk), cut(chunk + 1));
+                    if far && self.m > CHUNK_ROWS {
+                        // The next panel arrives while this one is worked on.
+                        let at = |row: usize| row * piece.len / self.m;
+                        ahead(self.panel(p + 1, piece), at(row)..at(end));
+                    }
+                    let tile = Tile {
+                        m: end - row,
+                        k: piece.len,
+                        x: x.wrapping_add(row * x_row),
+                        x_row,
+                        x_col: 1,
+                        panel: self.panel(p, piece),
+                        panel_row: NR,
+                        padded: true,
+                        y: self.y.wrapping_add(row * self.y_row + p * NR),
+                        y_row: self.y_row,
+                        cols: (self.n - p * NR).min(NR),
+                        accumulate: piece.accumulate,
+                    };
+                    let skip = (row - segment.start) * tail.x_row;
+                    let x = tail.x.wrapping_add(skip);
+                    // SAFETY: the caller's promise.
+                    unsafe { run_with_tail(self.isa, &tile, &Tail { x, ..tail }) };
                 }
-                let x = tail.x.wrapping_add(row * tail.x_row);
-                // SAFETY: the caller's promise.
-                unsafe { run_with_tail(self.isa, &tile, &Tail { x, ..tail }) };
             }
         }
+    }
+
+    /// Where the terms of `piece` begin in a panel.
+    fn panel(&self, p: usize, piece: &Piece) -> *const E {
+        let at = (p * self.k + piece.from) * NR;
+        self.panels.wrapping_add(at)
     }
 
     /// The piece of `x` and its row stride; copied where its rows would fight for a few cache lines.
@@ -177,7 +188,12 @@ impl<E: Element> Product<E> {
     /// As for [`Product::tiles`]; `m` is 1.
     unsafe fn strip(&self, panels: Range<usize>, piece: &Piece, tails: &Tails<'_>) {
         let first = panels.start * NR;
-        let tail = tails.of(panels.start);
+        let row = Segment {
+            share: 0,
+            start: 0,
+            end: 1,
+        };
+        let tail = tails.of(row, panels.start);
         let strip = Strip {
             k: piece.len,
             x: self.x.wrapping_add(piece.from),

@@ -24,8 +24,8 @@ fn layer(b: &mut Builder, x: NodeId, n: usize, rank: usize, bias: bool) -> Resul
         ins.push(b.input(Role::State, TensorType::f32([rank, k])));
         ins.push(b.input(Role::State, TensorType::f32([n, rank])));
     }
-    let adapter = (rank > 0).then(|| (rank, 2.0.into()));
-    let blocks = vec![Block { n, bias, adapter }];
+    let adapters = vec![(rank > 0).then(|| (rank, 2.0.into()))];
+    let blocks = vec![Block { n, bias, adapters }];
     let residual = false;
     b.composite(Linear { blocks, residual }, &ins)
 }
@@ -47,7 +47,7 @@ fn layers_of_one_input_become_blocks() {
     let g = qkv();
     let (s, notes) = group(&g).unwrap();
     same(&g, &s);
-    assert!(matches!(only(&s), Composite::Linear(l) if l.blocks.len() == 3 && l.rank() == 3));
+    assert!(matches!(only(&s), Composite::Linear(l) if l.blocks.len() == 3 && l.ranks() == [3]));
     assert_eq!(notes.len(), 1);
     assert!(notes[0].contains("4 + 2 + 3"), "{}", notes[0]);
     assert_eq!(g.inputs().len(), s.inputs().len());
@@ -92,7 +92,7 @@ fn layers_that_differ_or_depend_stay_apart() {
         let block = Block {
             n: 4,
             bias: false,
-            adapter: None,
+            adapters: vec![None],
         };
         let op = |residual| Linear {
             blocks: vec![block.clone()],
@@ -113,7 +113,7 @@ fn layers_that_differ_or_depend_stay_apart() {
             blocks: vec![Block {
                 n: 4,
                 bias: false,
-                adapter: Some((3, 1.0.into())),
+                adapters: vec![Some((3, 1.0.into()))],
             }],
             residual: false,
         };
@@ -139,7 +139,7 @@ fn two_groups_make_no_cycle() {
             blocks: vec![Block {
                 n: 3,
                 bias: false,
-                adapter: None,
+                adapters: vec![None],
             }],
             residual: false,
         };

@@ -157,7 +157,7 @@ fn projection(m: Match<'_>, mut id: NodeId) -> Option<(NodeId, NodeId, bool, Vec
     match &n.op {
         Op::Composite(Composite::Linear(l)) => {
             let bare = !l.residual && l.blocks.len() == 1 && !l.blocks[0].bias;
-            (bare && l.rank() == 0).then(|| (n.inputs[0], n.inputs[1], true, inner))
+            (bare && !l.is_adapted()).then(|| (n.inputs[0], n.inputs[1], true, inner))
         }
         Op::MatMul {
             ta: false,

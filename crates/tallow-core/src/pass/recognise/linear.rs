@@ -196,7 +196,7 @@ fn emit(b: &mut Builder, l: &Layer, like: NodeId) -> Result<NodeId> {
     let block = Block {
         n: b.shape(ins[1]).0[0],
         bias: l.bias.is_some(),
-        adapter,
+        adapters: vec![adapter],
     };
     let op = Linear {
         blocks: vec![block],

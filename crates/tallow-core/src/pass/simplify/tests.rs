@@ -204,7 +204,7 @@ fn block(n: usize, rank: usize) -> Block {
     Block {
         n,
         bias: false,
-        adapter: (rank > 0).then(|| (rank, 2.0.into())),
+        adapters: vec![(rank > 0).then(|| (rank, 2.0.into()))],
     }
 }
 

@@ -18,11 +18,12 @@ fn run_forward<E: Packed>(
     let blocks = world.blocks(case, panels, &tails, &heads);
     let mut y = Matrix::poisoned(case.m, case.n());
     let mut h = Matrix::poisoned(case.m, case.r());
-    let mut workspace = vec![POISON; forward_workspace(&blocks, case.k, pool.threads())];
+    let mut workspace = vec![POISON; forward_workspace(&blocks, 1, case.k, pool.threads())];
     let job = Forward {
         m: case.m,
         k: case.k,
         x: world.x.input(),
+        shares: 1,
         blocks: &blocks,
         y: y.output(),
         residual: if case.residual {
@@ -30,7 +31,7 @@ fn run_forward<E: Packed>(
         } else {
             Rows::<*const f32>::NONE
         },
-        h: h.output(),
+        h: &[h.output()],
     };
     // SAFETY: every matrix has the size that the case asks for.
     unsafe { forward(Exec { isa, pool }, &job, &mut workspace) };
@@ -95,11 +96,12 @@ fn run_backward(
     let blocks = world.blocks(case, panels, &[], &[]);
     let mut dx = Matrix::poisoned(case.m, case.k);
     let mut dh = Matrix::poisoned(case.m, case.r());
-    let mut workspace = vec![POISON; backward_workspace(&blocks, pool.threads())];
+    let mut workspace = vec![POISON; backward_workspace(&blocks, 1, pool.threads())];
     let job = Backward {
         m: case.m,
         k: case.k,
         dy: world.dy.input(),
+        shares: 1,
         blocks: &blocks,
         dx: if need_dx {
             dx.output()
@@ -111,7 +113,7 @@ fn run_backward(
         } else {
             Rows::<*const f32>::NONE
         },
-        dh: dh.output(),
+        dh: &[dh.output()],
     };
     // SAFETY: every matrix has the size that the case asks for.
     unsafe { backward(Exec { isa, pool }, &job, &mut workspace) };
@@ -302,16 +304,20 @@ fn a_residual_may_be_the_output_itself() {
         };
         let (mut y, mut dx) = (copy(), copy());
         let blocks = world.blocks(&case, &panels[0], &[], &[]);
-        let mut workspace =
-            vec![POISON; forward_workspace(&blocks, case.k, 2).max(backward_workspace(&blocks, 2))];
+        let mut workspace = vec![
+            POISON;
+            forward_workspace(&blocks, 1, case.k, 2)
+                .max(backward_workspace(&blocks, 1, 2))
+        ];
         let job = Forward {
             m: case.m,
             k: case.k,
             x: world.x.input(),
+            shares: 1,
             blocks: &blocks,
             residual: y.input(),
             y: y.output(),
-            h: h.output(),
+            h: &[h.output()],
         };
         // SAFETY: every matrix has the size that the case asks for; `residual` is `y`.
         unsafe { forward(exec, &job, &mut workspace) };
@@ -320,10 +326,11 @@ fn a_residual_may_be_the_output_itself() {
             m: case.m,
             k: case.k,
             dy: world.dy.input(),
+            shares: 1,
             blocks: &blocks,
             residual: dx.input(),
             dx: dx.output(),
-            dh: dh.output(),
+            dh: &[dh.output()],
         };
         // SAFETY: as above.
         unsafe { backward(exec, &job, &mut workspace) };
@@ -415,6 +422,85 @@ fn bits_do_not_depend_on_the_batch() {
                 all.bits()[row * stride..][..stride],
                 "{name} row {row}"
             );
+        }
+    });
+}
+
+/// Adapters that share the rows have the bits that each has alone.
+#[test]
+fn each_share_is_as_if_it_were_alone() {
+    let (mut rng, pool) = (Rng::fresh(), Pool::new(2));
+    each_isa(&mut |isa, name| {
+        for (share, ranks) in [(1, [3, 0, 8]), (5, [1, 9, 2]), (37, [8, 16, 0])] {
+            let case = |g: usize| Case {
+                m: share,
+                k: 70,
+                blocks: vec![(50, ranks[g]), (33, ranks[2 - g])],
+                bias: true,
+                residual: false,
+                packed_tail: false,
+                turned: false,
+            };
+            let mut worlds: Vec<World> = (0..3).map(|g| World::new(&case(g), &mut rng)).collect();
+            for g in 1..3 {
+                (worlds[g].w, worlds[g].bias) = (worlds[0].w.clone(), worlds[0].bias.clone());
+            }
+            let all = |of: fn(&World) -> &Matrix| Matrix {
+                rows: 3 * share,
+                cols: of(&worlds[0]).cols,
+                data: worlds.iter().flat_map(|w| &of(w).data).copied().collect(),
+            };
+            let (x, dy) = (all(|w| &w.x), all(|w| &w.dy));
+            let [front, back] = [true, false].map(|f| worlds[0].panels::<f32>(&case(0), f));
+            let blocks = |panels| -> Vec<Block> {
+                let one = |g: usize| worlds[g].blocks(&case(g), panels, &[], &[]);
+                (0..3).flat_map(one).collect()
+            };
+            let hidden = || [0, 1, 2].map(|g| Matrix::poisoned(share, case(g).r()));
+            let (mut h, mut dh) = (hidden(), hidden());
+            let (mut y, mut dx) = (
+                Matrix::poisoned(3 * share, 83),
+                Matrix::poisoned(3 * share, 70),
+            );
+            let (on_y, on_dx) = (blocks(&front), blocks(&back));
+            let floats = forward_workspace(&on_y, 3, 70, 2).max(backward_workspace(&on_dx, 3, 2));
+            let mut workspace = vec![POISON; floats];
+            let exec = Exec { isa, pool: &pool };
+            let job = Forward {
+                m: 3 * share,
+                k: 70,
+                x: x.input(),
+                shares: 3,
+                blocks: &on_y,
+                y: y.output(),
+                residual: Rows::<*const f32>::NONE,
+                h: &h.each_mut().map(Matrix::output),
+            };
+            // SAFETY: every matrix has the size that the case asks for.
+            unsafe { forward(exec, &job, &mut workspace) };
+            let job = Backward {
+                m: 3 * share,
+                k: 70,
+                dy: dy.input(),
+                shares: 3,
+                blocks: &on_dx,
+                dx: dx.output(),
+                residual: Rows::<*const f32>::NONE,
+                dh: &dh.each_mut().map(Matrix::output),
+            };
+            // SAFETY: as above.
+            unsafe { backward(exec, &job, &mut workspace) };
+            for g in 0..3 {
+                let alone = run_forward(isa, &pool, &case(g), &worlds[g], &front);
+                let below = run_backward(isa, &pool, &case(g), &worlds[g], &back, true);
+                for (whole, one) in [(&y, &alone.0), (&dx, &below.0)] {
+                    let row = one.cols + GAP;
+                    let part = &whole.bits()[g * share * row..][..share * row];
+                    assert_eq!(part, one.bits(), "{name} share {g} of {share} rows");
+                }
+                assert_eq!(h[g].bits(), alone.1.bits(), "{name} h of share {g}");
+                assert_eq!(dh[g].bits(), below.1.bits(), "{name} dh of share {g}");
+            }
         }
     });
 }
