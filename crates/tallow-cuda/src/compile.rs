@@ -44,7 +44,7 @@ pub(crate) fn present() -> bool {
     unsafe { sys::is_culib_present() }
 }
 
-fn missing() -> Error {
+pub(crate) fn missing() -> Error {
     Error::MissingLibrary {
         library: "NVRTC (libnvrtc.so, the CUDA compiler)",
         remedy: "install the CUDA toolkit or `pip install nvidia-cuda-nvrtc` and put its folder on LD_LIBRARY_PATH",

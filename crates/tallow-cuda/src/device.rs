@@ -5,7 +5,7 @@ use crate::{
     compile, driver,
     driver::Card,
     error::Error,
-    gemm::Blas,
+    gemm::{self, Blas},
     glue,
     launch::{Bound, Job, Offer, Places},
     recording::CudaRecording,
@@ -58,6 +58,17 @@ pub fn found() -> Result<Vec<Found>, Error> {
             })
         })
         .collect()
+}
+
+/// The libraries that this backend loads and that this machine lacks.
+pub fn lacks() -> Vec<Error> {
+    let all = [
+        (driver::present(), driver::missing()),
+        (compile::present(), compile::missing()),
+        (gemm::present(), gemm::missing()),
+    ];
+    let missing = |(there, e): (bool, Error)| (!there).then_some(e);
+    all.into_iter().filter_map(missing).collect()
 }
 
 /// A card of this machine.

@@ -60,7 +60,13 @@ fn ask(doing: &'static str) -> impl Fn(DriverError) -> Error {
     move |e| Error::driver(doing, e)
 }
 
-fn missing() -> Error {
+/// Is the driver there?
+pub(crate) fn present() -> bool {
+    // SAFETY: opens and closes a library by the driver's name; its initialisers are trusted.
+    unsafe { sys::is_culib_present() }
+}
+
+pub(crate) fn missing() -> Error {
     Error::MissingLibrary {
         library: "the NVIDIA driver (libcuda.so)",
         remedy: "install the driver of the card, and run where the card can be seen",
@@ -69,8 +75,7 @@ fn missing() -> Error {
 
 /// Number of cards, with the driver started.
 pub(crate) fn count() -> Result<usize> {
-    // SAFETY: opens and closes a library by the driver's name; its initialisers are trusted.
-    if !unsafe { sys::is_culib_present() } {
+    if !present() {
         return Err(missing());
     }
     match result::init() {

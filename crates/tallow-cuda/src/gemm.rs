@@ -44,7 +44,18 @@ pub(crate) struct Matrix {
     pub(crate) transposed: bool,
 }
 
-/// `out [m, n] = alpha a [m, k] b [k, n] + beta out`, `count` times.
+/// What is added to a product.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Added {
+    /// Nothing: the result is overwritten.
+    Nothing,
+    /// What the result holds.
+    Result,
+    /// Another matrix.
+    Matrix(Matrix),
+}
+
+/// `out [m, n] = alpha a [m, k] b [k, n] + added (+ bias [n])`, `count` times.
 #[derive(Clone, Debug)]
 pub(crate) struct Product {
     pub(crate) count: usize,
@@ -52,10 +63,21 @@ pub(crate) struct Product {
     pub(crate) n: usize,
     pub(crate) k: usize,
     pub(crate) alpha: f32,
-    pub(crate) beta: f32,
+    pub(crate) added: Added,
+    pub(crate) bias: Option<Arg>,
     pub(crate) a: Matrix,
     pub(crate) b: Matrix,
     pub(crate) out: Matrix,
+}
+
+impl Product {
+    /// What is added, or the result where nothing else is.
+    fn added(&self) -> &Matrix {
+        match &self.added {
+            Added::Matrix(m) => m,
+            Added::Nothing | Added::Result => &self.out,
+        }
+    }
 }
 
 /// Everything an algorithm's choice depends on.
@@ -63,8 +85,9 @@ pub(crate) struct Product {
 struct Key {
     sizes: [usize; 4],
     accumulate: bool,
-    matrices: [(DType, usize, usize, bool); 3],
-    aligned: [u32; 3],
+    biased: bool,
+    matrices: [(DType, usize, usize, bool); 4],
+    aligned: [u32; 4],
 }
 
 /// The library, opened for one card.
@@ -90,8 +113,8 @@ impl Drop for Blas {
 /// Descriptors of a product, with column-major views of the operands (the library's order): `outᵀ = bᵀ aᵀ`.
 struct Described {
     desc: sys::cublasLtMatmulDesc_t,
-    /// `b`, `a`, `out`.
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    /// `b`, `a`, what is added, `out`.
+    layouts: [sys::cublasLtMatrixLayout_t; 4],
 }
 // SAFETY: handles that only their owner uses.
 unsafe impl Send for Described {}
@@ -116,6 +139,7 @@ pub(crate) struct Bound {
     beta: f32,
     a: u64,
     b: u64,
+    added: u64,
     out: u64,
 }
 
@@ -145,14 +169,23 @@ fn alignment(address: u64) -> u32 {
     1 << address.trailing_zeros().min(8)
 }
 
+/// Is the library there?
+pub(crate) fn present() -> bool {
+    // SAFETY: opens and closes a library by its name; its initialisers are trusted.
+    unsafe { sys::is_culib_present() }
+}
+
+pub(crate) fn missing() -> Error {
+    Error::MissingLibrary {
+        library: "cuBLASLt (libcublasLt.so, CUDA's matrix products)",
+        remedy: "install the CUDA toolkit or `pip install nvidia-cublas` and put its folder on LD_LIBRARY_PATH",
+    }
+}
+
 impl Blas {
     pub(crate) fn open(card: &Arc<Card>) -> Result<Arc<Self>> {
-        // SAFETY: opens and closes a library by its name; its initialisers are trusted.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::MissingLibrary {
-                library: "cuBLASLt (libcublasLt.so, CUDA's matrix products)",
-                remedy: "install the CUDA toolkit or `pip install nvidia-cublas` and put its folder on LD_LIBRARY_PATH",
-            });
+        if !present() {
+            return Err(missing());
         }
         card.enter()?;
         Ok(Arc::new(Blas {
@@ -162,7 +195,7 @@ impl Blas {
             chosen: Mutex::default(),
         }))
     }
-    fn describe(p: &Product) -> Result<Described> {
+    fn describe(p: &Product, bias: Option<u64>) -> Result<Described> {
         let layout = |x: &Matrix, rows: usize, cols: usize| {
             // A row-major [rows, cols] is a column-major [cols, rows].
             let (r, c) = if x.transposed {
@@ -202,6 +235,7 @@ impl Blas {
         let layouts = [
             layout(&p.b, p.k, p.n)?,
             layout(&p.a, p.m, p.k)?,
+            layout(p.added(), p.m, p.n)?,
             layout(&p.out, p.m, p.n)?,
         ];
         let turned = [
@@ -214,10 +248,24 @@ impl Blas {
             unsafe { result::set_matmul_desc_attribute(desc, which, (&raw const op).cast(), 4) }
                 .map_err(ask("describing a product"))?;
         }
+        if let Some(at) = bias {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            let (which, pointer) = (
+                Desc::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+            );
+            // SAFETY: the description was just made; the attributes are an enum of 4 bytes and an address.
+            unsafe {
+                result::set_matmul_desc_attribute(desc, which, (&raw const epilogue).cast(), 4)
+                    .map_err(ask("describing a product"))?;
+                result::set_matmul_desc_attribute(desc, pointer, (&raw const at).cast(), 8)
+                    .map_err(ask("describing a product"))?;
+            }
+        }
         Ok(Described { desc, layouts })
     }
     /// The library's best guesses, best first.
-    fn guesses(&self, d: &Described, aligned: [u32; 3], n: usize) -> Result<Vec<Choice>> {
+    fn guesses(&self, d: &Described, aligned: [u32; 4], n: usize) -> Result<Vec<Choice>> {
         let pref = result::create_matmul_pref().map_err(ask("asking for algorithms"))?;
         let bytes = WORKSPACE_BYTES;
         // SAFETY: as many algorithms are read as the library says it wrote.
@@ -231,7 +279,7 @@ impl Blas {
                 (&raw const bytes).cast(),
                 8,
             )?;
-            let [a, b, out] = &aligned;
+            let [a, b, added, out] = &aligned;
             set(
                 Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
                 (&raw const *b).cast(),
@@ -244,7 +292,7 @@ impl Blas {
             )?;
             set(
                 Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                (&raw const *out).cast(),
+                (&raw const *added).cast(),
                 4,
             )?;
             set(
@@ -254,13 +302,13 @@ impl Blas {
             )?;
             let mut all: Vec<Choice> = vec![std::mem::zeroed(); n];
             let mut count = 0;
-            let [b, a, out] = d.layouts;
+            let [b, a, added, out] = d.layouts;
             let code = sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
                 d.desc,
                 b,
                 a,
-                out,
+                added,
                 out,
                 pref,
                 n as i32,
@@ -283,23 +331,31 @@ impl Blas {
         self.card.enter()?;
         let at = |x: &Matrix| places.resolve(x.at) + (x.offset * x.dtype.bytes()) as u64;
         let (a, b, out) = (at(&p.a), at(&p.b), at(&p.out));
-        let aligned = [a, b, out].map(alignment);
+        let added = at(p.added());
+        let bias = p.bias.map(|arg| places.resolve(arg));
+        let aligned = [a, b, added, out].map(alignment);
         let side = |x: &Matrix| (x.dtype, x.row, x.batch, x.transposed);
         let key = Key {
             sizes: [p.count, p.m, p.n, p.k],
-            accumulate: p.beta != 0.0,
-            matrices: [side(&p.a), side(&p.b), side(&p.out)],
+            accumulate: !matches!(p.added, Added::Nothing),
+            biased: bias.is_some(),
+            matrices: [side(&p.a), side(&p.b), side(p.added()), side(&p.out)],
             aligned,
         };
         let mut bound = Bound {
             blas: self.clone(),
-            described: Self::describe(p)?,
+            described: Self::describe(p, bias)?,
             // SAFETY: plain words; replaced below.
             algo: unsafe { std::mem::zeroed() },
             alpha: p.alpha,
-            beta: p.beta,
+            beta: if matches!(p.added, Added::Nothing) {
+                0.0
+            } else {
+                1.0
+            },
             a,
             b,
+            added,
             out,
         };
         let mut chosen = self.chosen.lock().unwrap_or_else(|e| e.into_inner());
@@ -362,7 +418,7 @@ impl Bound {
     /// # Safety
     /// The addresses given to `bind` are still valid.
     pub(crate) unsafe fn launch(&self, stream: cudarc::driver::sys::CUstream) -> Result<()> {
-        let [b, a, out] = self.described.layouts;
+        let [b, a, added, out] = self.described.layouts;
         // SAFETY: the handles are alive; the addresses are the caller's promise; the workspace has its size.
         unsafe {
             result::matmul(
@@ -374,8 +430,8 @@ impl Bound {
                 b,
                 self.a as *const c_void,
                 a,
-                self.out as *const c_void,
-                out,
+                self.added as *const c_void,
+                added,
                 self.out as *mut c_void,
                 out,
                 &self.algo,

@@ -14,6 +14,6 @@ mod recording;
 mod staging;
 
 pub use compile::{Arch, Compiled, compile};
-pub use device::{Cuda, CudaOptions, Found, found};
+pub use device::{Cuda, CudaOptions, Found, found, lacks};
 pub use error::Error;
 pub use glue::sources;

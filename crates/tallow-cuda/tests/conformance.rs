@@ -1,7 +1,7 @@
 //! The conformance suite on the card, and what a card has that the CPU has not: work that goes on after a call.
 //! Invariant: a machine without a usable card prints why and passes; `TALLOW_REQUIRE_CUDA=1` makes that a failure.
 use std::sync::{Arc, OnceLock};
-use tallow_conformance::{check_all, composites, dtypes, layouts, structural, training};
+use tallow_conformance::{check_all, composites, distance, dtypes, layouts, structural, training};
 use tallow_core::{
     backend::Chooser,
     kernel::{Candidate, KernelSpec},
@@ -178,5 +178,49 @@ fn an_unknown_card_is_said_in_one_sentence() {
         e.to_string()
             .starts_with("cuda:4096: no CUDA device 4096: the driver sees "),
         "{e}"
+    );
+}
+
+/// In bf16 the products round their operands: within half a percent of the oracle in norm, and never exact by
+/// accident of another path.
+#[test]
+fn products_in_bf16_are_near_the_oracle() {
+    if card().is_none() {
+        return;
+    }
+    let options = CudaOptions {
+        ordinal: 0,
+        weights: DType::BF16,
+    };
+    let s = Session::new(Arc::new(Cuda::open(&options).unwrap()));
+    let products = [
+        "linear",
+        "lora_linear",
+        "lora_linear_grad",
+        "linear_grad",
+        "cross_entropy",
+    ];
+    let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
+    for case in composites() {
+        if !products.contains(&case.name.split(' ').next().unwrap_or_default()) {
+            continue;
+        }
+        for d in distance(&s, &case).unwrap() {
+            count += 1;
+            rounded += usize::from(d > 1e-5);
+            if d.is_nan() || d > 1.5e-2 {
+                bad.push(format!("{}: {d:.2e}", case.name));
+            }
+        }
+    }
+    assert!(
+        bad.is_empty(),
+        "{} of {count} too far:\n{}",
+        bad.len(),
+        bad.join("\n")
+    );
+    assert!(
+        rounded * 4 > count,
+        "only {rounded} of {count} results were rounded: bf16 did not run"
     );
 }

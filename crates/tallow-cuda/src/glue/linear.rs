@@ -2,9 +2,13 @@
 //! Invariant: few rows go through one pass over the weights in which the adapter is the tail of each sum; many rows
 //! through the library's product and one pass that adds everything else. No gradient of a weight is formed.
 //! Absent on purpose: weights that change. In bf16 they have no candidate and fall to their decomposition.
-use super::{Arg, Job, Offer, Target, c_type, elementwise, kernel, matmul::matrix, source, word};
-use crate::{gemm::Product, launch::Kernel};
-use std::sync::Arc;
+use super::{
+    Arg, Job, Offer, Target, c_type, elementwise, kernel, linear_half, matmul::matrix, source, word,
+};
+use crate::{
+    gemm::{Added, Matrix, Product},
+    launch::Kernel,
+};
 use tallow_core::{
     kernel::{Body, Format, KernelSpec, Operand},
     op::{Bits, Block, Linear, LinearGrad, LinearIns},
@@ -14,22 +18,28 @@ use tallow_core::{
 const FEW: &str = include_str!("linear_few.cu");
 const LOW: &str = include_str!("linear_low.cu");
 const ROWS_F32: &str = "rows_f32";
-const ROWS_BF16: &str = "rows_bf16";
+pub(super) const ROWS_BF16: &str = "rows_bf16";
 /// Rows up to which a warp for each output beats the library.
 const FEW_ROWS: usize = 8;
 /// Projections in one call.
 const MAX_BLOCKS: usize = 8;
 
-/// Writes a frozen weight as dense rows of another type.
+/// Writes a frozen weight as rows of another type, with room behind each row or behind all.
 pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Job>> {
-    let dtype = match format.name {
-        ROWS_F32 => DType::F32,
-        ROWS_BF16 => DType::BF16,
+    let &[n, k] = &op.layout.shape.0[..] else {
+        return None;
+    };
+    let (dtype, pitch) = match format.name {
+        ROWS_F32 => (DType::F32, k),
+        ROWS_BF16 | linear_half::HEADED => (DType::BF16, k),
+        linear_half::TAILED => (DType::BF16, format.bytes / 2 / n.max(1)),
         _ => return None,
     };
+    let mut layout = Layout::contiguous(&op.layout.shape);
+    layout.strides[0] = pitch;
     let to = Operand {
         dtype,
-        layout: Layout::contiguous(&op.layout.shape),
+        layout,
         frozen: false,
     };
     let spec = KernelSpec {
@@ -96,7 +106,7 @@ pub(super) fn one_weight(_: &Target, spec: &KernelSpec, at: usize) -> Option<One
     let ins = LinearIns {
         w: at,
         bias: None,
-        ab: None,
+        ab: vec![],
     };
     let w = weights(spec, &[ins], DType::F32, false)?;
     Some(OneWeight {
@@ -106,54 +116,78 @@ pub(super) fn one_weight(_: &Target, spec: &KernelSpec, at: usize) -> Option<One
 }
 
 /// Row strides and extents of a call.
-struct Call<'a> {
-    blocks: &'a [Block],
-    at: Vec<LinearIns>,
-    m: usize,
-    rank: usize,
-    in_row: usize,
-    out_row: usize,
-    /// Where `h` or `dh` goes, and its row stride.
-    hidden: (Arg, usize),
-    hidden_scratch: usize,
-    residual: Option<(usize, usize)>,
+pub(super) struct Call<'a> {
+    pub(super) blocks: &'a [Block],
+    pub(super) at: Vec<LinearIns>,
+    pub(super) m: usize,
+    pub(super) in_row: usize,
+    pub(super) out_row: usize,
+    pub(super) shares: Vec<Share>,
+    pub(super) hidden_scratch: usize,
+    pub(super) residual: Option<(usize, usize)>,
 }
+
+/// Rows with adapters of their own.
+pub(super) struct Share {
+    /// The first of them.
+    first: usize,
+    /// How many.
+    pub(super) m: usize,
+    /// Sum of the ranks; 0 where there is no adapter.
+    pub(super) rank: usize,
+    /// Where `h` or `dh` goes, and its row stride.
+    pub(super) hidden: (Arg, usize),
+}
+
+/// Ranks of the shares, and which result is `h` or `dh` of each.
+type Ranks = (Vec<usize>, Vec<Option<usize>>);
 
 fn call<'a>(
     spec: &KernelSpec,
     blocks: &'a [Block],
     at: Vec<LinearIns>,
+    (ranks, numbers): Ranks,
     residual: bool,
 ) -> Option<Call<'a>> {
     let row = |o: &Operand| o.layout.row_stride();
     let small = |i: &LinearIns| {
         let mut all: Vec<usize> = i.bias.into_iter().collect();
-        all.extend(i.ab.iter().flat_map(|(a, b)| [*a, *b]));
+        all.extend(i.ab.iter().flatten().flat_map(|(a, b)| [*a, *b]));
         all.iter().all(|i| spec.inputs[*i].is_dense())
     };
     if blocks.len() > MAX_BLOCKS || !at.iter().all(small) {
         return None;
     }
-    let m = spec.inputs[0].layout.shape.rows();
-    let rank: usize = blocks.iter().filter_map(|b| b.adapter).map(|a| a.0).sum();
-    let hidden = match spec.outputs.get(1).and_then(Option::as_ref) {
-        Some(o) => (Arg::Write(1), row(o)?),
-        None => (Arg::Scratch(0), rank),
-    };
+    let rows = spec.inputs[0].layout.shape.rows();
+    let m = rows / ranks.len().max(1);
+    let (mut shares, mut scratch) = (vec![], 0);
+    for (g, (rank, number)) in ranks.into_iter().zip(numbers).enumerate() {
+        let out = number.and_then(|n| Some((n, spec.outputs.get(n)?.as_ref()?)));
+        let hidden = match out {
+            Some((n, o)) => (Arg::Write(n), row(o)?),
+            None => {
+                let at = scratch;
+                scratch += (m * rank * 4).next_multiple_of(256);
+                (Arg::Scratch(at), rank)
+            }
+        };
+        let first = g * m;
+        shares.push(Share {
+            first,
+            m,
+            rank,
+            hidden,
+        });
+    }
     let last = spec.inputs.len() - 1;
     Some(Call {
         blocks,
         at,
-        m,
-        rank,
+        m: rows,
         in_row: row(&spec.inputs[0])?,
         out_row: spec.outputs[0].as_ref().map_or(Some(0), row)?,
-        hidden,
-        hidden_scratch: if matches!(hidden.0, Arg::Scratch(_)) {
-            m * rank * 4
-        } else {
-            0
-        },
+        shares,
+        hidden_scratch: scratch,
         residual: match residual {
             true => Some((last, row(&spec.inputs[last])?)),
             false => None,
@@ -161,16 +195,66 @@ fn call<'a>(
     })
 }
 
+impl Call<'_> {
+    pub(super) fn adapted(&self) -> bool {
+        self.shares.iter().any(|s| s.rank > 0)
+    }
+    /// `[rows, r]` of the hidden result of `share`, from column `r0` on.
+    pub(super) fn hidden(&self, share: &Share, r0: usize, r: usize) -> Option<Matrix> {
+        let (at, row) = share.hidden;
+        let m = matrix(at, DType::F32, [share.m, r], [row.max(r), 1], 0)?;
+        Some(Matrix { offset: r0, ..m })
+    }
+    /// Columns `n0..n0 + n` of the rows of `share` of operand 0.
+    fn input(&self, share: &Share, n0: usize, n: usize) -> Option<Matrix> {
+        let m = matrix(
+            Arg::Read(0),
+            DType::F32,
+            [share.m, n],
+            [self.in_row.max(n), 1],
+            0,
+        )?;
+        let offset = share.first * self.in_row + n0;
+        Some(Matrix { offset, ..m })
+    }
+}
+
+/// `out [m, n] = alpha a [m, k] b [k, n]` and what is added.
+fn product([m, n, k]: [usize; 3], alpha: f32, added: Added, [a, b, out]: [Matrix; 3]) -> Job {
+    Job::Gemm(Product {
+        count: 1,
+        m,
+        n,
+        k,
+        alpha,
+        added,
+        bias: None,
+        a,
+        b,
+        out,
+    })
+}
+
 pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     if spec.outputs[0].is_none() {
         return vec![];
     }
-    let Some(c) = call(spec, &l.blocks, l.ins(), l.residual) else {
+    let Some(c) = call(
+        spec,
+        &l.blocks,
+        l.ins(),
+        (l.ranks(), l.hidden()),
+        l.residual,
+    ) else {
         return vec![];
     };
     let mut all = vec![];
     all.extend(few_rows(t, &c, spec));
-    all.extend(many_rows(&c, spec));
+    all.extend(linear_half::forward(t, &c, spec));
+    // Exact products are only offered where nothing faster was asked for.
+    if all.is_empty() || t.weights == DType::F32 {
+        all.extend(many_rows(&c, spec));
+    }
     all
 }
 
@@ -187,6 +271,7 @@ fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
 
 /// One warp for each output; the adapter is the tail of its sum.
 fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
+    let [share] = &c.shares[..] else { return None };
     if c.m > FEW_ROWS || c.m == 0 {
         return None;
     }
@@ -201,14 +286,17 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     if !rows_dense {
         return None;
     }
-    let (mut params, mut args) = (String::new(), vec![Arg::Read(0), Arg::Write(0), c.hidden.0]);
+    let (mut params, mut args) = (
+        String::new(),
+        vec![Arg::Read(0), Arg::Write(0), share.hidden.0],
+    );
     let (mut down, mut up) = (vec![], vec![]);
     let mut r0 = 0;
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
         params += &format!(", const W* w{i}");
         args.push(Arg::Read(at.w));
         let mut body = format!("dot<W>(w{i} + (u64)j * {k}u, x, acc);");
-        if let (Some((r, scale)), Some((ia, ib))) = (b.adapter, at.ab) {
+        if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
             params += &format!(", const float* a{i}, const float* b{i}");
             args.extend([Arg::Read(ia), Arg::Read(ib)]);
             down.push((r, format!("dot<float>(a{i} + (u64)j * {k}u, x, acc);")));
@@ -236,9 +324,9 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
         ("K", k.to_string()),
         ("XS", c.in_row.to_string()),
         ("YS", c.out_row.to_string()),
-        ("HS", c.hidden.1.to_string()),
+        ("HS", share.hidden.1.to_string()),
         ("OUTPUTS", format!("{outputs}u")),
-        ("RANK", format!("{}u", c.rank)),
+        ("RANK", format!("{}u", share.rank)),
         (
             "PAST",
             c.residual.map_or(String::new(), |(_, row)| {
@@ -252,17 +340,17 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
         .replace("PICK_UP", &pick(up.into_iter()));
     let source = source(&text, &defines);
     let mut jobs = vec![];
-    if c.rank > 0 {
+    if c.adapted() {
         jobs.push(kernel(
             "down",
             source.clone(),
-            c.rank as u32,
+            share.rank as u32,
             32,
             args.clone(),
         ));
     }
     jobs.push(kernel("up", source, outputs.div_ceil(8) as u32, 256, args));
-    let name = if c.rank > 0 {
+    let name = if c.adapted() {
         "lora_linear_warp"
     } else {
         "linear_warp"
@@ -279,7 +367,7 @@ fn many_rows(c: &Call, spec: &KernelSpec) -> Option<Offer> {
     let k = spec.inputs[0].layout.shape.last();
     let mut jobs = vec![];
     let x = matrix(Arg::Read(0), DType::F32, [c.m, k], [c.in_row, 1], 0)?;
-    let (mut n0, mut r0) = (0, 0);
+    let mut n0 = 0;
     for ((b, at), s) in c.blocks.iter().zip(&c.at).zip(&w.strides) {
         let mut out = matrix(
             Arg::Write(0),
@@ -290,39 +378,21 @@ fn many_rows(c: &Call, spec: &KernelSpec) -> Option<Offer> {
         )?;
         out.offset = n0;
         n0 += b.n;
-        jobs.push(Job::Gemm(Product {
-            count: 1,
-            m: c.m,
-            n: b.n,
-            k,
-            alpha: 1.0,
-            beta: 0.0,
-            a: x,
-            b: matrix(Arg::Read(at.w), DType::F32, [k, b.n], [s[1], s[0]], 0)?,
-            out,
-        }));
-        if let (Some((r, _)), Some((a, _))) = (b.adapter, at.ab) {
-            let mut out = matrix(c.hidden.0, DType::F32, [c.m, r], [c.hidden.1.max(r), 1], 0)?;
-            out.offset = r0;
-            r0 += r;
-            jobs.push(Job::Gemm(Product {
-                count: 1,
-                m: c.m,
-                n: r,
-                k,
-                alpha: 1.0,
-                beta: 0.0,
-                a: x,
-                b: matrix(Arg::Read(a), DType::F32, [k, r], [1, k], 0)?,
-                out,
-            }));
-        }
+        let weight = matrix(Arg::Read(at.w), DType::F32, [k, b.n], [s[1], s[0]], 0)?;
+        jobs.push(product(
+            [c.m, b.n, k],
+            1.0,
+            Added::Nothing,
+            [x, weight, out],
+        ));
     }
-    jobs.extend(add_up(c)?);
-    let name = if c.rank > 0 {
-        "lora_linear_cublaslt_f32"
-    } else {
-        "linear_cublaslt_f32"
+    for (g, share) in c.shares.iter().enumerate() {
+        jobs.extend(down(c, g, share, k)?);
+        jobs.extend(add_up(c, g, share)?);
+    }
+    let name = match c.adapted() {
+        true => "lora_linear_cublaslt_f32",
+        false => "linear_cublaslt_f32",
     };
     Some(Offer {
         prepare: w.prepare,
@@ -330,8 +400,22 @@ fn many_rows(c: &Call, spec: &KernelSpec) -> Option<Offer> {
     })
 }
 
-/// `y += bias + residual + s h Bᵀ`, if there is anything to add.
-fn add_up(c: &Call) -> Option<Option<Job>> {
+/// `h = x Aᵀ` of every block for the rows of a share.
+pub(super) fn down(c: &Call, g: usize, share: &Share, k: usize) -> Option<Vec<Job>> {
+    let (mut jobs, mut r0) = (vec![], 0);
+    for (b, at) in c.blocks.iter().zip(&c.at) {
+        if let (Some((r, _)), Some((a, _))) = (b.adapters[g], at.ab[g]) {
+            let (x, h) = (c.input(share, 0, k)?, c.hidden(share, r0, r)?);
+            let a = matrix(Arg::Read(a), DType::F32, [k, r], [1, k], 0)?;
+            jobs.push(product([share.m, r, k], 1.0, Added::Nothing, [x, a, h]));
+            r0 += r;
+        }
+    }
+    Some(jobs)
+}
+
+/// `y += bias + residual + s h Bᵀ` for the rows of a share, if there is anything to add.
+pub(super) fn add_up(c: &Call, g: usize, share: &Share) -> Option<Option<Job>> {
     let (mut params, mut args, mut blocks) = (String::new(), vec![], vec![]);
     let (mut r0, mut any) = (0, c.residual.is_some());
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
@@ -343,7 +427,7 @@ fn add_up(c: &Call) -> Option<Option<Job>> {
                 &format!("const float v = c{i}[j]; for (int e = 0; e < TILE; ++e) acc[e] += v; ");
             any = true;
         }
-        if let (Some((r, scale)), Some((_, ib))) = (b.adapter, at.ab) {
+        if let (Some((r, scale)), Some((_, ib))) = (b.adapters[g], at.ab[g]) {
             params += &format!(", const float* b{i}");
             args.push(Arg::Read(ib));
             let s = scale.get();
@@ -360,33 +444,43 @@ fn add_up(c: &Call) -> Option<Option<Job>> {
         return Some(None);
     }
     let outputs = c.blocks.iter().map(|b| b.n).sum();
-    low_rank(c, outputs, &params, args, &pick(blocks.into_iter())).map(Some)
+    low_rank(
+        c,
+        share,
+        outputs,
+        (&params, args),
+        &pick(blocks.into_iter()),
+    )
+    .map(Some)
 }
 
 /// One pass over a result of `outputs` columns that adds what `body` makes of the rows of `h`, and the residual.
-fn low_rank(c: &Call, outputs: usize, params: &str, own: Vec<Arg>, body: &str) -> Option<Job> {
-    let mut args = vec![
-        Arg::Write(0),
-        c.hidden.0,
-        word(c.m)?,
-        word(c.out_row)?,
-        word(c.hidden.1)?,
-    ];
+/// `own`: the parameters that `body` names, as text and as arguments.
+fn low_rank(
+    c: &Call,
+    share: &Share,
+    outputs: usize,
+    own: (&str, Vec<Arg>),
+    body: &str,
+) -> Option<Job> {
+    let mut args = vec![Arg::Write(0), share.hidden.0, word(share.first)?];
+    for n in [share.m, c.out_row, share.hidden.1] {
+        args.push(word(n)?);
+    }
     match c.residual {
         Some((i, row)) => args.extend([Arg::Read(i), word(row)?]),
         None => args.extend([Arg::U64(0), Arg::U32(0)]),
     }
-    args.extend(own);
+    args.extend(own.1);
     let defines = [
         ("OUTPUTS", format!("{outputs}u")),
-        ("RANK", c.rank.to_string()),
+        ("RANK", share.rank.to_string()),
     ];
-    let text = LOW.replace("PARAMS", params).replace("BODY", body);
-    let source: Arc<str> = source(&text, &defines);
-    let tiles = c.m.div_ceil(16);
+    let text = LOW.replace("PARAMS", own.0).replace("BODY", body);
+    let tiles = share.m.div_ceil(16);
     Some(Job::Kernel(Kernel {
         entry: "low_rank",
-        source,
+        source: source(&text, &defines),
         grid: [
             outputs.div_ceil(128) as u32,
             u32::try_from(tiles).ok().filter(|n| *n <= 65_535)?,
@@ -398,42 +492,33 @@ fn low_rank(c: &Call, outputs: usize, params: &str, own: Vec<Arg>, body: &str) -
     }))
 }
 
-pub(super) fn backward(_: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<Offer> {
-    let c = call(spec, &l.blocks, l.ins(), l.residual)?;
+pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<Offer> {
+    let c = call(
+        spec,
+        &l.blocks,
+        l.ins(),
+        (l.ranks(), l.hidden()),
+        l.residual,
+    )?;
+    if let Some(offer) = linear_half::backward(t, &c, spec) {
+        return Some(offer);
+    }
     let wants_dx = spec.outputs[0].is_some();
-    let w = match wants_dx {
-        true => weights(spec, &c.at, DType::F32, false)?,
-        false => Weights {
-            dtype: DType::F32,
-            prepare: vec![],
-            strides: vec![[0, 0]; c.at.len()],
-        },
-    };
     let k = spec.inputs[1].layout.shape.last();
-    let (mut jobs, mut params, mut own, mut body) = (vec![], String::new(), vec![], String::new());
-    let (mut n0, mut r0) = (0, 0);
-    for (i, ((b, at), s)) in c.blocks.iter().zip(&c.at).zip(&w.strides).enumerate() {
-        let mut dy = matrix(
-            Arg::Read(0),
-            DType::F32,
-            [c.m, b.n],
-            [c.in_row.max(b.n), 1],
-            0,
-        )?;
-        dy.offset = n0;
-        n0 += b.n;
-        let product = |n, alpha, beta, weight, out| Product {
-            count: 1,
-            m: c.m,
-            n,
-            k: b.n,
-            alpha,
-            beta,
-            a: dy,
-            b: weight,
-            out,
-        };
-        if wants_dx {
+    let (mut jobs, mut prepare) = (vec![], vec![]);
+    if wants_dx {
+        let w = weights(spec, &c.at, DType::F32, false)?;
+        let mut n0 = 0;
+        for (i, ((b, at), s)) in c.blocks.iter().zip(&c.at).zip(&w.strides).enumerate() {
+            let dy = matrix(
+                Arg::Read(0),
+                DType::F32,
+                [c.m, b.n],
+                [c.in_row.max(b.n), 1],
+                0,
+            )?;
+            let dy = Matrix { offset: n0, ..dy };
+            n0 += b.n;
             let weight = matrix(Arg::Read(at.w), DType::F32, [b.n, k], *s, 0)?;
             let out = matrix(
                 Arg::Write(0),
@@ -442,14 +527,47 @@ pub(super) fn backward(_: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
                 [c.out_row.max(k), 1],
                 0,
             )?;
-            let beta = if i == 0 { 0.0 } else { 1.0 };
-            jobs.push(Job::Gemm(product(k, 1.0, beta, weight, out)));
+            let added = if i == 0 {
+                Added::Nothing
+            } else {
+                Added::Result
+            };
+            jobs.push(product([c.m, k, b.n], 1.0, added, [dy, weight, out]));
         }
-        if let (Some((r, scale)), Some((ia, ib))) = (b.adapter, at.ab) {
+        prepare = w.prepare;
+    }
+    for (g, share) in c.shares.iter().enumerate() {
+        jobs.extend(low_rank_grad(&c, g, share, (k, wants_dx))?);
+    }
+    let name = match c.adapted() {
+        true => "lora_linear_grad_cublaslt_f32",
+        false => "linear_grad_cublaslt_f32",
+    };
+    Some(Offer {
+        prepare,
+        ..Offer::new(name, jobs).scratch(c.hidden_scratch)
+    })
+}
+
+/// `dh_i = s dy_i B_i` and, if `dx` is wanted, `dx += Σ dh_i A_i + residual`, for the rows of a share.
+pub(super) fn low_rank_grad(
+    c: &Call,
+    g: usize,
+    share: &Share,
+    (k, wants_dx): (usize, bool),
+) -> Option<Vec<Job>> {
+    let (mut jobs, mut params, mut own, mut body) = (vec![], String::new(), vec![], String::new());
+    let (mut n0, mut r0) = (0, 0);
+    for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
+        if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[g], at.ab[g]) {
+            let (dy, dh) = (c.input(share, n0, b.n)?, c.hidden(share, r0, r)?);
             let up = matrix(Arg::Read(ib), DType::F32, [b.n, r], [r, 1], 0)?;
-            let mut out = matrix(c.hidden.0, DType::F32, [c.m, r], [c.hidden.1.max(r), 1], 0)?;
-            out.offset = r0;
-            jobs.push(Job::Gemm(product(r, scale.get(), 0.0, up, out)));
+            jobs.push(product(
+                [share.m, r, b.n],
+                scale.get(),
+                Added::Nothing,
+                [dy, up, dh],
+            ));
             params += &format!(", const float* a{i}");
             own.push(Arg::Read(ia));
             body += &format!(
@@ -458,17 +576,10 @@ pub(super) fn backward(_: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
             );
             r0 += r;
         }
+        n0 += b.n;
     }
-    if wants_dx && (c.rank > 0 || c.residual.is_some()) {
-        jobs.push(low_rank(&c, k, &params, own, &body)?);
+    if wants_dx && (share.rank > 0 || c.residual.is_some()) {
+        jobs.push(low_rank(c, share, k, (&params, own), &body)?);
     }
-    let name = if c.rank > 0 {
-        "lora_linear_grad_cublaslt_f32"
-    } else {
-        "linear_grad_cublaslt_f32"
-    };
-    Some(Offer {
-        prepare: w.prepare,
-        ..Offer::new(name, jobs).scratch(c.hidden_scratch)
-    })
+    Some(jobs)
 }

@@ -1,10 +1,12 @@
 // What a large product leaves out, added to its result in one pass: bias, residual, and the low-rank part from rows
-// of h [m, RANK]. A block takes 16 rows and 128 columns, a thread one column: its coefficients are read once.
+// of h [m, RANK], for the m rows from `first` on. A block takes 16 rows and 128 columns, a thread one column: its coefficients are read once.
 // Bound by reading and writing the result once.
 #define TILE 16
-extern "C" __global__ void __launch_bounds__(128) low_rank(float* y, const float* hidden, u32 m, u32 ys, u32 hs,
+extern "C" __global__ void __launch_bounds__(128, 8) low_rank(float* y, const float* hidden, u32 first, u32 m, u32 ys, u32 hs,
     const float* past, u32 ps PARAMS) {
   __shared__ float h[TILE][RANK + 1];
+  y += (u64)first * ys;
+  past = past ? past + (u64)first * ps : past;
   const u32 o = blockIdx.x * 128 + threadIdx.x, row0 = blockIdx.y * TILE;
   for (u32 e = threadIdx.x; e < TILE * RANK; e += 128) {
     const u32 r = e / (RANK > 0 ? RANK : 1), q = e % (RANK > 0 ? RANK : 1);

@@ -3,7 +3,7 @@
 //! Absent on purpose: products with weights that never change; those are linears.
 use super::{Arg, Job, Offer, c_type, elementwise::walk, source, word};
 use crate::{
-    gemm::{Matrix, Product},
+    gemm::{Added, Matrix, Product},
     launch::Kernel,
 };
 use tallow_core::{
@@ -112,7 +112,8 @@ fn library(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         n,
         k,
         alpha,
-        beta: 0.0,
+        added: Added::Nothing,
+        bias: None,
         a: matrix(Arg::Read(0), kinds[0], [m, k], s.a, step(0))?,
         b: matrix(Arg::Read(1), kinds[1], [k, n], s.b, step(1))?,
         out: c,
