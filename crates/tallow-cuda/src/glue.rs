@@ -159,6 +159,7 @@ pub(crate) fn kernel(
         block,
         shared: 0,
         args,
+        unless_same: None,
     })
 }
 

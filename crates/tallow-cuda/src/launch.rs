@@ -38,6 +38,8 @@ pub(crate) struct Kernel {
     /// Dynamic shared memory in bytes.
     pub(crate) shared: u32,
     pub(crate) args: Vec<Arg>,
+    /// Not needed where these two addresses are the same.
+    pub(crate) unless_same: Option<(Arg, Arg)>,
 }
 
 /// One launch.
@@ -86,6 +88,12 @@ pub(crate) struct Places<'a> {
 }
 
 impl Places<'_> {
+    /// Is `job` needed with these addresses?
+    pub(crate) fn need(&self, job: &Job) -> bool {
+        let Job::Kernel(k) = job else { return true };
+        !k.unless_same
+            .is_some_and(|(a, b)| self.resolve(a) == self.resolve(b))
+    }
     pub(crate) fn resolve(&self, a: Arg) -> u64 {
         match a {
             Arg::Read(i) => self.reads[i],

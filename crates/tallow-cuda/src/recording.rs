@@ -66,7 +66,8 @@ impl Addresses<'_> {
             writes: &writes,
             scratch,
         };
-        let bound = offer.jobs.iter().map(|job| {
+        let needed = offer.jobs.iter().filter(|j| places.need(j));
+        let bound = needed.map(|job| {
             // SAFETY: the spans were checked against their buffers, which the recording keeps.
             unsafe { Bound::new(&cuda.card, &cuda.blas, job, &places) }.map_err(|e| cuda.error(e))
         });

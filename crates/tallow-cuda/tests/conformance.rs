@@ -202,7 +202,9 @@ fn products_in_bf16_are_near_the_oracle() {
     ];
     let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
     for case in composites() {
-        if !products.contains(&case.name.split(' ').next().unwrap_or_default()) {
+        let product = products.contains(&case.name.split(' ').next().unwrap_or_default());
+        // Only weights that never change are rounded.
+        if !product || !case.name.contains("Frozen") {
             continue;
         }
         for d in distance(&s, &case).unwrap() {

@@ -91,6 +91,7 @@ fn launch(
         block,
         shared: shared as u32,
         args,
+        unless_same: None,
     })
 }
 

@@ -10,7 +10,18 @@
 
 #if KERNEL == KERNEL_swiglu
 // y = g sigmoid(g) u
+#define WIDE(...) ((((__VA_ARGS__) & 3) == 0))
+DEV float silu(float a) { return a / (1.f + expf(-a)); }
 extern "C" __global__ void swiglu_f32(const float* g, const float* u, float* y, u32 n, u32 c, u32 gs, u32 us, u32 ys) {
+  if (WIDE(c | gs | us | ys) && (((u64)g | (u64)u | (u64)y) & 15) == 0) {
+    const u32 q = c / 4;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n / 4; i += gridDim.x * blockDim.x) {
+      const u32 row = i / q, col = (i - row * q) * 4;
+      const float4 a = *(const float4*)(g + (u64)row * gs + col), b = *(const float4*)(u + (u64)row * us + col);
+      *(float4*)(y + (u64)row * ys + col) = make_float4(silu(a.x) * b.x, silu(a.y) * b.y, silu(a.z) * b.z, silu(a.w) * b.w);
+    }
+    return;
+  }
   EACH {
     ROW;
     const float a = g[(u64)row * gs + col];
@@ -21,6 +32,25 @@ extern "C" __global__ void swiglu_f32(const float* g, const float* u, float* y, 
 // With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s. A result nobody wants is null.
 extern "C" __global__ void swiglu_grad_f32(const float* g, const float* u, const float* dy, float* dg, float* du,
     u32 n, u32 c, u32 gs, u32 us, u32 ds, u32 dgs, u32 dus) {
+  if (((c | gs | us | ds | dgs | dus) & 3) == 0 && (((u64)g | (u64)u | (u64)dy | (u64)dg | (u64)du) & 15) == 0) {
+    const u32 q = c / 4;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n / 4; i += gridDim.x * blockDim.x) {
+      const u32 row = i / q, col = (i - row * q) * 4;
+      const float4 va = *(const float4*)(g + (u64)row * gs + col), vb = *(const float4*)(u + (u64)row * us + col);
+      const float4 vd = *(const float4*)(dy + (u64)row * ds + col);
+      const float a[4] = {va.x, va.y, va.z, va.w}, b[4] = {vb.x, vb.y, vb.z, vb.w}, d[4] = {vd.x, vd.y, vd.z, vd.w};
+      float p[4], r[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float s = 1.f / (1.f + expf(-a[e]));
+        p[e] = d[e] * b[e] * (s * (1.f + a[e] * (1.f - s)));
+        r[e] = d[e] * (a[e] * s);
+      }
+      if (dg) *(float4*)(dg + (u64)row * dgs + col) = make_float4(p[0], p[1], p[2], p[3]);
+      if (du) *(float4*)(du + (u64)row * dus + col) = make_float4(r[0], r[1], r[2], r[3]);
+    }
+    return;
+  }
   EACH {
     ROW;
     const float a = g[(u64)row * gs + col], b = u[(u64)row * us + col], d = dy[(u64)row * ds + col];

@@ -489,6 +489,7 @@ fn low_rank(
         block: 128,
         shared: 0,
         args,
+        unless_same: None,
     }))
 }
 

@@ -120,8 +120,11 @@ fn library(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
     };
     // Below this much work its start costs more than it saves.
     let small = 2.0 * (count * m * n) as f64 * (k as f64) < 1e6;
+    // It has no good algorithm for a few columns under a long sum: 5 to 8 times the time of reading the operands.
+    let narrow = m.min(n) <= NARROW && k >= 256;
+    let reading = spec.bytes() as f64 * 2e-12;
     Some(Offer {
-        extra: if small { 4e-6 } else { 0.0 },
+        extra: if small { 4e-6 } else { 0.0 } + if narrow { 8e-6 + reading } else { 0.0 },
         ..Offer::new("matmul_cublaslt", vec![Job::Gemm(product)])
     })
 }
@@ -163,9 +166,11 @@ fn general(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         block: 256,
         shared: 0,
         args,
+        unless_same: None,
     });
     // About a third of what the library reaches.
-    let extra = 2.0 * (batches * m * n) as f64 * k as f64 / 1e13;
+    let busy = (m.div_ceil(64) * n.div_ceil(64) * batches) as f64 / 132.0;
+    let extra = 2.0 * (batches * m * n) as f64 * k as f64 / (1e13 * busy.clamp(0.01, 1.0));
     Some(Offer {
         extra,
         ..Offer::new("matmul_tiled_any", vec![job])
@@ -216,6 +221,7 @@ fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         block: 128,
         shared: 0,
         args,
+        unless_same: None,
     });
     let args = vec![
         Arg::Scratch(0),

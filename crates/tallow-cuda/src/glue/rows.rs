@@ -147,6 +147,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             block: 128,
             shared: 0,
             args,
+            unless_same: None,
         }));
         let args = vec![Arg::Scratch(parts), Arg::Write(1), word(chunks)?, word(c)?];
         jobs.push(kernel(

@@ -2,7 +2,8 @@
 //! Invariant: a number past the end reads zeros and writes nothing.
 //! Absent on purpose: atomics; sums of rows are made in order.
 use super::{
-    Arg, Offer, THREADS, Target, blocks, c_type, elementwise::head_strides, kernel, source, word,
+    Arg, Job, Offer, THREADS, Target, blocks, c_type, elementwise::head_strides, kernel, source,
+    word,
 };
 use tallow_core::kernel::{KernelSpec, Operand};
 
@@ -88,13 +89,17 @@ pub(super) fn kv_write(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let tokens = new.layout.shape.0[1];
     let source = text("kv", new, out);
     let n = b * s * h * d;
-    let copy = kernel(
+    let same = (Arg::Read(0), Arg::Write(0));
+    let mut copy = kernel(
         "keep",
         source.clone(),
         blocks(t, n),
         THREADS,
-        vec![Arg::Read(0), Arg::Write(0), word(n)?],
+        vec![same.0, same.1, word(n)?],
     );
+    if let Job::Kernel(k) = &mut copy {
+        k.unless_same = Some(same);
+    }
     let mut args = vec![Arg::Read(1), Arg::Read(2), Arg::Write(0)];
     for v in [s, tokens, h, d].into_iter().chain(head_strides(new)?) {
         args.push(word(v)?);
