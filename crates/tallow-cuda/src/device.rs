@@ -181,6 +181,9 @@ impl Backend for Cuda {
         let from = check(src, at, dst.len(), "download")?;
         self.card.download(from, dst).map_err(|e| self.error(e))
     }
+    fn wait(&self) -> Result<()> {
+        self.card.wait().map_err(|e| self.error(e))
+    }
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>> {
         Ok(self.table().candidates(&self.target(), spec))
     }

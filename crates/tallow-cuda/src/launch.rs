@@ -91,8 +91,8 @@ impl Places<'_> {
     /// Is `job` needed with these addresses?
     pub(crate) fn need(&self, job: &Job) -> bool {
         let Job::Kernel(k) = job else { return true };
-        !k.unless_same
-            .is_some_and(|(a, b)| self.resolve(a) == self.resolve(b))
+        k.unless_same
+            .is_none_or(|(a, b)| self.resolve(a) != self.resolve(b))
     }
     pub(crate) fn resolve(&self, a: Arg) -> u64 {
         match a {

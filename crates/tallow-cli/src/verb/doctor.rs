@@ -74,10 +74,11 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         out::json(&report)?;
     } else {
         out::line(format!(
-            "speed       reads memory at {:.1} GB/s, multiplies 512 x 1024 x 1024 at {:.0} GFLOP/s (f32, {} threads)",
+            "speed       reads memory at {:.1} GB/s ({} threads), multiplies 512 x 1024 x 1024 at {:.0} GFLOP/s (f32, {})",
             rates.read_bytes_per_s / 1e9,
-            rates.product_flops / 1e9,
             machine.threads,
+            rates.product_flops / 1e9,
+            session.backend().info().name,
         ))?;
         for c in &checks {
             out::line(c.line())?;
