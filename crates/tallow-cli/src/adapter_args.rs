@@ -1,6 +1,7 @@
 //! What `train` can vary about the adapter beyond rank, alpha and targets.
 //! Invariant: a setting that the model or another setting contradicts is refused before anything is trained.
 //! Absent on purpose: rank, alpha and targets, which other verbs have too.
+use crate::out;
 use anyhow::{Result, anyhow};
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -87,6 +88,18 @@ impl AdapterArgs {
             return Err(anyhow!(
                 "--rank-pattern or --alpha-pattern: no adapted module's path ends in {pattern:?}"
             ));
+        }
+        // PiSSA refuses such a rank.
+        let warnings = match self.init {
+            Start::Uniform => config.rank_warnings(&model.adaptable())?,
+            Start::Pissa => vec![],
+        };
+        if let Some(first) = warnings.first() {
+            let more = match warnings.len() - 1 {
+                0 => String::new(),
+                n => format!(" (and {n} more modules)"),
+            };
+            out::warn(format!("{first}{more}"));
         }
         Ok(())
     }

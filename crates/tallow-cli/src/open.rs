@@ -65,6 +65,13 @@ impl ModelArgs {
         Ok(model)
     }
 
+    /// As [`ModelArgs::load`], and refuses a model that the free memory cannot run.
+    pub(crate) fn load_to_run(&self, global: &Global) -> Result<Model> {
+        let model = self.load(global)?;
+        tallow::train::memory::check_model(&model)?;
+        Ok(model)
+    }
+
     /// The tokenizer in the model's folder.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer> {
         Ok(Tokenizer::open(&self.model)?)

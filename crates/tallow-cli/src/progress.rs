@@ -30,6 +30,8 @@ pub(crate) struct Progress {
     started: Instant,
     loss: Option<f64>,
     tokens_per_s: Option<f64>,
+    /// Predicted for the run, in bytes.
+    memory_bytes: usize,
     /// Step (from 1) and loss.
     pub curve: Vec<(f64, f64)>,
     /// Step and loss on the validation text.
@@ -46,6 +48,7 @@ impl Progress {
             started: Instant::now(),
             loss: None,
             tokens_per_s: None,
+            memory_bytes: 0,
             curve: vec![],
             evals: vec![],
             resumed: 0,
@@ -68,13 +71,14 @@ impl Progress {
         [batch, accumulate]: [usize; 2],
         memory_bytes: usize,
     ) {
+        self.memory_bytes = memory_bytes;
         let rows = data.rows.unwrap_or(0);
         if let Some(tokens) = data.tokens {
             let (rows, tokens) = (out::count(rows as u64), out::count(tokens as u64));
             self.say(&format!("{rows} rows, {tokens} tokens"));
         }
         self.say(&format!(
-            "{total} steps of {batch} x {accumulate} rows; {} parameters to train; {} of memory",
+            "{total} steps of {batch} x {accumulate} rows; {} parameters to train; {} of memory predicted",
             out::count(trainable as u64),
             out::bytes(memory_bytes),
         ));
@@ -110,7 +114,7 @@ impl Progress {
         self.bar = Some(bar);
     }
 
-    fn step(&mut self, step: u64, total: u64, loss: f64, tokens_per_s: f64) {
+    fn step(&mut self, [step, total]: [u64; 2], loss: f64, lr: f64, tokens_per_s: f64) {
         let smooth = |old: Option<f64>, new: f64| match old {
             None => new,
             Some(old) => old + SMOOTHING * (new - old),
@@ -121,9 +125,10 @@ impl Progress {
         }
         self.tokens_per_s = Some(smooth(self.tokens_per_s, tokens_per_s));
         let shown = format!(
-            "loss {:.3}  {:>6.0} tokens/s",
+            "loss {:.3}  lr {lr:.2e}  {:>6.0} tokens/s  {}",
             self.loss.unwrap_or(loss),
             self.tokens_per_s.unwrap_or(tokens_per_s),
+            out::bytes(self.memory_bytes),
         );
         if let Some(bar) = &self.bar {
             bar.set_position(step);
@@ -190,12 +195,13 @@ impl Observer for Progress {
                 step,
                 total,
                 loss,
+                lr,
                 tokens,
                 seconds,
                 ..
             } => {
                 let tokens_per_s = *tokens as f64 / seconds.max(1e-9);
-                self.step(*step, *total, f64::from(*loss), tokens_per_s);
+                self.step([*step, *total], f64::from(*loss), *lr, tokens_per_s);
             }
             Event::Skipped { step, lines } => {
                 let first = lines.first();
@@ -226,6 +232,7 @@ impl Observer for Progress {
             Event::EarlyStop { step, best: (at, loss) } => self.say(&format!(
                 "stopped after step {step}: no better than {loss:.4} after step {at}, whose adapter is taken"
             )),
+            Event::Failed { step, why } => self.say(&format!("step {step} failed: {why}")),
             Event::Saved { .. } => {}
         }
         match interrupt::asked() {

@@ -371,3 +371,112 @@ fn chats_are_answered_by_the_template() {
     assert_eq!(chat["ids"], plain["ids"]);
     assert_eq!(chat["prompt_tokens"], plain["prompt_tokens"]);
 }
+
+#[test]
+fn files_are_evaluated_each_and_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, lines: &[&str]| {
+        let path = dir.path().join(name);
+        fs::write(&path, lines.join("\n")).unwrap();
+        path.display().to_string()
+    };
+    let halves = write(
+        "halves.jsonl",
+        &[r#"{"prompt": "table: 1 columns: a, b", "completion": " SELECT a FROM 1"}"#],
+    );
+    let lines = fs::read_to_string(valid()).unwrap();
+    let lines: Vec<&str> = lines.lines().collect();
+    write("valid.jsonl", &lines[..9]);
+    let folder = dir.path().display().to_string();
+    let eval = |more: &[&str]| {
+        let base = ["eval", "--model", &tiny(), "--json"];
+        json(&[&base[..], more].concat())
+    };
+    let both = eval(&["--data", &folder, "--data", &halves]);
+    let files = both["files"].as_array().unwrap();
+    assert!(files[0]["file"].as_str().unwrap().ends_with("valid.jsonl"));
+    let number = |v: &Value, key: &str| v[key].as_f64().unwrap();
+    let (sum, tokens) = files.iter().fold((0.0, 0.0), |(sum, tokens), f| {
+        let n = number(f, "tokens");
+        (sum + n * number(f, "loss"), tokens + n)
+    });
+    assert_eq!(number(&both, "tokens"), tokens);
+    assert!((number(&both, "loss") - sum / tokens).abs() < 1e-12);
+    assert_eq!(files[1]["lines"], 1);
+    // Only the completion counts, unless everything does.
+    let all = eval(&["--data", &halves, "--loss-on", "everything"]);
+    assert!(
+        number(&all, "tokens") > number(&files[1], "tokens"),
+        "{all}"
+    );
+    let packed = eval(&["--data", &folder, "--data", &halves, "--packing"]);
+    assert!((number(&packed, "loss") / number(&both, "loss") - 1.0).abs() < 1e-6);
+    // A folder's test file comes before its validation file.
+    write("test.jsonl", &lines[9..12]);
+    assert_eq!(eval(&["--data", &folder])["lines"], 3);
+    let shown = tallow(&[
+        "eval",
+        "--model",
+        &tiny(),
+        "--data",
+        &folder,
+        "--data",
+        &halves,
+    ]);
+    let shown = text(&shown.stdout);
+    assert_eq!(shown.matches("perplexity").count(), 3, "{shown}");
+    assert!(shown.contains("halves.jsonl: loss "), "{shown}");
+    let empty = tempfile::tempdir().unwrap();
+    let empty = empty.path().display().to_string();
+    let refused = tallow(&["eval", "--model", &tiny(), "--data", &empty]);
+    let err = text(&refused.stderr);
+    assert!(err.contains("neither test.jsonl nor valid.jsonl"), "{err}");
+}
+
+#[test]
+fn a_run_without_a_terminal_says_all_figures_in_plain_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out").display().to_string();
+    let done = tallow(&[
+        "train",
+        "--model",
+        &tiny(),
+        "--data",
+        &valid(),
+        "--out",
+        &out,
+        "--steps",
+        "2",
+        "--batch",
+        "1",
+        "--seq-len",
+        "17",
+        "--samples",
+        "0",
+        "--save-every",
+        "1",
+    ]);
+    let err = text(&done.stderr);
+    assert!(done.status.success() && !err.contains('\u{1b}'), "{err}");
+    let line = err.lines().find(|l| l.starts_with("step 1/2  loss "));
+    let line = line.unwrap_or_else(|| panic!("{err}"));
+    for part in ["  lr 1.00e-3  ", " tokens/s  ", " MiB  ", " s left"] {
+        assert!(line.contains(part), "{line}");
+    }
+
+    let checkpoint = format!("{out}/checkpoints/step-000002");
+    let found = json(&["inspect", &checkpoint, "--model", &tiny(), "--json"]);
+    assert_eq!(found["kind"], "checkpoint");
+    for (key, want) in [("step", 2), ("steps", 2), ("rank", 8)] {
+        assert_eq!(found["about"][key], want, "{found}");
+    }
+    assert!(found["about"]["loss"].as_f64().unwrap() > 1.0);
+    let trained = found["trained"]["parameters"].as_u64().unwrap();
+    let tensors = found["tensors"].as_array().unwrap();
+    let params = tensors.iter().find(|t| t["name"] == "params").unwrap();
+    assert_eq!(params["shape"][0], trained);
+    assert_eq!(found["predictions"].as_array().unwrap().len(), 2);
+    fs::write(format!("{checkpoint}/state.safetensors"), "").unwrap();
+    let err = text(&tallow(&["inspect", &checkpoint]).stderr);
+    assert!(err.contains("state.safetensors"), "{err}");
+}

@@ -34,6 +34,44 @@ pub struct Adapter {
     rates: Option<Tensor>,
 }
 
+/// The adapters of a forward pass: none, one for all rows of a batch, or several that have an equal share of its
+/// rows each, one after another.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Adapters<'a>(&'a [Adapter]);
+
+impl<'a> From<&'a [Adapter]> for Adapters<'a> {
+    fn from(all: &'a [Adapter]) -> Self {
+        Adapters(all)
+    }
+}
+
+impl<'a> From<&'a Adapter> for Adapters<'a> {
+    fn from(one: &'a Adapter) -> Self {
+        Adapters(std::slice::from_ref(one))
+    }
+}
+
+impl<'a> From<Option<&'a Adapter>> for Adapters<'a> {
+    fn from(one: Option<&'a Adapter>) -> Self {
+        one.map_or(Adapters(&[]), Adapters::from)
+    }
+}
+
+impl Adapters<'_> {
+    /// What each share adds to a module. None at all: a single `None`.
+    pub(crate) fn of(self, module: &str) -> Result<Vec<Option<Branch>>> {
+        match self.0 {
+            [] => Ok(vec![None]),
+            all => all.iter().map(|a| a.of(module)).collect(),
+        }
+    }
+
+    /// Every module of every adapter is a projection of this model, so that none is left out silently.
+    pub(crate) fn check_fits(self, config: &ModelConfig) -> Result<()> {
+        self.0.iter().try_for_each(|a| a.check_fits(config))
+    }
+}
+
 /// One adapted projection.
 #[derive(Clone, Debug)]
 struct Module {
@@ -282,7 +320,7 @@ impl Adapter {
     }
 
     /// What is added to a projection, where it is adapted.
-    pub(crate) fn of(&self, module: &str) -> Result<Option<Branch>> {
+    fn of(&self, module: &str) -> Result<Option<Branch>> {
         let at = self
             .modules
             .binary_search_by(|m| m.name.as_str().cmp(module));

@@ -7,7 +7,7 @@ use tallow_core::op::Mask;
 use tallow_core::tensor::Tensor;
 use tallow_core::types::DType;
 
-use crate::adapter::Adapter;
+use crate::adapter::Adapters;
 use crate::adapter::branch::{self, Part};
 use crate::cache::Cache;
 use crate::config::EMBEDDING;
@@ -21,7 +21,7 @@ pub(crate) struct Forward<'a> {
     pos: &'a Tensor,
     /// Where rows hold several documents: each token's index in the row, and that of its document's first.
     packed: Option<[&'a Tensor; 2]>,
-    adapter: Option<&'a Adapter>,
+    adapters: Adapters<'a>,
     cache: Option<&'a Cache>,
     /// Cache leaves and their next values.
     pub(crate) updates: Vec<(Tensor, Tensor)>,
@@ -42,14 +42,14 @@ impl<'a> Forward<'a> {
         model: &'a Model,
         pos: &'a Tensor,
         packed: Option<[&'a Tensor; 2]>,
-        adapter: Option<&'a Adapter>,
+        adapters: Adapters<'a>,
         cache: Option<&'a Cache>,
     ) -> Self {
         Self {
             model,
             pos,
             packed,
-            adapter,
+            adapters,
             cache,
             updates: Vec::new(),
         }
@@ -66,13 +66,21 @@ impl<'a> Forward<'a> {
         let x = self
             .weight("model.embed_tokens.weight")?
             .gather(ids, DType::F32)?;
-        let Some(on) = self.adapter.map_or(Ok(None), |a| a.of(EMBEDDING))? else {
+        let all = self.adapters.of(EMBEDDING)?;
+        if all.iter().all(Option::is_none) {
             return Ok(x);
-        };
-        let rows = on.a.gather(ids, DType::F32)?;
-        let rows = rows.reshape([rows.shape().rows(), rows.shape().last()])?;
-        let up = rows.matmul_t(false, &on.b, true)?.mul_scalar(on.scale)?;
-        Ok(x.add(&up.reshape(x.shape().clone())?)?)
+        }
+        let up = branch::each_share(ids, all.len(), |g, ids| {
+            let shape = [ids.dims(), &x.dims()[2..]].concat();
+            let Some(on) = &all[g] else {
+                return Ok(Tensor::scalar(0.0).broadcast(shape)?);
+            };
+            let rows = on.a.gather(ids, DType::F32)?;
+            let rows = rows.reshape([rows.shape().rows(), rows.shape().last()])?;
+            let up = rows.matmul_t(false, &on.b, true)?.mul_scalar(on.scale)?;
+            Ok(up.reshape(shape)?)
+        })?;
+        Ok(x.add(&up)?)
     }
 
     /// Keys a query of this layer sees, by the configuration.
@@ -100,7 +108,7 @@ impl<'a> Forward<'a> {
             Ok(Part {
                 w: self.weight(&format!("{module}.weight"))?.clone(),
                 bias: self.model.weights.get(&format!("{module}.bias")).cloned(),
-                branch: self.adapter.map_or(Ok(None), |a| a.of(&module))?,
+                branches: self.adapters.of(&module)?,
             })
         };
         let parts = names.iter().map(one).collect::<Result<Vec<_>>>()?;

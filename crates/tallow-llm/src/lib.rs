@@ -28,7 +28,7 @@ pub mod tokenizer;
 pub mod verify;
 pub mod weights;
 
-pub use adapter::Adapter;
+pub use adapter::{Adapter, Adapters};
 pub use cache::Cache;
 pub use chat::ChatTemplate;
 pub use config::{Family, ModelConfig, Projection, Projections};

@@ -14,7 +14,7 @@ use tallow_core::session::Session;
 use tallow_core::tensor::Tensor;
 use tallow_core::types::{DType, TensorType};
 
-use crate::adapter::Adapter;
+use crate::adapter::Adapters;
 use crate::adapter::branch::{self, Part};
 use crate::cache::Cache;
 use crate::config::{Family, HEAD, ModelConfig};
@@ -130,17 +130,18 @@ impl Model {
     /// it changes no other row, and what comes out in it means nothing.
     /// Without a cache a token's position must be its index in the row (padding behind the text).
     /// With one (`b` = 1) the rows may be any further positions; the cache must be updated with the result's `updates`.
+    /// Several `adapters` have equal shares of the `b` rows.
     ///
     /// # Errors
     /// An adapter or a cache of another model; shapes that do not fit.
-    pub fn hidden(
+    pub fn hidden<'a>(
         &self,
         ids: &Tensor,
         pos: &Tensor,
-        adapter: Option<&Adapter>,
+        adapters: impl Into<Adapters<'a>>,
         cache: Option<&Cache>,
     ) -> Result<Hidden> {
-        self.forward(ids, pos, None, adapter, cache)
+        self.forward(ids, pos, None, adapters.into(), cache)
     }
 
     /// As [`Model::hidden`] without a cache, over rows that hold several documents one after another: `pos` counts
@@ -149,16 +150,16 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::hidden`].
-    pub fn hidden_packed(
+    pub fn hidden_packed<'a>(
         &self,
         ids: &Tensor,
         pos: &Tensor,
         starts: &Tensor,
-        adapter: Option<&Adapter>,
+        adapters: impl Into<Adapters<'a>>,
     ) -> Result<Hidden> {
         // Integers saturate, so padding stays padding.
         let index = pos.add(starts)?;
-        self.forward(ids, pos, Some([&index, starts]), adapter, None)
+        self.forward(ids, pos, Some([&index, starts]), adapters.into(), None)
     }
 
     fn forward(
@@ -166,18 +167,16 @@ impl Model {
         ids: &Tensor,
         pos: &Tensor,
         packed: Option<[&Tensor; 2]>,
-        adapter: Option<&Adapter>,
+        adapters: Adapters<'_>,
         cache: Option<&Cache>,
     ) -> Result<Hidden> {
-        if let Some(a) = adapter {
-            a.check_fits(&self.config)?;
-        }
+        adapters.check_fits(&self.config)?;
         let layer = match self.config.family {
             Family::Llama => llama::layer,
             Family::Qwen2 => qwen2::layer,
             Family::Mistral => mistral::layer,
         };
-        let mut forward = Forward::new(self, pos, packed, adapter, cache);
+        let mut forward = Forward::new(self, pos, packed, adapters, cache);
         let mut x = forward.embed(ids)?;
         for index in 0..self.config.layers {
             if self.recompute {
@@ -194,16 +193,16 @@ impl Model {
     /// Scores of every token: `x [.., c]` (after the final norm) to `[.., vocab]`, without an adapter on the output
     /// projection.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        self.logits_with(x, None)
+        self.logits_with(x, Adapters::default())
     }
 
     /// Scores of every token, as [`logits`](Self::logits), with what the adapter adds to the output projection. A tied
     /// embedding is not touched by it.
-    pub fn logits_with(&self, x: &Tensor, adapter: Option<&Adapter>) -> Result<Tensor> {
+    pub fn logits_with<'a>(&self, x: &Tensor, adapters: impl Into<Adapters<'a>>) -> Result<Tensor> {
         let part = Part {
             w: self.head()?.clone(),
             bias: None,
-            branch: adapter.map_or(Ok(None), |a| a.of(HEAD))?,
+            branches: adapters.into().of(HEAD)?,
         };
         branch::project(x, &[part], None)
     }
@@ -211,23 +210,24 @@ impl Model {
     /// Cross entropy in nats, without ever holding all logits: `x [b, t, c]` (after the final norm) against
     /// `targets [b, t]` u32 gives `[b * t]`. A target of `u32::MAX` is not counted: 0, and no gradient.
     pub fn nll(&self, x: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        self.nll_with(x, targets, None)
+        self.nll_with(x, targets, Adapters::default())
     }
 
     /// As [`nll`](Self::nll), with what the adapter adds to the output projection, where it is on that: then all
     /// logits are held, and the memory for them is in the plan.
-    pub fn nll_with(
+    pub fn nll_with<'a>(
         &self,
         x: &Tensor,
         targets: &Tensor,
-        adapter: Option<&Adapter>,
+        adapters: impl Into<Adapters<'a>>,
     ) -> Result<Tensor> {
+        let adapters = adapters.into();
         let rows = x.reshape([x.shape().rows(), x.shape().last()])?;
         let targets = targets.reshape([targets.shape().numel()])?;
-        match adapter.map_or(Ok(None), |a| a.of(HEAD))? {
-            None => Ok(rows.cross_entropy(self.head()?, &targets)?),
-            Some(_) => Ok(self
-                .logits_with(&rows, adapter)?
+        match adapters.of(HEAD)?.iter().all(Option::is_none) {
+            true => Ok(rows.cross_entropy(self.head()?, &targets)?),
+            false => Ok(self
+                .logits_with(&rows, adapters)?
                 .logits_cross_entropy(&targets)?),
         }
     }

@@ -14,6 +14,9 @@ use tallow_llm::peft::Adapter;
 use tallow_llm::sample::{Sampler, Sampling, StopStrings};
 use tallow_llm::{Error, Tokenizer, Weights};
 
+#[path = "hostile/by_name.rs"]
+mod by_name;
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }

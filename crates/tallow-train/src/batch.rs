@@ -346,6 +346,40 @@ impl Batch {
         Ok(())
     }
 
+    /// Puts batches one after another, each with its rows padded to the shape `[b, t]`; of what is `None`, padding.
+    ///
+    /// # Errors
+    /// [`Error::BatchShape`] if one is larger.
+    pub fn stack<'a>(
+        &mut self,
+        [b, t]: [usize; 2],
+        parts: impl ExactSizeIterator<Item = Option<&'a Batch>>,
+    ) -> Result<()> {
+        self.clear([b * parts.len(), t]);
+        for (i, part) in parts.enumerate() {
+            let Some(part) = part else { continue };
+            if part.b > b || part.t > t {
+                return Err(Error::BatchShape {
+                    want_rows: b,
+                    want_len: t,
+                    rows: part.b,
+                    len: part.t,
+                });
+            }
+            self.packed |= part.packed;
+            self.counted += part.counted;
+            for row in 0..part.b {
+                let from = row * part.t..(row + 1) * part.t;
+                let to = (i * b + row) * t..(i * b + row) * t + part.t;
+                self.ids[to.clone()].copy_from_slice(&part.ids[from.clone()]);
+                self.pos[to.clone()].copy_from_slice(&part.pos[from.clone()]);
+                self.starts[to.clone()].copy_from_slice(&part.starts[from.clone()]);
+                self.targets[to].copy_from_slice(&part.targets[from]);
+            }
+        }
+        Ok(())
+    }
+
     /// Writes a document into row `i` from index `start` on.
     fn place(&mut self, i: usize, start: usize, doc: Doc<'_>) -> Result<()> {
         let n = doc.inputs();

@@ -17,7 +17,8 @@ use tallow_llm::{files, model::Model, weights::Weights};
 pub const FOLDER: &str = "checkpoints";
 /// Version of the format.
 const FORMAT: u32 = 1;
-const STATE: &str = "state.safetensors";
+/// Parameters, moments and losses, in a checkpoint's folder.
+pub const STATE: &str = "state.safetensors";
 const ABOUT: &str = "checkpoint.json";
 const MANIFEST: &str = "manifest.json";
 /// No JSON file of a checkpoint may be longer.
@@ -174,14 +175,18 @@ impl Store {
     /// # Errors
     /// [`Error::CheckpointDamaged`].
     pub fn load(&self, step: u64) -> Result<Checkpoint> {
-        let dir = self.path(step);
-        read(&dir).map_err(|why| Error::CheckpointDamaged { dir, why })
+        open(&self.path(step))
     }
 
     /// The newest whole checkpoint, and the newer ones that are not.
     pub fn newest(&self) -> (Option<Checkpoint>, Vec<Damaged>) {
+        self.newest_up_to(u64::MAX)
+    }
+
+    /// As [`Store::newest`], of checkpoints after step `last` or before it.
+    pub fn newest_up_to(&self, last: u64) -> (Option<Checkpoint>, Vec<Damaged>) {
         let mut damaged = vec![];
-        for step in self.steps() {
+        for step in self.steps().into_iter().filter(|s| *s <= last) {
             let dir = self.path(step);
             match read(&dir) {
                 Ok(found) => return (Some(found), damaged),
@@ -203,6 +208,22 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Reads the checkpoint in a folder, wherever it lies.
+///
+/// # Errors
+/// [`Error::CheckpointDamaged`].
+pub fn open(dir: &Path) -> Result<Checkpoint> {
+    read(dir).map_err(|why| Error::CheckpointDamaged {
+        dir: dir.to_path_buf(),
+        why,
+    })
+}
+
+/// Is this the folder of a checkpoint, whole or not?
+pub fn is_folder(dir: &Path) -> bool {
+    dir.join(MANIFEST).is_file() && dir.join(ABOUT).is_file()
 }
 
 /// Tells a base model from another: CRC-32C of names, types, and both ends of every weight.

@@ -93,6 +93,30 @@ impl TrainConfig {
         check(patience > 0, "patience", want, patience.to_string())
     }
 
+    /// Refuses settings of an adapter that is to be trained in the same passes as one with the settings `first`, where
+    /// the passes themselves differ.
+    pub(crate) fn check_beside(&self, first: &TrainConfig) -> Result<()> {
+        let passes = |c: &TrainConfig| {
+            let again = c.checkpoint_layers;
+            [
+                ("batch", c.batch.to_string()),
+                ("accumulate", c.accumulate.to_string()),
+                ("seq_len", c.seq_len.to_string()),
+                ("packing", c.packing.to_string()),
+                ("checkpoint_layers", again.to_string()),
+            ]
+        };
+        let mut both = passes(first).into_iter().zip(passes(self));
+        match both.find(|((_, want), (_, got))| want != got) {
+            None => Ok(()),
+            Some(((name, want), (_, got))) => Err(Error::Setting {
+                name,
+                want: format!("{want}, as in every adapter trained beside this one"),
+                got,
+            }),
+        }
+    }
+
     /// Optimizer steps of a run; `batches`: of one pass over the data, where that is known.
     ///
     /// # Errors

@@ -136,6 +136,14 @@ pub enum Error {
         /// What was given.
         got: String,
     },
+    /// A file of settings that is none.
+    #[error("{}: {problem}; correct the file", path.display())]
+    Settings {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// A batch that a recorded step has no room for.
     #[error("batch: want at most {want_rows} rows of {want_len} tokens, got {rows} of {len}")]
     BatchShape {

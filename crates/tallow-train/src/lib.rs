@@ -14,6 +14,7 @@ pub mod memory;
 pub mod optim;
 pub mod run;
 pub mod schedule;
+pub mod settings;
 pub mod step;
 pub mod watch;
 
@@ -24,6 +25,6 @@ pub use error::{Error, Result};
 pub use eval::{Evaluation, Evaluator};
 pub use feed::{Drawn, Feed, FeedSettings, FeedStats, Line};
 pub use optim::{Optimizer, OptimizerKind};
-pub use run::{Event, Job, Keep, Observer, Start, Summary, train};
+pub use run::{Event, Job, Keep, Observer, Start, Summary, train, train_all};
 pub use schedule::Schedule;
-pub use step::{Snapshot, StepGraph, StepResult, Trainer};
+pub use step::{Snapshot, StepGraph, StepResult, Trained, Trainer, Turn};

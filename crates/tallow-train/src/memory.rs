@@ -2,7 +2,8 @@
 //! Invariant: predictions come from the plans that will be recorded, so they are exact for tallow's own buffers.
 //! Absent on purpose: the allocator's and the tokenizer's own needs.
 use crate::{Error, Feed, Result, TrainConfig, Trainer, run::Job};
-use tallow_core::plan::Memory;
+use tallow_core::{op::Role, plan::Memory, types::TensorType};
+use tallow_llm::model::Model;
 
 /// Bytes that can be had: of the machine, or of the limit this process runs under. `None` where nobody knows.
 pub fn free_bytes() -> Option<usize> {
@@ -36,9 +37,36 @@ fn together(plans: &[Memory]) -> usize {
     shared + plans.iter().map(own).sum::<usize>()
 }
 
+/// Refuses a model that cannot even read one token in the memory that is free.
+///
+/// # Errors
+/// [`Error::TooLarge`]; a model that cannot be planned.
+pub fn check_model(model: &Model) -> Result<()> {
+    let s = &model.session;
+    let one = || s.zeros(TensorType::u32([1, 1]), Role::Data);
+    let x = model.hidden(&one()?, &one()?, None, None)?.x;
+    let memory = s.explain(&[&model.nll(&x, &one()?)?], &[])?.plan.memory();
+    // Frozen weights are in memory already, or mapped.
+    let need = memory.total() - memory.frozen;
+    match free_bytes() {
+        Some(free) if need > free => Err(Error::TooLarge {
+            what: "this model".into(),
+            need: show(need),
+            have: show(free),
+            is: "is free",
+            hint: "use a smaller model, or --dtype bf16",
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Refuses a run whose largest batch cannot fit into the memory that is free; its memory.
-pub(crate) fn check(trainer: &Trainer, feed: &Feed) -> Result<Memory> {
-    let Some(shape) = feed.shapes().last().copied() else {
+pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
+    let Some(shape) = feeds
+        .iter()
+        .filter_map(|f| f.shapes().last().copied())
+        .max()
+    else {
         return Ok(Memory::default());
     };
     let memory = trainer.plan(shape)?.plan.memory();
@@ -46,7 +74,13 @@ pub(crate) fn check(trainer: &Trainer, feed: &Feed) -> Result<Memory> {
     let need = memory.total() - memory.frozen;
     match free_bytes() {
         Some(free) if need > free => Err(Error::TooLarge {
-            what: format!("a step over {} x {} tokens", shape[0], shape[1]),
+            what: match trainer.members() {
+                1 => format!("a step over {} x {} tokens", shape[0], shape[1]),
+                n => format!(
+                    "a step of {n} adapters over {} x {} tokens each",
+                    shape[0], shape[1]
+                ),
+            },
             need: show(need),
             have: show(free),
             is: "is free",
@@ -56,12 +90,13 @@ pub(crate) fn check(trainer: &Trainer, feed: &Feed) -> Result<Memory> {
     }
 }
 
-/// The job's settings with rows a batch and batches a step chosen to fit into its memory: as few batches as
-/// possible, the same rows a step; layers are computed again only where nothing else fits.
-pub(crate) fn fit(job: &Job, feed: &mut Feed) -> Result<TrainConfig> {
-    let config = job.config.clone();
-    let Some(limit) = job.memory_bytes else {
-        return Ok(config);
+/// The jobs' settings with rows a batch and batches a step chosen to fit into the memory of the first: as few batches
+/// as possible, the same rows a step; layers are computed again only where nothing else fits.
+pub(crate) fn fit(jobs: &[&Job], feeds: &mut [Feed]) -> Result<Vec<TrainConfig>> {
+    let configs = || jobs.iter().map(|j| j.config.clone());
+    let config = jobs[0].config;
+    let Some(limit) = jobs[0].memory_bytes else {
+        return Ok(configs().collect());
     };
     let rows = config.batch * config.accumulate;
     let mut least = usize::MAX;
@@ -71,16 +106,21 @@ pub(crate) fn fit(job: &Job, feed: &mut Feed) -> Result<TrainConfig> {
     let all = [config.checkpoint_layers, true].into_iter();
     let all = all.flat_map(|again| batches.iter().map(move |b| (*b, again)));
     for (batch, checkpoint_layers) in all {
-        let fitted = TrainConfig {
+        let fitted = configs().map(|c| TrainConfig {
             batch,
             accumulate: rows / batch,
             checkpoint_layers,
-            ..config.clone()
-        };
-        feed.set_batch(batch);
-        let trainer = Trainer::new(job.model, job.adapter, &fitted)?;
+            ..c
+        });
+        let fitted: Vec<TrainConfig> = fitted.collect();
+        feeds.iter_mut().for_each(|f| f.set_batch(batch));
+        let members: Vec<_> = jobs.iter().map(|j| j.adapter).zip(&fitted).collect();
+        let trainer = Trainer::side_by_side(jobs[0].model, &members)?;
+        let mut shapes: Vec<_> = feeds.iter().flat_map(Feed::shapes).collect();
+        shapes.sort_unstable();
+        shapes.dedup();
         let mut plans = vec![];
-        for shape in feed.shapes() {
+        for shape in shapes {
             plans.push(trainer.plan(shape)?.plan.memory());
         }
         let need = together(&plans);

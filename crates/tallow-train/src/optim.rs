@@ -104,6 +104,11 @@ impl Optimizer {
         Ok(s.write(&self.hyper, &both)?)
     }
 
+    /// Uploads numbers with which the next step changes nothing, given a gradient of 0.
+    pub(crate) fn idle(&self, s: &Session) -> Result<()> {
+        Ok(s.write(&self.hyper, &[IDLE, IDLE].concat())?)
+    }
+
     /// The adapter's parameters and the moments with their next values, given the gradient `[P]`, which is 0 where `gate []`
     /// is 0; nothing changes then.
     pub(crate) fn updates(

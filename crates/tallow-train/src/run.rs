@@ -18,7 +18,7 @@ mod resume;
 mod steps;
 
 pub use resume::{Past, past};
-use steps::Run;
+use steps::{Lane, Run};
 
 /// The settings of the run, beside the adapter.
 pub const SETTINGS_FILE: &str = "train.yaml";
@@ -93,7 +93,7 @@ pub enum Event {
         accumulate: usize,
         /// Are layers computed again in the backward pass?
         checkpoint_layers: bool,
-        /// Predicted memory of the largest batch, in bytes.
+        /// Predicted memory of the largest batch, in bytes; of all runs side by side together.
         memory: Memory,
         /// All settings: names and values.
         settings: Vec<(&'static str, Value)>,
@@ -136,7 +136,7 @@ pub enum Event {
         lr: f64,
         /// Tokens predicted.
         tokens: usize,
-        /// Time taken, in seconds.
+        /// Time taken, in seconds; that of all runs side by side together.
         seconds: f64,
         /// Steps skipped so far because their loss or gradient was not finite.
         skipped: u64,
@@ -169,6 +169,13 @@ pub enum Event {
         bytes: u64,
         /// Time taken, in seconds.
         seconds: f64,
+    },
+    /// A run beside others has failed, and ends alone.
+    Failed {
+        /// The step that failed, from 1.
+        step: u64,
+        /// Why.
+        why: String,
     },
     /// The validation loss has not fallen for as long as patience lasts; the best adapter is taken.
     EarlyStop {
@@ -235,64 +242,110 @@ impl Summary {
 /// Settings, data, memory or an output folder that cannot be used (before the first step); a checkpoint of
 /// another run; a loss that is not finite; an observer that stops; a full disk.
 pub fn train(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
-    job.config.validate()?;
-    check_patience(job)?;
-    let settings = FeedSettings {
-        seq_len: job.config.seq_len,
-        batch: job.config.batch,
-        seed: job.config.seed,
-        packing: job.config.packing,
-        loss_on: job.config.loss_on,
-        ..job.data.clone()
-    };
-    let mut feed = Feed::open(&settings, job.tokenizer, &job.model.config)?;
-    let store = job.keep.map(|k| (Store::new(job.out), k));
-    if let Some((store, keep)) = &store {
-        resume::check_start(job, store, keep.start)?;
-    }
-    let config = memory::fit(job, &mut feed)?;
-    let trainer = Trainer::new(job.model, job.adapter, &config)?;
-    let memory = memory::check(&trainer, &feed)?;
-    files::prepare_output_dir(job.out)?;
-    if let Some((store, keep)) = &store {
-        store.prepare()?;
-        if keep.start == Start::Overwrite {
-            for step in store.steps() {
-                files::remove_folder(&store.path(step))?;
-            }
+    train_all(vec![(job, observer)])?.remove(0)
+}
+
+/// Trains several adapters of one model side by side, in the same passes, and saves each in its own folder. Each is
+/// what it would be if it were trained alone, up to rounding. All take rows a batch, batches a step, row length,
+/// packing and memory from settings that must be equal.
+///
+/// # Errors
+/// As [`train`]. A run whose data or numbers fail ends alone: its error is among the results.
+pub fn train_all(jobs: Vec<(&Job, &mut dyn Observer)>) -> Result<Vec<Result<Summary>>> {
+    let mut feeds = vec![];
+    for (job, _) in &jobs {
+        job.config.validate()?;
+        check_patience(job)?;
+        let settings = FeedSettings {
+            seq_len: job.config.seq_len,
+            batch: job.config.batch,
+            seed: job.config.seed,
+            packing: job.config.packing,
+            loss_on: job.config.loss_on,
+            ..job.data.clone()
+        };
+        feeds.push(Feed::open(&settings, job.tokenizer, &job.model.config)?);
+        if let Some(keep) = job.keep {
+            resume::check_start(job, &Store::new(job.out), keep.start)?;
         }
     }
-    let stats = feed.stats();
-    let total = config.total_steps(stats.batches)?;
-    let mut run = Run {
-        job,
-        observer,
-        feed,
-        total,
-        trainer,
-        evaluator: Evaluator::new(job.model, Some(job.adapter)).counting(config.loss_on),
-        fingerprint: checkpoint::fingerprint(job.model)?,
-        summary: Summary::default(),
-        batches: vec![],
-        store,
-        evaluated: None,
-        saved: None,
-        stale: 0,
-        stopping: false,
-        config,
-    };
-    run.resume()?;
-    run.tell(Event::Start {
-        data: stats,
-        total,
-        trainable: job.adapter.elems(),
-        batch: run.config.batch,
-        accumulate: run.config.accumulate,
-        checkpoint_layers: run.config.checkpoint_layers,
-        memory,
-        settings: run.settings(),
-    });
+    let all: Vec<&Job> = jobs.iter().map(|(job, _)| *job).collect();
+    if all.is_empty() {
+        return Ok(vec![]);
+    }
+    let configs = memory::fit(&all, &mut feeds)?;
+    let members: Vec<_> = all.iter().map(|j| j.adapter).zip(&configs).collect();
+    let trainer = Trainer::side_by_side(all[0].model, &members)?;
+    let memory = memory::check(&trainer, &feeds)?;
+    let fingerprint = checkpoint::fingerprint(all[0].model)?;
+    let mut lanes = vec![];
+    let each = jobs.into_iter().zip(feeds).zip(configs);
+    for (member, (((job, observer), feed), config)) in each.enumerate() {
+        lanes.push(Lane {
+            store: prepare_folder(job)?,
+            total: config.total_steps(feed.stats().batches)?,
+            evaluator: Evaluator::new(job.model, Some(job.adapter)).counting(config.loss_on),
+            job,
+            observer,
+            member,
+            config,
+            feed,
+            fingerprint,
+            summary: Summary::default(),
+            batches: vec![],
+            epoch: 0,
+            lines: vec![],
+            evaluated: None,
+            saved: None,
+            stale: 0,
+            stopping: false,
+            ended: None,
+        });
+    }
+    let mut run = Run { trainer, lanes };
+    run.begin(memory)?;
     run.steps()
+}
+
+/// Makes the run's folder, and that of its checkpoints, where it makes any.
+fn prepare_folder(job: &Job) -> Result<Option<(Store, Keep)>> {
+    files::prepare_output_dir(job.out)?;
+    let Some(keep) = job.keep else {
+        return Ok(None);
+    };
+    let store = Store::new(job.out);
+    store.prepare()?;
+    if keep.start == Start::Overwrite {
+        for step in store.steps() {
+            files::remove_folder(&store.path(step))?;
+        }
+    }
+    Ok(Some((store, keep)))
+}
+
+impl Run<'_> {
+    /// Goes on where checkpoints are, writes the settings, and says what is about to happen.
+    fn begin(&mut self, memory: Memory) -> Result<()> {
+        let limit = resume::common_step(&self.lanes);
+        for lane in &mut self.lanes {
+            lane.resume(&mut self.trainer, limit)?;
+            lane.write_settings(&[])?;
+            let c = &lane.config;
+            let (batch, accumulate, checkpoint_layers) =
+                (c.batch, c.accumulate, c.checkpoint_layers);
+            lane.tell(Event::Start {
+                data: lane.feed.stats(),
+                total: lane.total,
+                trainable: lane.job.adapter.elems(),
+                batch,
+                accumulate,
+                checkpoint_layers,
+                memory,
+                settings: lane.settings(),
+            });
+        }
+        Ok(())
+    }
 }
 
 fn check_patience(job: &Job) -> Result<()> {

@@ -3,9 +3,11 @@
 use std::slice::from_ref;
 use support::*;
 use tallow_core::op::Role;
-use tallow_llm::{Adapter, weights::Weights};
+use tallow_llm::{Adapter, data::LossOn, weights::Weights};
 use tallow_train::{Batch, Error, Evaluator, Event, TrainConfig, Trainer};
 
+#[path = "train/beside.rs"]
+mod beside;
 #[path = "train/nonfinite.rs"]
 mod nonfinite;
 #[path = "train/resume.rs"]
@@ -237,7 +239,7 @@ fn a_loss_that_is_not_finite_stops_the_run_and_saves_nothing() {
         panic!("{error}");
     };
     assert!((2..50).contains(&step), "{step}");
-    assert_eq!(bench.files(), Vec::<String>::new());
+    assert_eq!(bench.files(), ["train.yaml"]);
 }
 
 #[test]
@@ -258,7 +260,7 @@ fn a_stopped_run_saves_nothing() {
         error.to_string(),
         "stopped after step 2 of 50; nothing was saved"
     );
-    assert_eq!(bench.files(), Vec::<String>::new());
+    assert_eq!(bench.files(), ["train.yaml"]);
 }
 
 #[test]
@@ -280,4 +282,51 @@ fn a_line_too_long_to_evaluate_is_named_by_its_number() {
         text.contains("the model has positions for 1024; split"),
         "{text}"
     );
+}
+
+/// Three files of the three kinds, and what a model says of each, packed or not.
+#[test]
+fn packed_lines_have_the_loss_of_lines_alone() {
+    let bench = Bench::new();
+    // A template that tiny has not of its own, and lines on both sides of a packed row's length.
+    let model = bench.dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        let from = root().join("assets/tiny").join(name);
+        if from.exists() {
+            std::fs::copy(from, model.join(name)).unwrap();
+        }
+    }
+    let template = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}";
+    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+    let tokenizer = tallow_llm::Tokenizer::open(&model).unwrap();
+    let words = |i: usize| "table name where ".repeat(1 + i * i % 7 + 200 * (i % 40 / 39));
+    let text = |i: usize| format!("{{\"text\": \"{}\"}}\n", words(i));
+    let halves = |i: usize| {
+        let (prompt, completion) = (words(i), words(i + 1));
+        format!("{{\"prompt\": \"{prompt}\", \"completion\": \"{completion}\"}}\n")
+    };
+    let chat = |i: usize| {
+        let turn =
+            |role: &str, i| format!("{{\"role\": \"{role}\", \"content\": \"{}\"}}", words(i));
+        let (a, b) = (turn("user", i), turn("assistant", i + 1));
+        format!("{{\"messages\": [{a}, {b}]}}\n")
+    };
+    let kinds: [&dyn Fn(usize) -> String; 3] = [&text, &halves, &chat];
+    for (k, line) in kinds.into_iter().enumerate() {
+        let file = bench.dir.path().join(format!("{k}.jsonl"));
+        // More than one window of lines, and a few.
+        let lines = if k == 0 { 0..270 } else { 36..46 };
+        std::fs::write(&file, lines.map(line).collect::<String>()).unwrap();
+        for loss_on in [LossOn::Answers, LossOn::Everything] {
+            let alone = Evaluator::new(&bench.model, None).counting(loss_on);
+            let packed = Evaluator::new(&bench.model, None)
+                .counting(loss_on)
+                .packed();
+            let [a, b] = [alone, packed].map(|mut e| e.run(&file, &tokenizer).unwrap());
+            assert_eq!((a.tokens, a.lines), (b.tokens, b.lines));
+            let off = (a.loss / b.loss - 1.0).abs();
+            assert!(off < 1e-6, "{k}: {} for {}", b.loss, a.loss);
+        }
+    }
 }

@@ -15,7 +15,7 @@ use tallow::{
         tensor::lower,
     },
     llm::{Adapter, Cache, Model, Targets},
-    train::{Optimizer, OptimizerKind, StepGraph},
+    train::{Optimizer, OptimizerKind, StepGraph, Trained},
 };
 
 mod show;
@@ -191,11 +191,16 @@ pub(super) fn train(
 ) -> Result<Subject> {
     let adapter = adapter.ok_or_else(|| anyhow!("training needs an adapter; give --rank"))?;
     let optimizer = Optimizer::new(&model.session, adapter, OptimizerKind::AdamW)?;
-    let g = StepGraph::build(model, adapter, &optimizer, [b, t], Some(1.0))?;
+    let trained = Trained {
+        adapter,
+        optimizer: &optimizer,
+        clip: Some(1.0),
+    };
+    let g = StepGraph::build(model, &[trained], [b, t])?;
     // Learning rate 0: timing changes no parameter.
     let hyper = [0.0, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.0316, 1.0].repeat(2);
     Ok(Subject {
-        outs: vec![g.loss, g.norm],
+        outs: vec![g.losses, g.norms],
         updates: g.updates,
         ints: vec![
             (g.inputs.ids, some_ids(model, b * t)),
@@ -203,7 +208,7 @@ pub(super) fn train(
             (g.inputs.targets, some_ids(model, b * t)),
         ],
         floats: vec![
-            (g.inv_count, vec![1.0 / (b * t) as f32]),
+            (g.inv_counts, vec![1.0 / (b * t) as f32]),
             (optimizer.hyper, hyper),
         ],
     })

@@ -79,7 +79,7 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
-    let model = args.model.load(global)?;
+    let model = args.model.load_to_run(global)?;
     let tokenizer = args.model.tokenizer()?;
     let adapter = open::adapter(&model, args.adapter.as_deref())?;
     let mut generator = Generator::new(&model, adapter.as_ref(), args.options())?;

@@ -16,6 +16,7 @@ use std::{
 use tallow::{
     Compiled, Role, Session, Tensor,
     llm::{Adapter, ComputeDType, ModelConfig, Targets, Weights, mlx, peft},
+    train::checkpoint,
 };
 
 mod show;
@@ -25,7 +26,7 @@ pub(crate) struct Args {
     /// Folder of a model, an adapter or a checkpoint, or one safetensors file.
     #[arg(value_name = "PATH")]
     path: PathBuf,
-    /// For an adapter, folder of its base model: adds its share of the parameters, memory and times. A model given as
+    /// For an adapter or a checkpoint, folder of its base model: adds its share of the parameters, memory and times. A model given as
     /// PATH is planned with a fresh adapter of rank 8 on all projections.
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -49,6 +50,8 @@ enum Kind {
     Model,
     Adapter,
     MlxAdapter,
+    /// An adapter with what a run needs to go on.
+    Checkpoint,
     Tensors,
 }
 
@@ -84,7 +87,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     found.about = about(args, kind)?;
     let base = match kind {
         Kind::Model => Some(args.path.clone()),
-        Kind::Adapter => args.model.clone(),
+        Kind::Adapter | Kind::Checkpoint => args.model.clone(),
         Kind::MlxAdapter | Kind::Tensors => None,
     };
     if base.is_none() && args.model.is_some() {
@@ -107,6 +110,7 @@ fn kind(path: &Path) -> Result<Kind> {
     let weights = || weight_files(path).is_ok_and(|files| !files.is_empty());
     match () {
         () if path.is_file() => Ok(Kind::Tensors),
+        () if checkpoint::is_folder(path) => Ok(Kind::Checkpoint),
         () if has(mlx::WEIGHTS_FILE) && has(peft::CONFIG_FILE) => Ok(Kind::MlxAdapter),
         () if has(peft::CONFIG_FILE) || has(peft::WEIGHTS_FILE) => Ok(Kind::Adapter),
         () if has("config.json") => Ok(Kind::Model),
@@ -140,6 +144,10 @@ fn tensors(args: &Args, kind: Kind) -> Result<Found> {
             vec![Weights::open(path, &config)?]
         }
         Kind::Adapter => vec![Weights::open_file(&path.join(peft::WEIGHTS_FILE))?],
+        Kind::Checkpoint => vec![
+            Weights::open_file(&path.join(peft::WEIGHTS_FILE))?,
+            Weights::open_file(&path.join(checkpoint::STATE))?,
+        ],
         Kind::MlxAdapter => vec![Weights::open_file(&path.join(mlx::WEIGHTS_FILE))?],
         Kind::Tensors if path.is_file() => vec![Weights::open_file(path)?],
         Kind::Tensors => {
@@ -206,9 +214,36 @@ fn about(args: &Args, kind: Kind) -> Result<Vec<(&'static str, Value)>> {
             ]
         }
         Kind::Adapter => config_lines(&peft::AdapterConfig::read(&args.path)?, "peft"),
+        Kind::Checkpoint => {
+            let mut all = run_lines(&checkpoint::open(&args.path)?);
+            let config = peft::AdapterConfig::read(&args.path)?;
+            all.extend(config_lines(&config, "peft"));
+            all
+        }
         Kind::MlxAdapter => config_lines(&mlx::read(&args.path, None)?.config, "mlx-lm"),
         Kind::Tensors => vec![],
     })
+}
+
+/// How far a run had come.
+fn run_lines(c: &checkpoint::Checkpoint) -> Vec<(&'static str, Value)> {
+    let about = &c.about;
+    vec![
+        ("step", json!(about.step)),
+        ("steps", json!(about.total)),
+        ("loss", json!(c.losses.last())),
+        ("valid_loss", json!(about.valid.map(|(_, v)| v.loss))),
+        ("best", json!(about.best)),
+        ("tokens", json!(about.tokens)),
+        ("seconds", json!(about.train_seconds)),
+        ("skipped", json!(about.skipped)),
+        (
+            "optimizer",
+            about.config.get("optimizer").cloned().unwrap_or_default(),
+        ),
+        ("threads", json!(about.threads)),
+        ("written_by", json!(about.version)),
+    ]
 }
 
 fn config_lines(c: &peft::AdapterConfig, format: &str) -> Vec<(&'static str, Value)> {
@@ -248,7 +283,7 @@ fn predict(
     let model = model.load(global)?;
     let adapter = |role| -> Result<Adapter> {
         Ok(match kind {
-            Kind::Adapter => Adapter::load(&model, &args.path, role)?.0,
+            Kind::Adapter | Kind::Checkpoint => Adapter::load(&model, &args.path, role)?.0,
             _ => Adapter::new(&model, &open::fresh(8, None, Targets::AllLinear)?, 0)?,
         })
     };

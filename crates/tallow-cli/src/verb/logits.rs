@@ -28,7 +28,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
-    let model = args.model.load(global)?;
+    let model = args.model.load_to_run(global)?;
     check(&model, &args.ids)?;
     let adapter = open::adapter(&model, args.adapter.as_deref())?;
     let session = &model.session;

@@ -1,7 +1,7 @@
 //! Bad input: missing, truncated and lying files, settings without sense, folders that cannot be written.
 //! Invariant: exit code 2, one line on stderr, nothing on stdout, no file left behind.
 use super::{copy, golden, names, tallow, text, tiny, valid};
-use std::fs;
+use std::{fs, path::Path};
 
 /// Exit code 2, one line that holds all of `wanted`, an empty stdout.
 #[track_caller]
@@ -282,4 +282,180 @@ fn a_diverging_run_saves_nothing() {
     );
     // What happened stays to be read; no adapter, no settings, no report.
     assert_eq!(names(&out), ["metrics.jsonl", "tensorboard"]);
+}
+
+/// A folder with the built-in model, where these tensors are changed.
+fn spoilt(change: impl Fn(&str, &mut [u8])) -> (tempfile::TempDir, String) {
+    let (dir, name) = copy(&tiny());
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let about: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    for (tensor, info) in about.as_object().unwrap() {
+        let at = |i: usize| {
+            info["data_offsets"][i]
+                .as_u64()
+                .map(|n| n as usize + 8 + header)
+        };
+        if let (Some(from), Some(to)) = (at(0), at(1)) {
+            change(tensor, &mut bytes[from..to]);
+        }
+    }
+    fs::write(path, bytes).unwrap();
+    (dir, name)
+}
+
+#[test]
+fn weights_that_are_nan() {
+    // NaN in bf16, which is how this model is stored.
+    let (_dir, model) = spoilt(|tensor, bytes| {
+        if tensor == "model.layers.3.mlp.down_proj.weight" {
+            bytes[..2].copy_from_slice(&[0xc0, 0x7f]);
+        }
+    });
+    let out = tempfile::tempdir().unwrap();
+    let out_name = out.path().join("out").display().to_string();
+    let data = ["--data", &valid()];
+    refused(
+        &[&["eval", "--model", &model], &data[..]].concat(),
+        &["valid.jsonl: the loss is NaN; the model or the adapter holds"],
+    );
+    let train = ["train", "--model", &model, "--out", &out_name, "--json"];
+    refused(
+        &[&train, &data[..]].concat(),
+        &["step 1: the loss is NaN on ", "the adapter was not touched"],
+    );
+    assert!(!out.path().join("out/adapter_model.safetensors").exists());
+    let prompt = ["--prompt", "x"];
+    refused(
+        &[&["generate", "--model", &model], &prompt[..]].concat(),
+        &["NaN"],
+    );
+}
+
+/// Weights on paper: a file that says it is terabytes long, and takes no room.
+#[cfg(unix)]
+#[test]
+fn a_model_larger_than_memory() {
+    let (dir, model) = copy(&golden("llama"));
+    let path = dir.path().join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let (v, c, mlp, layers) = (2048, 65_536, 262_144, 8);
+    for (key, value) in [
+        ("vocab_size", v),
+        ("hidden_size", c),
+        ("intermediate_size", mlp),
+        ("num_hidden_layers", layers),
+        ("num_attention_heads", 512),
+        ("num_key_value_heads", 512),
+        ("head_dim", 128),
+    ] {
+        config[key] = value.into();
+    }
+    config["tie_word_embeddings"] = false.into();
+    fs::write(&path, config.to_string()).unwrap();
+    let (mut header, mut end) = (serde_json::Map::new(), 0_u64);
+    let mut add = |name: String, shape: &[u64]| {
+        let from = end;
+        end += 4 * shape.iter().product::<u64>();
+        let info = serde_json::json!({"dtype": "F32", "shape": shape, "data_offsets": [from, end]});
+        header.insert(name, info);
+    };
+    let [v, c, mlp] = [v, c, mlp].map(|n: u64| n);
+    add("model.embed_tokens.weight".into(), &[v, c]);
+    for i in 0..layers {
+        let at = format!("model.layers.{i}");
+        for name in ["input_layernorm", "post_attention_layernorm"] {
+            add(format!("{at}.{name}.weight"), &[c]);
+        }
+        for name in ["q", "k", "v", "o"] {
+            add(format!("{at}.self_attn.{name}_proj.weight"), &[c, c]);
+        }
+        add(format!("{at}.mlp.gate_proj.weight"), &[mlp, c]);
+        add(format!("{at}.mlp.up_proj.weight"), &[mlp, c]);
+        add(format!("{at}.mlp.down_proj.weight"), &[c, mlp]);
+    }
+    add("model.norm.weight".into(), &[c]);
+    add("lm_head.weight".into(), &[v, c]);
+    let mut text = serde_json::Value::Object(header).to_string();
+    // Aligned, so that the file is mapped as it is.
+    while !(text.len() + 8).is_multiple_of(64) {
+        text.push(' ');
+    }
+    let mut start = (text.len() as u64).to_le_bytes().to_vec();
+    start.extend(text.as_bytes());
+    let weights = fs::File::create(dir.path().join("model.safetensors")).unwrap();
+    std::io::Write::write_all(&mut &weights, &start).unwrap();
+    weights.set_len(start.len() as u64 + end).unwrap();
+    let tokenizer = fs::read(Path::new(&tiny()).join("tokenizer.json")).unwrap();
+    fs::write(dir.path().join("tokenizer.json"), tokenizer).unwrap();
+
+    let wanted = [
+        "needs ",
+        " GiB of memory, and ",
+        "is free; use a smaller model",
+    ];
+    let model = ["--model", &model];
+    let data = ["--data", &valid()];
+    refused(&[&["eval"], &model[..], &data[..]].concat(), &wanted);
+    refused(
+        &[&["generate"], &model[..], &["--prompt", "x"]].concat(),
+        &wanted,
+    );
+    refused(
+        &[&["logits"], &model[..], &["--ids", "1"]].concat(),
+        &wanted,
+    );
+    let out = dir.path().join("out").display().to_string();
+    let more = [
+        "--out",
+        &out,
+        "--rank",
+        "1",
+        "--targets",
+        "q_proj",
+        "--layers",
+        "0",
+    ];
+    refused(
+        &[&["train"], &model[..], &data[..], &more[..]].concat(),
+        &[
+            "a step over 4 x ",
+            " GiB of memory, and ",
+            "is free; use a smaller --batch",
+        ],
+    );
+    assert!(!Path::new(&out).exists());
+}
+
+#[test]
+fn a_rank_above_the_dimension_trains_and_warns() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out").display().to_string();
+    let done = tallow(&[
+        "train",
+        "--model",
+        &tiny(),
+        "--data",
+        &valid(),
+        "--out",
+        &out,
+        "--rank",
+        "200",
+        "--targets",
+        "q_proj",
+        "--layers",
+        "0",
+        "--steps",
+        "1",
+        "--batch",
+        "1",
+        "--seq-len",
+        "17",
+        "--samples",
+        "0",
+    ]);
+    let err = text(&done.stderr);
+    assert!(done.status.success(), "{err}");
+    assert!(err.contains("rank 200"), "{err}");
 }

@@ -276,15 +276,32 @@ fn refuses_what_has_no_gradient() {
     let mut b = Builder::default();
     let x = b.input(Role::State, TensorType::f32([2]));
     let i = b.input(Role::Data, TensorType::u32([2]));
-    let g = b.clone().finish(vec![x, i], vec![]);
-    let whole = b.finish(vec![i], vec![]);
-    let e = grad(&whole, &[x]).unwrap_err().to_string();
+    let g = b.finish(vec![x, i], vec![]);
+    let ints = Builder::resume(&g).finish(vec![i], vec![]);
+    let e = grad(&ints, &[x]).unwrap_err().to_string();
     assert!(e.contains("the loss must be a float"), "{e}");
     let mut b = Builder::resume(&g);
     let loss = total(&mut b, x);
     let g = b.finish(vec![loss], vec![]);
     let e = grad(&g, &[i]).unwrap_err().to_string();
     assert!(e.contains("is not one float"), "{e}");
+}
+
+#[test]
+fn of_several_losses_it_is_the_gradient_of_their_sum() {
+    let x = f32s([3, 4], 5);
+    let made = |sum: bool| {
+        let mut b = Builder::default();
+        let x = b.input(Role::State, TensorType::f32([3, 4]));
+        let squares = b.map(ScalarOp::Mul, &[x, x]).unwrap();
+        let losses = b.reduce(ReduceOp::Sum, 1, squares).unwrap();
+        let out = if sum { total(&mut b, losses) } else { losses };
+        grad(&b.finish(vec![out], vec![]), &[x]).unwrap()
+    };
+    let of = |g: &Graph| eval(g, std::slice::from_ref(&x)).unwrap();
+    let (each, sum) = (of(&made(false)), of(&made(true)));
+    assert_eq!(each[1], sum[1]);
+    assert_eq!(each[0].ty.shape.numel(), 3);
 }
 
 /// At a tie the differences see half the slope of either side.

@@ -15,7 +15,8 @@ const DETACHED: u32 = u32::MAX;
 /// Below every norm that means anything: a row of zeros has a magnitude of zero, and not 0/0.
 const LEAST: f32 = 1e-30;
 
-/// The adapter of one projection while a forward pass is written down.
+/// What one adapter adds to one projection while a forward pass is written down.
+#[derive(Clone)]
 pub(crate) struct Branch {
     /// `A [r, k]` and `B [n, r]`.
     pub(crate) a: Tensor,
@@ -24,6 +25,13 @@ pub(crate) struct Branch {
     pub(crate) magnitude: Option<Magnitude>,
     /// With the number of the module, whose mask is its own.
     pub(crate) dropout: Option<(Dropout, u32)>,
+}
+
+impl Branch {
+    /// What rides in the product.
+    fn pair(&self) -> (Tensor, Tensor, f32) {
+        (self.a.clone(), self.b.clone(), self.scale)
+    }
 }
 
 /// Dropout on the inputs of all branches.
@@ -108,32 +116,94 @@ pub(crate) fn row_squares(session: &Session, w: &Tensor) -> Result<Vec<f32>> {
 pub(crate) struct Part {
     pub(crate) w: Tensor,
     pub(crate) bias: Option<Tensor>,
-    pub(crate) branch: Option<Branch>,
+    /// Of each share of the rows; all parts have equally many.
+    pub(crate) branches: Vec<Option<Branch>>,
 }
 
 impl Part {
     fn n(&self) -> usize {
         self.w.dims()[0]
     }
+    /// Its adapter, where there is one share.
+    fn branch(&self) -> Option<&Branch> {
+        self.branches[0].as_ref()
+    }
     fn magnitude(&self) -> Option<&Magnitude> {
-        self.branch.as_ref()?.magnitude.as_ref()
+        self.branch()?.magnitude.as_ref()
     }
     fn dropout(&self) -> Option<&(Dropout, u32)> {
-        self.branch.as_ref()?.dropout.as_ref()
+        self.branch()?.dropout.as_ref()
+    }
+    /// Does any share need more than the product?
+    fn is_plain(&self) -> bool {
+        let more = |b: &Branch| b.magnitude.is_some() || b.dropout.is_some();
+        !self.branches.iter().flatten().any(more)
+    }
+    /// As the rows of one share see it.
+    fn of(&self, share: usize) -> Self {
+        Part {
+            w: self.w.clone(),
+            bias: self.bias.clone(),
+            branches: vec![self.branches[share].clone()],
+        }
     }
 }
 
 /// Projections of one `x [.., k]`, side by side `[.., Σn]`, plus `residual` if given.
 pub(crate) fn project(x: &Tensor, parts: &[Part], residual: Option<&Tensor>) -> Result<Tensor> {
+    let shares = parts.first().map_or(1, |p| p.branches.len());
+    if shares == 1 {
+        return project_one(x, parts, residual);
+    }
+    if parts.iter().all(Part::is_plain) {
+        let weights = |p: &Part| LoraWeights {
+            w: p.w.clone(),
+            bias: p.bias.clone(),
+            adapters: p
+                .branches
+                .iter()
+                .map(|b| Some(b.as_ref()?.pair()))
+                .collect(),
+        };
+        let weights: Vec<LoraWeights> = parts.iter().map(weights).collect();
+        return Ok(x.linears(&weights, residual)?);
+    }
+    // What comes after the product differs from share to share.
+    each_share(x, shares, |g, rows| {
+        let own: Vec<Part> = parts.iter().map(|p| p.of(g)).collect();
+        let residual = residual.map(|r| share(r, shares, g)).transpose()?;
+        project_one(rows, &own, residual.as_ref())
+    })
+}
+
+/// The rows of share `g`.
+pub(crate) fn share(x: &Tensor, shares: usize, g: usize) -> Result<Tensor> {
+    let rows = x.dims()[0] / shares;
+    Ok(x.slice(0, g * rows, rows)?)
+}
+
+/// `f` of the rows of each share, one after another.
+pub(crate) fn each_share(
+    x: &Tensor,
+    shares: usize,
+    f: impl Fn(usize, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let one = |g: usize| f(g, &share(x, shares, g)?);
+    let all = (0..shares).map(one).collect::<Result<Vec<_>>>()?;
+    joined(&all, 0)
+}
+
+/// The projections of rows that have one adapter.
+fn project_one(x: &Tensor, parts: &[Part], residual: Option<&Tensor>) -> Result<Tensor> {
     let scaled = parts.iter().any(|p| p.magnitude().is_some());
     let weights = |p: &Part| LoraWeights {
         w: p.w.clone(),
         // A magnitude scales the product only, so what is added comes after it.
         bias: p.bias.clone().filter(|_| !scaled),
-        adapter: match (&p.branch, p.dropout()) {
-            (Some(b), None) => Some((b.a.clone(), b.b.clone(), b.scale)),
+        adapters: vec![match (p.branch(), p.dropout()) {
+            (Some(b), None) => Some(b.pair()),
             _ => None,
-        },
+        }],
     };
     let weights: Vec<LoraWeights> = parts.iter().map(weights).collect();
     let mut y = x.linears(&weights, residual.filter(|_| !scaled))?;
@@ -156,7 +226,7 @@ pub(crate) fn project(x: &Tensor, parts: &[Part], residual: Option<&Tensor>) -> 
 fn dropped(x: &Tensor, parts: &[Part]) -> Result<Tensor> {
     let lead = x.shape().clone();
     let one = |p: &Part| -> Result<Tensor> {
-        let (Some(b), Some((d, id))) = (&p.branch, p.dropout()) else {
+        let (Some(b), Some((d, id))) = (p.branch(), p.dropout()) else {
             return Ok(Tensor::scalar(0.0).broadcast(lead.with_last(p.n()))?);
         };
         let h = x.dropout_linear(&b.a, &d.seed, *id, d.keep)?;
@@ -170,7 +240,7 @@ fn dropped(x: &Tensor, parts: &[Part]) -> Result<Tensor> {
 
 /// What each output is multiplied with, `[Σn]`; 1 where there is no magnitude.
 fn factors(parts: &[Part]) -> Result<Tensor> {
-    let one = |p: &Part| match (&p.branch, p.magnitude()) {
+    let one = |p: &Part| match (p.branch(), p.magnitude()) {
         (Some(b), Some(m)) => m.factors(&p.w, b.scale),
         _ => Ok(Tensor::scalar(1.0).broadcast([p.n()])?),
     };

@@ -78,6 +78,15 @@ impl AdapterConfig {
         Ok(unused)
     }
 
+    /// Modules whose rank is above the smaller side of their projection, each in a sentence.
+    ///
+    /// # Errors
+    /// Targets that match nothing.
+    pub fn rank_warnings(&self, base: &Projections) -> Result<Vec<String>> {
+        let all = self.resolve(base)?;
+        Ok(all.iter().filter_map(super::rank_warning).collect())
+    }
+
     /// The selection with ranks and scales, and with tensors still empty.
     pub(super) fn resolve(&self, base: &Projections) -> Result<Vec<LoraModule>> {
         let ranks = self.overrides("rank_pattern", &self.rank_pattern)?;

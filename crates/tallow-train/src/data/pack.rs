@@ -20,9 +20,15 @@ impl Packable for usize {
     }
 }
 
+impl Packable for tallow_llm::data::Row {
+    fn inputs(&self) -> usize {
+        self.ids.len().saturating_sub(1)
+    }
+}
+
 impl Packable for super::Sample {
     fn inputs(&self) -> usize {
-        self.row.ids.len().saturating_sub(1)
+        self.row.inputs()
     }
 }
 

@@ -60,7 +60,7 @@ impl Source {
             Ok(match whole {
                 true => Part::Resident(Resident::open(inputs, &mut o.encoder, o.longest, seed)?),
                 false => {
-                    let made = Stream::new(inputs, &o.encoder, o.longest, seed, o.limits);
+                    let made = Stream::new(inputs, &o.encoder, o.longest, seed, o.limits)?;
                     Part::Stream(Box::new(made))
                 }
             })
@@ -171,9 +171,9 @@ impl Source {
     }
 
     /// What tells the data from other data.
-    pub(crate) fn data(&self) -> Result<Value> {
+    pub(crate) fn data(&self) -> Value {
         let one = |p: &Part| match p {
-            Part::Resident(r) => Ok(r.data()),
+            Part::Resident(r) => r.data(),
             Part::Stream(s) => s.data(),
         };
         self.parts.iter().map(one).collect()

@@ -3,8 +3,8 @@
 //! rows in the buffer, and restoring reads them again.
 //! Absent on purpose: reading ahead on another thread.
 
-use std::fs;
-use std::io::Read as _;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 
 use serde_json::{Value, json};
 use tallow_llm::data::{Encoder, Examples, Place};
@@ -14,14 +14,18 @@ use super::{Input, Limits, Origin, Sample, origins, read_origins};
 use crate::batch::Tally;
 use crate::{Error, Result};
 
-/// What is read of a file to tell it from another of its size.
-const HEAD_BYTES: u64 = 1 << 20;
+/// Files of up to this size are told from others of their size by every byte; of larger ones, this much is read.
+const COMPARED_BYTES: u64 = 256 << 20;
+/// In pieces of this size, spread evenly, the beginning and the end among them.
+const PIECE_BYTES: u64 = 1 << 20;
 /// The stream of numbers that draws from the buffer.
 const STREAM: u64 = 1;
 
 /// Rows from files, without end.
 pub(super) struct Stream {
     inputs: Vec<Input>,
+    /// What tells the files from others, as they were when they were opened.
+    data: Value,
     encoder: Encoder,
     longest: usize,
     limits: Limits,
@@ -44,9 +48,11 @@ impl Stream {
         longest: usize,
         seed: u64,
         limits: Limits,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        let data = inputs.iter().map(|i| identity(i, COMPARED_BYTES));
+        Ok(Self {
             inputs: inputs.to_vec(),
+            data: data.collect::<Result<_>>()?,
             encoder: encoder.clone(),
             longest,
             limits,
@@ -58,7 +64,7 @@ impl Stream {
             epoch: 0,
             given: 0,
             tally: Tally::default(),
-        }
+        })
     }
 
     /// The next row; `None` at the end of a pass.
@@ -144,21 +150,9 @@ impl Stream {
         Ok(found.into_iter().collect())
     }
 
-    /// Size and beginning of each file.
-    pub(super) fn data(&self) -> Result<Value> {
-        let one = |input: &Input| -> Result<Value> {
-            let fail = |cause: std::io::Error| Error::ReadData {
-                path: input.shown.clone(),
-                cause,
-            };
-            let mut file = fs::File::open(&input.path).map_err(fail)?;
-            let bytes = file.metadata().map_err(fail)?.len();
-            let mut head = vec![];
-            let mut part = file.by_ref().take(HEAD_BYTES);
-            part.read_to_end(&mut head).map_err(fail)?;
-            Ok(json!({"bytes": bytes, "head": crc32c::crc32c(&head)}))
-        };
-        self.inputs.iter().map(one).collect()
+    /// Size and checksum of each file.
+    pub(super) fn data(&self) -> Value {
+        self.data.clone()
     }
 
     pub(super) fn state(&self) -> Value {
@@ -225,5 +219,81 @@ impl Stream {
         (self.epoch, self.given, self.file) = (epoch, given, file);
         (self.buffer, self.tally) = (buffer, tally);
         Ok(Some(()))
+    }
+}
+
+/// Size and CRC-32C of a file: of all of it, or of `compared_bytes` in pieces spread evenly.
+fn identity(input: &Input, compared_bytes: u64) -> Result<Value> {
+    let fail = |cause: io::Error| Error::ReadData {
+        path: input.shown.clone(),
+        cause,
+    };
+    let mut file = File::open(&input.path).map_err(fail)?;
+    let bytes = file.metadata().map_err(fail)?.len();
+    let pieces = compared_bytes.div_ceil(PIECE_BYTES).max(2);
+    let (mut sum, mut piece) = (0, vec![]);
+    for i in 0..pieces {
+        let at = match bytes <= compared_bytes {
+            true => i * PIECE_BYTES,
+            // In 128 bits: the first is at 0, the last ends with the file.
+            false => {
+                let room = u128::from(bytes - PIECE_BYTES);
+                (room * u128::from(i) / u128::from(pieces - 1)) as u64
+            }
+        };
+        file.seek(SeekFrom::Start(at)).map_err(fail)?;
+        piece.clear();
+        let mut part = file.by_ref().take(PIECE_BYTES);
+        part.read_to_end(&mut piece).map_err(fail)?;
+        sum = crc32c::crc32c_append(sum, &piece);
+    }
+    Ok(json!({"bytes": bytes, "checksum": sum}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(bytes: &[u8], compared_bytes: u64) -> Value {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        let input = Input {
+            path: file.path().to_path_buf(),
+            shown: "x".into(),
+        };
+        identity(&input, compared_bytes).unwrap()
+    }
+
+    #[test]
+    fn a_changed_byte_is_noticed_wherever_it_lies() {
+        let mib = PIECE_BYTES as usize;
+        let mut bytes: Vec<u8> = (0..3 * mib + 7).map(|i| (i % 251) as u8).collect();
+        let whole = of(&bytes, COMPARED_BYTES);
+        assert_eq!(whole["checksum"], crc32c::crc32c(&bytes));
+        for at in [0, 100, mib - 1, mib, 2 * mib + 3, 3 * mib, 3 * mib + 6] {
+            bytes[at] ^= 1;
+            assert_ne!(of(&bytes, COMPARED_BYTES), whole, "{at}");
+            bytes[at] ^= 1;
+        }
+        assert_ne!(of(&bytes[..3 * mib], COMPARED_BYTES), whole);
+    }
+
+    #[test]
+    fn of_a_file_too_large_to_compare_pieces_are_with_both_ends() {
+        let mib = PIECE_BYTES as usize;
+        let mut bytes = vec![0; 9 * mib + 5];
+        let n = bytes.len();
+        let pieces = of(&bytes, 3 << 20);
+        for (at, seen) in [
+            (0, true),
+            (mib + 9, false),
+            (n / 2, true),
+            (n - mib - 1, false),
+            (n - 1, true),
+        ] {
+            bytes[at] ^= 1;
+            assert_eq!(of(&bytes, 3 << 20) != pieces, seen, "{at}");
+            bytes[at] ^= 1;
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! How a run begins where another left off.
 //! Invariant: a run goes on only with the settings, the model and the data of its checkpoint; what may differ is
 //! listed here. Absent on purpose: reading files; see `checkpoint.rs`.
-use super::{steps::Run, *};
+use super::{steps::Lane, *};
 use crate::checkpoint::{Checkpoint, Damaged};
 use std::{path::Path, time::Instant};
 
@@ -53,9 +53,9 @@ pub(super) fn check_start(job: &Job, store: &Store, start: Start) -> Result<()> 
     }
 }
 
-impl Run<'_> {
-    /// Goes on from the newest whole checkpoint, if asked to and there is one.
-    pub(super) fn resume(&mut self) -> Result<()> {
+impl Lane<'_> {
+    /// Goes on from the newest whole checkpoint up to the step `limit`, if asked to and there is one.
+    pub(super) fn resume(&mut self, trainer: &mut Trainer, limit: Option<u64>) -> Result<()> {
         let Some((store, keep)) = self.store.clone() else {
             return Ok(());
         };
@@ -63,7 +63,7 @@ impl Run<'_> {
             return Ok(());
         }
         let start = Instant::now();
-        let (found, damaged) = store.newest();
+        let (found, damaged) = store.newest_up_to(limit.unwrap_or(u64::MAX));
         let Some(found) = found else {
             return match damaged.into_iter().next() {
                 None => Ok(()),
@@ -77,8 +77,8 @@ impl Run<'_> {
         let step = found.about.step;
         let dir = store.path(step);
         let mut remarks: Vec<String> = damaged.iter().map(damage).collect();
-        remarks.extend(self.differences(&found, &dir)?);
-        self.trainer.restore(&found.state)?;
+        remarks.extend(self.differences(trainer, &found, &dir)?);
+        trainer.restore(self.member, &found.state)?;
         self.feed.restore(&found.about.feed)?;
         self.take_over(found);
         self.saved = Some(step);
@@ -110,7 +110,12 @@ impl Run<'_> {
     }
 
     /// Refuses a checkpoint of another run; what is worth a word.
-    fn differences(&self, found: &Checkpoint, dir: &Path) -> Result<Vec<String>> {
+    fn differences(
+        &self,
+        trainer: &Trainer,
+        found: &Checkpoint,
+        dir: &Path,
+    ) -> Result<Vec<String>> {
         let about = &found.about;
         let other = |what: String| Error::OtherRun {
             dir: dir.to_path_buf(),
@@ -155,17 +160,17 @@ impl Run<'_> {
                 "begun on {was} threads, going on with {now}: last digits may differ"
             ));
         }
-        remarks.extend(self.other_kernels(found)?);
+        remarks.extend(self.other_kernels(trainer, found)?);
         Ok(remarks)
     }
 
     /// A word where this machine would run other kernels than the checkpoint's.
-    fn other_kernels(&self, found: &Checkpoint) -> Result<Option<String>> {
+    fn other_kernels(&self, trainer: &Trainer, found: &Checkpoint) -> Result<Option<String>> {
         for [b, t] in self.feed.shapes() {
             let Some(was) = found.about.kernels.get(&format!("{b}x{t}")) else {
                 continue;
             };
-            let plan = self.trainer.plan([b, t])?.plan;
+            let plan = trainer.plan([b, t])?.plan;
             let now = plan.steps.iter().map(|s| s.kernel_name);
             if !now.eq(was.iter().map(String::as_str)) {
                 return Ok(Some(
@@ -178,6 +183,16 @@ impl Run<'_> {
         }
         Ok(None)
     }
+}
+
+/// The newest step that every run has a checkpoint of, so that runs side by side go on in step.
+pub(super) fn common_step(lanes: &[Lane<'_>]) -> Option<u64> {
+    let steps = |l: &Lane<'_>| Some(l.store.as_ref()?.0.steps());
+    let mut all = lanes.iter().map(|l| steps(l).unwrap_or_default());
+    let first = all.next()?;
+    let rest: Vec<Vec<u64>> = all.collect();
+    let everywhere = |step: &u64| rest.iter().all(|s| s.contains(step));
+    first.into_iter().filter(everywhere).max()
 }
 
 fn damage(d: &Damaged) -> String {

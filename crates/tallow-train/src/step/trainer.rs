@@ -1,5 +1,6 @@
-//! Trains one adapter, step by step, keeping one recording a batch length.
-//! Invariant: [`Trainer::snapshot`] between two steps holds all that the next steps depend on, the data aside.
+//! Trains one adapter, or several side by side, step by step, keeping one recording a batch length.
+//! Invariant: [`Trainer::snapshot`] between two steps holds all that an adapter's next steps depend on, the data
+//! aside; no adapter's numbers depend on another's.
 //! Absent on purpose: what to do about a loss that is not finite; the caller is told.
 use super::*;
 use crate::Error;
@@ -32,15 +33,31 @@ enum Recorded {
     },
 }
 
-/// Trains one adapter.
-pub struct Trainer {
-    model: Model,
+/// One of the adapters, with its optimizer and its counters.
+struct Member {
     adapter: Adapter,
     config: TrainConfig,
     optimizer: Optimizer,
-    recorded: Recorded,
     done: u64,
     updates: u64,
+}
+
+/// What an adapter is given in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn<'a> {
+    /// As many batches as a step accumulates.
+    pub batches: &'a [Batch],
+    /// Learning rate.
+    pub lr: f64,
+}
+
+/// Trains adapters on one model.
+pub struct Trainer {
+    model: Model,
+    members: Vec<Member>,
+    recorded: Recorded,
+    /// The batches of all, one after another, where there are several.
+    stacked: Batch,
 }
 
 impl Trainer {
@@ -49,15 +66,40 @@ impl Trainer {
     /// # Errors
     /// Settings that make no sense; no memory.
     pub fn new(model: &Model, adapter: &Adapter, config: &TrainConfig) -> Result<Self> {
-        config.validate()?;
+        Self::side_by_side(model, &[(adapter, config)])
+    }
+
+    /// Several adapters in the same passes over one model, each with an equal share of the rows.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; no adapter, or settings of the passes themselves that differ.
+    pub fn side_by_side(model: &Model, all: &[(&Adapter, &TrainConfig)]) -> Result<Self> {
         let s = &model.session;
-        let optimizer = Optimizer::new(s, adapter, config.optimizer)?;
-        let recorded = match config.accumulate {
+        let mut members = vec![];
+        for (adapter, config) in all {
+            config.validate()?;
+            config.check_beside(all[0].1)?;
+            members.push(Member {
+                optimizer: Optimizer::new(s, adapter, config.optimizer)?,
+                adapter: adapter.for_training(s)?,
+                config: (*config).clone(),
+                done: 0,
+                updates: 0,
+            });
+        }
+        let Some((_, first)) = all.first() else {
+            return Err(Error::Setting {
+                name: "adapters",
+                want: "one or more to train".into(),
+                got: "none".into(),
+            });
+        };
+        let recorded = match first.accumulate {
             1 => Recorded::Whole(BTreeMap::new()),
             _ => {
-                let sums = Sums::new(s, adapter)?;
-                let g = ApplyGraph::build(s, adapter, &optimizer, &sums, config.clip)?;
-                let program = s.record(&[&g.loss, &g.norm], &g.updates)?;
+                let sums = Sums::new(s, &trained(&members))?;
+                let g = ApplyGraph::build(s, &trained(&members), &sums)?;
+                let program = s.record(&[&g.losses, &g.norms], &g.updates)?;
                 Recorded::Split {
                     sums,
                     micro: BTreeMap::new(),
@@ -66,64 +108,60 @@ impl Trainer {
             }
         };
         let mut model = model.clone();
-        model.recompute = config.checkpoint_layers;
+        model.recompute = first.checkpoint_layers;
         Ok(Trainer {
             model,
-            adapter: adapter.for_training(s)?,
-            config: config.clone(),
-            optimizer,
+            members,
             recorded,
-            done: 0,
-            updates: 0,
+            stacked: Batch::default(),
         })
     }
 
-    /// The plan for a batch shape `[b, t]`, without allocating what it needs.
+    /// The settings of the passes, which all share.
+    fn config(&self) -> &TrainConfig {
+        &self.members[0].config
+    }
+
+    fn shape(&self, dims: [usize; 2]) -> BatchShape {
+        let packed = self.config().packing;
+        BatchShape { dims, packed }
+    }
+
+    /// The plan for batches of `[b, t]` of each adapter, without allocating what it needs.
     ///
     /// # Errors
     /// A graph that cannot be planned.
     pub fn plan(&self, shape: [usize; 2]) -> Result<Compiled> {
-        let (model, adapter) = (&self.model, &self.adapter);
-        let shape = BatchShape {
-            dims: shape,
-            packed: self.config.packing,
-        };
+        let (model, all, shape) = (&self.model, trained(&self.members), self.shape(shape));
         match &self.recorded {
-            Recorded::Whole(_) => {
-                StepGraph::build(model, adapter, &self.optimizer, shape, self.config.clip)?
-                    .plan(&model.session)
-            }
+            Recorded::Whole(_) => StepGraph::build(model, &all, shape)?.plan(&model.session),
             Recorded::Split { sums, .. } => {
-                MicroGraph::build(model, adapter, sums, shape)?.plan(&model.session)
+                MicroGraph::build(model, &all, sums, shape)?.plan(&model.session)
             }
         }
     }
 
-    /// Makes the recording for a batch shape `[b, t]`; its memory, or `None` if it was there already.
+    /// Makes the recording for batches of `[b, t]` of each adapter; its memory, or `None` if it was there already.
     ///
     /// # Errors
     /// A graph that does not fit together; no memory.
     pub fn prepare(&mut self, shape: [usize; 2]) -> Result<Option<Memory>> {
-        let (model, adapter, clip) = (&self.model, &self.adapter, self.config.clip);
-        let s = &model.session;
-        let full = BatchShape {
-            dims: shape,
-            packed: self.config.packing,
-        };
+        let full = self.shape(shape);
+        let (model, s) = (&self.model, &self.model.session);
         let program = match &mut self.recorded {
             Recorded::Whole(all) => match all.entry(shape) {
                 Entry::Occupied(_) => return Ok(None),
                 Entry::Vacant(place) => {
-                    let g = StepGraph::build(model, adapter, &self.optimizer, full, clip)?;
-                    let program = s.record(&[&g.loss, &g.norm], &g.updates)?;
+                    let g = StepGraph::build(model, &trained(&self.members), full)?;
+                    let program = s.record(&[&g.losses, &g.norms], &g.updates)?;
                     &place.insert((program, g)).0
                 }
             },
             Recorded::Split { sums, micro, .. } => match micro.entry(shape) {
                 Entry::Occupied(_) => return Ok(None),
                 Entry::Vacant(place) => {
-                    let g = MicroGraph::build(model, adapter, sums, full)?;
-                    let program = s.record(&[&g.loss], &g.updates)?;
+                    let g = MicroGraph::build(model, &trained(&self.members), sums, full)?;
+                    let program = s.record(&[&g.losses], &g.updates)?;
                     &place.insert((program, g)).0
                 }
             },
@@ -131,66 +169,114 @@ impl Trainer {
         Ok(Some(program.compiled.plan.memory()))
     }
 
-    /// One step at learning rate `lr` over `accumulate` batches, weighted by their targets. Where the result
-    /// was not [`StepResult::updated`], parameters and moments are what they were.
+    /// One step of the only adapter at learning rate `lr` over `accumulate` batches, weighted by their targets. Where
+    /// the result was not [`StepResult::updated`], parameters and moments are what they were.
     ///
     /// # Errors
-    /// Another number of batches; a device that fails.
+    /// Several adapters, another number of batches; a device that fails.
     pub fn step(&mut self, batches: &[Batch], lr: f64) -> Result<StepResult> {
-        if batches.len() != self.config.accumulate {
-            return Err(Error::Setting {
-                name: "batches of a step",
-                want: self.config.accumulate.to_string(),
-                got: batches.len().to_string(),
-            });
-        }
-        for b in batches {
-            self.prepare([b.b, b.t])?;
-        }
-        let s = self.model.session.clone();
-        self.optimizer
-            .upload(&s, &self.config, lr, self.updates + 1)?;
-        let counted: usize = batches.iter().map(|b| b.counted).sum();
-        let inv = [(1.0 / counted.max(1) as f64) as f32];
-        let mut bad_batch = None;
-        // Every batch drops other inputs, the same ones whenever it is computed.
-        let (seed, drawn) = (self.config.seed, self.done * batches.len() as u64);
-        let draw = |i: usize| self.adapter.draw(&s, seed, drawn + i as u64 + 1);
-        let (program, inv_count) = match &mut self.recorded {
-            Recorded::Whole(all) => {
-                let b = &batches[0];
-                draw(0)?;
-                let (program, g) = found(all, b);
-                g.inputs.upload(&s, b)?;
-                (program, &g.inv_count)
-            }
-            Recorded::Split { micro, apply, .. } => {
-                for (i, b) in batches.iter().enumerate() {
-                    let (program, g) = found(micro, b);
-                    g.inputs.upload(&s, b)?;
-                    draw(i)?;
-                    program.replay()?;
-                    let loss = one(&s, &program.outputs[0])?;
-                    bad_batch = bad_batch.or((!loss.is_finite()).then_some(i));
-                }
-                (&mut apply.0, &apply.1.inv_count)
-            }
-        };
-        s.write(inv_count, &inv)?;
-        program.replay()?;
-        let got = StepResult {
-            loss: one(&s, &program.outputs[0])?,
-            grad_norm: one(&s, &program.outputs[1])?,
-            bad_batch,
-        };
-        self.done += 1;
-        self.updates += u64::from(got.updated());
-        Ok(got)
+        let all = self.step_all(&[Some(Turn { batches, lr })])?;
+        Ok(all[0].expect("an adapter with a turn has a result (bug in tallow)"))
     }
 
-    /// Steps done.
-    pub fn done(&self) -> u64 {
-        self.done
+    /// The shape `[b, t]` that batch `i` of every turn is padded to.
+    fn common(turns: &[Option<Turn<'_>>], i: usize) -> [usize; 2] {
+        let all = turns.iter().flatten().map(|t| &t.batches[i]);
+        all.fold([0, 0], |[b, t], x| [b.max(x.b), t.max(x.t)])
+    }
+
+    /// The shapes of the batches of a step, as [`Trainer::prepare`] takes them.
+    ///
+    /// # Errors
+    /// Another number of turns or batches.
+    pub fn shapes(&self, turns: &[Option<Turn<'_>>]) -> Result<Vec<[usize; 2]>> {
+        let n = self.config().accumulate;
+        let setting = |name, want: usize, got: usize| {
+            let (want, got) = (want.to_string(), got.to_string());
+            Err(Error::Setting { name, want, got })
+        };
+        if turns.len() != self.members.len() {
+            return setting("turns of a step", self.members.len(), turns.len());
+        }
+        match turns.iter().flatten().find(|t| t.batches.len() != n) {
+            Some(t) => setting("batches of a step", n, t.batches.len()),
+            None => Ok((0..n).map(|i| Self::common(turns, i)).collect()),
+        }
+    }
+
+    /// One step of every adapter that has a turn; the others stay as they are.
+    ///
+    /// # Errors
+    /// Another number of turns or batches; a device that fails.
+    pub fn step_all(&mut self, turns: &[Option<Turn<'_>>]) -> Result<Vec<Option<StepResult>>> {
+        let shapes = self.shapes(turns)?;
+        for shape in &shapes {
+            self.prepare(*shape)?;
+        }
+        let s = self.model.session.clone();
+        let mut inv = vec![0.0; turns.len()];
+        for ((m, turn), inv) in self.members.iter().zip(turns).zip(&mut inv) {
+            match turn {
+                None => m.optimizer.idle(&s)?,
+                Some(Turn { batches, lr }) => {
+                    m.optimizer.upload(&s, &m.config, *lr, m.updates + 1)?;
+                    let counted: usize = batches.iter().map(|b| b.counted).sum();
+                    *inv = (1.0 / counted.max(1) as f64) as f32;
+                }
+            }
+        }
+        let mut bad = vec![None; turns.len()];
+        let mut losses = vec![0.0; turns.len()];
+        let (stacked, members) = (&mut self.stacked, &self.members);
+        let (program, inv_counts) = match &mut self.recorded {
+            Recorded::Whole(all) => {
+                let (program, g) = found(all, shapes[0]);
+                g.inputs
+                    .upload(&s, together(stacked, turns, 0, shapes[0])?)?;
+                draw(&s, members, 0)?;
+                (program, &g.inv_counts)
+            }
+            Recorded::Split { micro, apply, .. } => {
+                for (i, shape) in shapes.iter().enumerate() {
+                    let (program, g) = found(micro, *shape);
+                    g.inputs.upload(&s, together(stacked, turns, i, *shape)?)?;
+                    draw(&s, members, i)?;
+                    program.replay()?;
+                    s.read_into(&program.outputs[0], &mut losses)?;
+                    for (bad, loss) in bad.iter_mut().zip(&losses) {
+                        *bad = bad.or((!loss.is_finite()).then_some(i));
+                    }
+                }
+                (&mut apply.0, &apply.1.inv_counts)
+            }
+        };
+        s.write(inv_counts, &inv)?;
+        program.replay()?;
+        let mut norms = vec![0.0; turns.len()];
+        s.read_into(&program.outputs[0], &mut losses)?;
+        s.read_into(&program.outputs[1], &mut norms)?;
+        let mut results = vec![];
+        for (i, m) in self.members.iter_mut().enumerate() {
+            let got = turns[i].map(|_| StepResult {
+                loss: losses[i],
+                grad_norm: norms[i],
+                bad_batch: bad[i],
+            });
+            m.done += u64::from(got.is_some());
+            m.updates += u64::from(got.is_some_and(|g| g.updated()));
+            results.push(got);
+        }
+        Ok(results)
+    }
+
+    /// Adapters trained.
+    pub fn members(&self) -> usize {
+        self.members.len()
+    }
+
+    /// Steps that adapter `member` has done.
+    pub fn done(&self, member: usize) -> u64 {
+        self.members[member].done
     }
 
     /// Recordings made, one a batch shape.
@@ -217,52 +303,76 @@ impl Trainer {
             .unwrap_or(0)
     }
 
-    /// Everything to go on from here. Waits for the device.
+    /// Everything for adapter `member` to go on from here. Waits for the device.
     ///
     /// # Errors
     /// A device that fails.
-    pub fn snapshot(&self) -> Result<Snapshot> {
-        let s = &self.model.session;
+    pub fn snapshot(&self, member: usize) -> Result<Snapshot> {
+        let (m, s) = (&self.members[member], &self.model.session);
         let read = |t: &Tensor| s.read(t);
         Ok(Snapshot {
-            params: read(&self.adapter.params)?,
-            m: read(&self.optimizer.m)?,
-            v: match &self.optimizer.v {
+            params: read(&m.adapter.params)?,
+            m: read(&m.optimizer.m)?,
+            v: match &m.optimizer.v {
                 Some(v) => read(v)?,
                 None => vec![],
             },
-            done: self.done,
-            updates: self.updates,
+            done: m.done,
+            updates: m.updates,
         })
     }
 
-    /// Goes on from a snapshot.
+    /// Adapter `member` goes on from a snapshot.
     ///
     /// # Errors
     /// A snapshot of another adapter or optimizer.
-    pub fn restore(&mut self, from: &Snapshot) -> Result<()> {
-        let s = &self.model.session;
-        s.write(&self.adapter.params, &from.params)?;
-        s.write(&self.optimizer.m, &from.m)?;
-        if let Some(v) = &self.optimizer.v {
+    pub fn restore(&mut self, member: usize, from: &Snapshot) -> Result<()> {
+        let (m, s) = (&mut self.members[member], &self.model.session);
+        s.write(&m.adapter.params, &from.params)?;
+        s.write(&m.optimizer.m, &from.m)?;
+        if let Some(v) = &m.optimizer.v {
             s.write(v, &from.v)?;
         }
-        (self.done, self.updates) = (from.done, from.updates);
+        (m.done, m.updates) = (from.done, from.updates);
         Ok(())
     }
 }
 
-/// The recording of a batch that was prepared.
-fn found<'a, G>(
-    all: &'a mut BTreeMap<[usize; 2], (Program, G)>,
-    b: &Batch,
-) -> &'a mut (Program, G) {
-    all.get_mut(&[b.b, b.t])
-        .expect("`step` prepares its batches first: bug in tallow")
+fn trained(members: &[Member]) -> Vec<Trained<'_>> {
+    let all = members.iter();
+    all.map(|m| Trained {
+        adapter: &m.adapter,
+        optimizer: &m.optimizer,
+        clip: m.config.clip,
+    })
+    .collect()
 }
 
-fn one(s: &Session, t: &Tensor) -> Result<f32> {
-    let mut value = [0.0];
-    s.read_into(t, &mut value)?;
-    Ok(value[0])
+/// Batch `i` of a step: the only one, or those of all turns, one after another.
+fn together<'a>(
+    stacked: &'a mut Batch,
+    turns: &[Option<Turn<'a>>],
+    i: usize,
+    shape: [usize; 2],
+) -> Result<&'a Batch> {
+    if let [Some(only)] = turns {
+        return Ok(&only.batches[i]);
+    }
+    stacked.stack(shape, turns.iter().map(|t| Some(&t.as_ref()?.batches[i])))?;
+    Ok(stacked)
+}
+
+/// Chooses what is dropped in batch `i`: every batch drops other inputs, the same ones whenever it is computed.
+fn draw(s: &Session, members: &[Member], i: usize) -> Result<()> {
+    for m in members {
+        let drawn = m.done * m.config.accumulate as u64 + i as u64 + 1;
+        m.adapter.draw(s, m.config.seed, drawn)?;
+    }
+    Ok(())
+}
+
+/// The recording of a shape that was prepared.
+fn found<G>(all: &mut BTreeMap<[usize; 2], (Program, G)>, shape: [usize; 2]) -> &mut (Program, G) {
+    all.get_mut(&shape)
+        .expect("a step prepares its batches first: bug in tallow")
 }

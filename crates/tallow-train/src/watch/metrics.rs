@@ -105,6 +105,9 @@ pub fn line(event: &Event) -> Value {
             "event": "early_stop", "step": step, "best": best,
             "text": format!("stopped early: the best evaluation was {:.4} at step {}", best.1, best.0),
         }),
+        Event::Failed { step, why } => json!({
+            "event": "failed", "step": step, "text": why,
+        }),
         Event::Saved { dir } => json!({
             "event": "saved", "text": format!("adapter saved in {}", dir.display()),
         }),

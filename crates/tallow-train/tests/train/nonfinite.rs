@@ -6,11 +6,11 @@ use tallow_llm::{LoadOptions, Model};
 use tallow_train::{Batch, Error, Event, OptimizerKind, TrainConfig, Trainer};
 
 /// A token that only some lines have.
-const POISON: u32 = 1234;
+pub(crate) const POISON: u32 = 1234;
 
 /// The tiny model with infinity in the embedding of one token, and an output projection of its own so that no
 /// other token sees it.
-fn poisoned(dir: &Path) -> Model {
+pub(crate) fn poisoned(dir: &Path) -> Model {
     let tiny = root().join("assets/tiny");
     let bytes = fs::read(tiny.join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -37,7 +37,7 @@ fn poisoned(dir: &Path) -> Model {
     Model::load(&model().session, dir, &LoadOptions::default()).unwrap()
 }
 
-fn batch(ids: &[u32]) -> Batch {
+pub(crate) fn batch(ids: &[u32]) -> Batch {
     let mut batch = Batch::default();
     batch.fill([1, ids.len() - 1], [ids]).unwrap();
     batch
@@ -65,15 +65,15 @@ fn nothing_is_spoilt_and_the_counter_of_updates_stays() {
                 let mut trainer = Trainer::new(&model, &adapter, &config).unwrap();
                 let mut results = vec![];
                 for b in batches {
-                    let before = trainer.snapshot().unwrap();
+                    let before = trainer.snapshot(0).unwrap();
                     let got = trainer.step(&step(b), 1e-3).unwrap();
-                    let after = trainer.snapshot().unwrap();
+                    let after = trainer.snapshot(0).unwrap();
                     assert_eq!(got.updated(), before.params != after.params);
                     assert_eq!(got.updated(), before.m != after.m);
                     assert_eq!(after.updates, before.updates + u64::from(got.updated()));
                     results.push(got);
                 }
-                (results, trainer.snapshot().unwrap())
+                (results, trainer.snapshot(0).unwrap())
             };
             let (results, with) = run(&[&good, &bad, &good]);
             assert!(!results[1].loss.is_finite(), "{:?}", results[1]);

@@ -30,7 +30,7 @@ fn broken_off(config: &TrainConfig, meddle: impl FnOnce(&Bench)) -> (Bench, Log)
     let dir = bench.out().join("checkpoints/step-000005");
     assert_eq!((*step, saved.as_ref()), (5, Some(&dir)));
     assert!(error.to_string().contains("--resume goes on"), "{error}");
-    assert_eq!(bench.files(), ["checkpoints"]);
+    assert_eq!(bench.files(), ["checkpoints", "train.yaml"]);
     meddle(&bench);
     bench.keep = keep(2, Start::Resume);
     let mut log = Log::default();
@@ -295,4 +295,37 @@ fn memory_is_kept_to_with_fewer_rows_a_batch() {
         error.contains("of memory, and 1.0 MiB is allowed"),
         "{error}"
     );
+}
+
+#[test]
+fn a_manifest_names_no_file_outside_its_folder() {
+    let bench = Bench::new();
+    let store = tallow_train::checkpoint::Store::new(&bench.out());
+    let dir = store.path(1);
+    fs::create_dir_all(&dir).unwrap();
+    let secret = bench.dir.path().join("secret");
+    fs::write(&secret, "x").unwrap();
+    let sum = serde_json::json!({"bytes": 1, "crc32": crc32c::crc32c(b"x")});
+    let outside = [
+        "../../../secret".to_owned(),
+        secret.display().to_string(),
+        "..".to_owned(),
+    ];
+    for name in outside {
+        let mut manifest = serde_json::json!({});
+        for file in ["checkpoint.json", "state.safetensors"] {
+            fs::write(dir.join(file), "x").unwrap();
+            manifest[file] = sum.clone();
+        }
+        manifest[&name] = sum.clone();
+        fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
+        let said = store.load(1).unwrap_err().to_string();
+        assert!(said.contains(&format!("{name} is missing")), "{said}");
+    }
+    // Deeper than any reader goes, and of no length.
+    for about in ["[".repeat(10_000), String::new()] {
+        fs::write(dir.join("manifest.json"), &about).unwrap();
+        let said = store.load(1).unwrap_err().to_string();
+        assert!(said.contains("manifest.json is not readable"), "{said}");
+    }
 }

@@ -13,6 +13,7 @@ fn kind(found: &Found) -> &'static str {
     match found.kind {
         Kind::Model => "model",
         Kind::Adapter | Kind::MlxAdapter => "adapter",
+        Kind::Checkpoint => "checkpoint",
         Kind::Tensors => "tensors",
     }
 }
@@ -97,6 +98,9 @@ pub(super) fn lines(args: &Args, found: &Found) -> Result<()> {
         ))?;
     }
     match found.costs.is_empty() {
+        true if matches!(found.kind, Kind::Adapter | Kind::Checkpoint) => out::line(
+            "with --model: its share of the base's parameters, and predictions of memory and times",
+        ),
         true => Ok(()),
         false => out::line(format!("times are estimates: {TIMES}")),
     }
