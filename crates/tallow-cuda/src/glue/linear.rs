@@ -432,7 +432,7 @@ pub(super) fn add_up(c: &Call, g: usize, share: &Share) -> Option<Option<Job>> {
             args.push(Arg::Read(ib));
             let s = scale.get();
             body += &format!(
-                "for (int r = 0; r < {r}; ++r) {{ const float v = {s:?}f * b{i}[(u64)j * {r}u + r]; \
+                "_Pragma(\"unroll 2\") for (int r = 0; r < {r}; ++r) {{ const float v = {s:?}f * b{i}[(u64)j * {r}u + r]; \
                  for (int e = 0; e < TILE; ++e) acc[e] += v * h[e][{r0} + r]; }}"
             );
             r0 += r;
@@ -572,7 +572,7 @@ pub(super) fn low_rank_grad(
             params += &format!(", const float* a{i}");
             own.push(Arg::Read(ia));
             body += &format!(
-                "for (int r = 0; r < {r}; ++r) {{ const float v = a{i}[(u64)r * {k}u + o]; \
+                "_Pragma(\"unroll 2\") for (int r = 0; r < {r}; ++r) {{ const float v = a{i}[(u64)r * {k}u + o]; \
                  for (int e = 0; e < TILE; ++e) acc[e] += v * h[e][{r0} + r]; }}\n"
             );
             r0 += r;

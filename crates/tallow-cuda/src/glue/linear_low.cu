@@ -2,7 +2,7 @@
 // of h [m, RANK], for the m rows from `first` on. A block takes 16 rows and 128 columns, a thread one column: its coefficients are read once.
 // Bound by reading and writing the result once.
 #define TILE 16
-extern "C" __global__ void __launch_bounds__(128, 8) low_rank(float* y, const float* hidden, u32 first, u32 m, u32 ys, u32 hs,
+extern "C" __global__ void __launch_bounds__(128, 6) low_rank(float* y, const float* hidden, u32 first, u32 m, u32 ys, u32 hs,
     const float* past, u32 ps PARAMS) {
   __shared__ float h[TILE][RANK + 1];
   y += (u64)first * ys;
