@@ -193,7 +193,9 @@ fn products_in_bf16_are_near_the_oracle() {
         weights: DType::BF16,
     };
     let s = Session::new(Arc::new(Cuda::open(&options).unwrap()));
-    let products = [
+    let rounded_ops = [
+        "attention",
+        "attention_grad",
         "linear",
         "lora_linear",
         "lora_linear_grad",
@@ -202,7 +204,7 @@ fn products_in_bf16_are_near_the_oracle() {
     ];
     let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
     for case in composites() {
-        let product = products.contains(&case.name.split(' ').next().unwrap_or_default());
+        let product = rounded_ops.contains(&case.name.split(' ').next().unwrap_or_default());
         // Only weights that never change are rounded.
         if !product || !case.name.contains("Frozen") {
             continue;
@@ -210,7 +212,7 @@ fn products_in_bf16_are_near_the_oracle() {
         for d in distance(&s, &case).unwrap() {
             count += 1;
             rounded += usize::from(d > 1e-5);
-            if d.is_nan() || d > 1.5e-2 {
+            if d.is_nan() || d > 2e-2 {
                 bad.push(format!("{}: {d:.2e}", case.name));
             }
         }

@@ -1,18 +1,6 @@
-// Attention backward from q, k, v, o, lse, do. `delta`: rowsum(do o), a warp a row. `grad_q`: a block for BT queries of
+// Attention backward from q, k, v, lse, do and delta. `grad_q`: a block for BT queries of
 // a head. `grad_kv`: a block for BT keys of a key head, over its heads in order: no atomics, equal runs give equal bits.
 // With p = exp(s - lse): dv = pᵀ do, ds = p (do vᵀ - delta), dq = SCALE ds k, dk = SCALE dsᵀ q.
-extern "C" __global__ void __launch_bounds__(128) delta(const float* o, const float* go, float* out, u32 t, u32 h, u32 rows,
-    u32 ob, u32 ot, u32 oh, u32 gb, u32 gt, u32 gh) {
-  const u32 r = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (r >= rows) return;
-  const u32 i = r % t, head = r / t % h, b = r / t / h;
-  const float* x = o + (u64)b * ob + (u64)i * ot + (u64)head * oh;
-  const float* y = go + (u64)b * gb + (u64)i * gt + (u64)head * gh;
-  float s = 0.f;
-  for (u32 c = lane; c < D; c += 32) s += x[c] * y[c];
-  s = warp_sum(s);
-  if (lane == 0) out[r] = s;
-}
 #define ARGS const float* q, const float* k, const float* v, const u32* pos, const u32* starts, const float* lse, \
     const float* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
     u32 vb, u32 vt, u32 vh, u32 gb, u32 gt, u32 gh

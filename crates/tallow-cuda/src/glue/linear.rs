@@ -295,13 +295,16 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
         params += &format!(", const W* w{i}");
         args.push(Arg::Read(at.w));
-        let mut body = format!("dot<W>(w{i} + (u64)j * {k}u, x, acc);");
+        let mut body = format!("dot<W>(w{i} + (u64)j * {k}u, x, acc, lane, lanes);");
         if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
             params += &format!(", const float* a{i}, const float* b{i}");
             args.extend([Arg::Read(ia), Arg::Read(ib)]);
-            down.push((r, format!("dot<float>(a{i} + (u64)j * {k}u, x, acc);")));
+            down.push((
+                r,
+                format!("dot<float>(a{i} + (u64)j * {k}u, x, acc, lane, lanes);"),
+            ));
             body += &format!(
-                " tail<{r}>(b{i} + (u64)j * {r}u, h + {r0}u, {:?}f, acc);",
+                " tail<{r}>(b{i} + (u64)j * {r}u, h + {r0}u, {:?}f, acc, lane, lanes);",
                 scale.get()
             );
             r0 += r;
@@ -318,6 +321,11 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
         args.push(Arg::Read(i));
     }
     let outputs: usize = c.blocks.iter().map(|b| b.n).sum();
+    // Enough warps to fill a large card, each with at least one whole load.
+    let split = [1, 2, 4]
+        .into_iter()
+        .find(|s| outputs * s >= 3000 || k < 2 * s * 32 * 8)
+        .unwrap_or(4);
     let defines = [
         ("W", c_type(w.dtype).to_owned()),
         ("M", c.m.to_string()),
@@ -326,11 +334,11 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
         ("YS", c.out_row.to_string()),
         ("HS", share.hidden.1.to_string()),
         ("OUTPUTS", format!("{outputs}u")),
-        ("RANK", format!("{}u", share.rank)),
+        ("SPLIT", split.to_string()),
         (
             "PAST",
             c.residual.map_or(String::new(), |(_, row)| {
-                format!("if (lane < M) add += past[(u64)lane * {row}u + o];")
+                format!("add += past[(u64)lane * {row}u + o];")
             }),
         ),
     ];
@@ -345,11 +353,17 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
             "down",
             source.clone(),
             share.rank as u32,
-            32,
+            256,
             args.clone(),
         ));
     }
-    jobs.push(kernel("up", source, outputs.div_ceil(8) as u32, 256, args));
+    jobs.push(kernel(
+        "up",
+        source,
+        outputs.div_ceil(8 / split) as u32,
+        256,
+        args,
+    ));
     let name = if c.adapted() {
         "lora_linear_warp"
     } else {

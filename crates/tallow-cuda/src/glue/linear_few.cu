@@ -1,5 +1,5 @@
-// A linear for M <= 8 rows: `down` makes h = x Aᵀ, one warp a rank; `up` makes every output with one warp, whose sum
-// runs over k and on over the adapter's tail. Bound by reading the weights once.
+// A linear for M <= 8 rows: `down` makes h = x Aᵀ, one block a rank; `up` makes every output with SPLIT warps, whose
+// sum runs over k and on over the adapter's tail. Bound by reading the weights once.
 // Constants: M, K, strides of rows XS, YS, HS, OUTPUTS, RANK; W is the type of the weights.
 template <class T> struct Pack { static const int N = 4; };
 template <> struct Pack<bf16> { static const int N = 8; };
@@ -21,13 +21,12 @@ DEV void unpack(const f16* p, float* v) {
   const f16* h = (const f16*)&q;
   for (int i = 0; i < 8; ++i) v[i] = ld(h + i);
 }
-// Each lane's part of w · x for all rows.
-template <class T> DEV void dot(const T* w, const float* x, float* acc) {
-  const u32 lane = threadIdx.x & 31;
+// What one of `lanes` threads has of w · x, for all rows.
+template <class T> DEV void dot(const T* w, const float* x, float* acc, u32 lane, u32 lanes) {
   const int N = Pack<T>::N;
   if (K % N == 0 && XS % 4 == 0 && (((u64)w | (u64)x) & 15) == 0) {
 #pragma unroll 4
-    for (u32 i = lane * N; i < K; i += 32 * N) {
+    for (u32 i = lane * N; i < K; i += lanes * N) {
       float a[N], b[N];
       unpack(w + i, a);
 #pragma unroll
@@ -37,38 +36,51 @@ template <class T> DEV void dot(const T* w, const float* x, float* acc) {
       }
     }
   } else {
-    for (u32 i = lane; i < K; i += 32) {
+    for (u32 i = lane; i < K; i += lanes) {
       const float a = ld(w + i);
       for (int m = 0; m < M; ++m) acc[m] += a * x[(u64)m * XS + i];
     }
   }
 }
 // Each lane's part of s h · b: the sum goes on over the ranks.
-template <int R> DEV void tail(const float* b, const float* h, float s, float* acc) {
-  for (u32 r = threadIdx.x & 31; r < R; r += 32) {
+template <int R> DEV void tail(const float* b, const float* h, float s, float* acc, u32 lane, u32 lanes) {
+  for (u32 r = lane; r < R; r += lanes) {
     const float v = s * b[r];
     for (int m = 0; m < M; ++m) acc[m] += v * h[(u64)m * HS + r];
   }
 }
-extern "C" __global__ void down(const float* x, float*, float* h PARAMS) {
-  const u32 o = blockIdx.x;
+extern "C" __global__ void __launch_bounds__(256) down(const float* x, float*, float* h PARAMS) {
+  const u32 o = blockIdx.x, lane = threadIdx.x, lanes = 256;
   float acc[M] = {};
   PICK_DOWN
   for (int m = 0; m < M; ++m) {
-    const float v = warp_sum(acc[m]);
+    const float v = block_sum(acc[m]);
     if (threadIdx.x == 0) h[(u64)m * HS + o] = v;
   }
 }
 extern "C" __global__ void __launch_bounds__(256) up(const float* x, float* y, const float* h PARAMS) {
-  const u32 o = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (o >= OUTPUTS) return;
+  const u32 warp = threadIdx.x >> 5, o = blockIdx.x * (8 / SPLIT) + warp / SPLIT;
+  const u32 lane = threadIdx.x & (32 * SPLIT - 1), lanes = 32 * SPLIT;
   float acc[M] = {}, add = 0.f;
   PICK_UP
-  PAST
   float mine = 0.f;
+#if SPLIT > 1
+  __shared__ float part[8][M];
+  for (int m = 0; m < M; ++m) {
+    const float v = warp_sum(acc[m]);
+    if ((threadIdx.x & 31) == 0) part[warp][m] = v;
+  }
+  __syncthreads();
+  if (lane < M)
+    for (int i = 0; i < SPLIT; ++i) mine += part[warp / SPLIT * SPLIT + i][lane];
+#else
   for (int m = 0; m < M; ++m) {
     const float v = warp_sum(acc[m]);
     if (lane == m) mine = v;
   }
-  if (lane < M) y[(u64)lane * YS + o] = mine + add;
+#endif
+  if (lane < M && o < OUTPUTS) {
+    PAST
+    y[(u64)lane * YS + o] = mine + add;
+  }
 }
