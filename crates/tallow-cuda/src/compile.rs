@@ -18,14 +18,25 @@ pub(crate) const PRELUDE: &str = include_str!("prelude.cu");
 pub struct Arch {
     /// Compute capability, major and minor.
     pub capability: (u32, u32),
+    /// With the features that only this architecture has, and no later one.
+    pub exact: bool,
+}
+
+impl Arch {
+    /// What is compiled for a card of this compute capability.
+    pub fn of(capability: (u32, u32)) -> Self {
+        Arch {
+            capability,
+            exact: capability.0 >= 9,
+        }
+    }
 }
 
 impl std::fmt::Display for Arch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (major, minor) = self.capability;
-        // Features of one architecture only, where there are any.
-        let only = if major >= 9 { "a" } else { "" };
-        write!(f, "sm_{major}{minor}{only}")
+        let exact = if self.exact { "a" } else { "" };
+        write!(f, "sm_{major}{minor}{exact}")
     }
 }
 
@@ -84,7 +95,6 @@ pub fn compile(name: &str, source: &str, arch: Arch) -> Result<Compiled> {
         format!("--gpu-architecture={arch}"),
         "--std=c++17".into(),
         "--ptxas-options=-v".into(),
-        "--extra-device-vectorization".into(),
     ];
     // SAFETY: `program` was just made and is destroyed once, below.
     let done = unsafe { rtc::compile_program(program, &options) };

@@ -3,7 +3,7 @@
 //! Absent on purpose: arithmetic, and how the driver is spoken to.
 use crate::{
     compile, driver,
-    driver::Card,
+    driver::{Card, Pinned},
     error::Error,
     gemm::{self, Blas},
     glue,
@@ -19,6 +19,9 @@ use tallow_core::{
     plan::Plan,
     types::DType,
 };
+
+/// Bytes of the memory that short downloads land in: the scores of a large vocabulary.
+const LANDING_BYTES: usize = 2 << 20;
 
 /// How a card is opened.
 #[derive(Clone, Debug)]
@@ -78,6 +81,8 @@ pub struct Cuda {
     pub(crate) blas: Arc<Blas>,
     pub(crate) weights: DType,
     staging: Mutex<Staging>,
+    /// Where short downloads land first: several times faster than memory that is not pinned.
+    landing: Mutex<Pinned>,
     table: Mutex<glue::Table>,
 }
 
@@ -108,6 +113,7 @@ impl Cuda {
             },
             blas: Blas::open(&card)?,
             staging: Mutex::new(Staging::new(&card)?),
+            landing: Mutex::new(card.pinned(LANDING_BYTES)?),
             weights: options.weights,
             table: Mutex::default(),
             card,
@@ -179,7 +185,12 @@ impl Backend for Cuda {
     }
     fn download(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
         let from = check(src, at, dst.len(), "download")?;
-        self.card.download(from, dst).map_err(|e| self.error(e))
+        let landing = self.landing.lock().unwrap_or_else(|e| e.into_inner());
+        let done = match dst.len() <= landing.bytes {
+            true => self.card.download_through(&landing, from, dst),
+            false => self.card.download(from, dst),
+        };
+        done.map_err(|e| self.error(e))
     }
     fn wait(&self) -> Result<()> {
         self.card.wait().map_err(|e| self.error(e))

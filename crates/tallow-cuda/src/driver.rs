@@ -239,9 +239,7 @@ impl Card {
             } = facts;
             return Err(Error::TooOld { name, capability });
         }
-        let arch = Arch {
-            capability: facts.capability,
-        };
+        let arch = Arch::of(facts.capability);
         let cache = Cache::open(arch, cache_folder)?;
         // SAFETY: `device` came from the driver; the context is released by `Drop`.
         let ctx =
@@ -318,6 +316,20 @@ impl Card {
         // SAFETY: `from` holds as many bytes, which the caller checked; `to` stays until the wait is over.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream) }.map_err(ask("downloading"))?;
         self.wait()
+    }
+    /// The same through pinned memory that is at least as large as `to`.
+    pub(crate) fn download_through(
+        &self,
+        landing: &Pinned,
+        from: u64,
+        to: &mut [u8],
+    ) -> Result<()> {
+        // SAFETY: the pinned memory has at least as many bytes, and the caller holds it for itself; nothing
+        // reads it before the wait below is over.
+        let landed = unsafe { std::slice::from_raw_parts_mut(landing.at, to.len()) };
+        self.download(from, landed)?;
+        to.copy_from_slice(landed);
+        Ok(())
     }
     /// Host memory for transfers.
     pub(crate) fn pinned(self: &Arc<Self>, bytes: usize) -> Result<Pinned> {

@@ -5,7 +5,7 @@ use std::{collections::HashSet, sync::Mutex};
 use tallow_core::types::DType;
 use tallow_cuda::{Arch, Error, compile, sources};
 
-const ARCHITECTURES: [(u32, u32); 3] = [(8, 0), (8, 9), (9, 0)];
+const ARCHITECTURES: [((u32, u32), bool); 3] = [((8, 0), false), ((9, 0), false), ((9, 0), true)];
 
 /// Is there a compiler? Says so where there is none.
 fn compiler() -> bool {
@@ -56,19 +56,15 @@ fn kernels_compile_without_spills() {
     std::thread::scope(|s| {
         for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
             s.spawn(|| {
-                while let Some(((name, text), capability)) =
+                while let Some(((name, text), (capability, exact))) =
                     jobs.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
                 {
-                    let found = match compile(
-                        name,
-                        text,
-                        Arch {
-                            capability: *capability,
-                        },
-                    ) {
+                    let (capability, exact) = (*capability, *exact);
+                    let arch = Arch { capability, exact };
+                    let found = match compile(name, text, arch) {
                         Err(e) => Some(e.to_string()),
                         Ok(c) => (!spills(&c.report).is_empty())
-                            .then(|| format!("{name} spills on {capability:?}: {}", c.report)),
+                            .then(|| format!("{name} spills on {arch}: {}", c.report)),
                     };
                     bad.lock().unwrap().extend(found);
                 }

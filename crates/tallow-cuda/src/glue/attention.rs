@@ -186,7 +186,14 @@ fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer
     ]);
     let jobs = vec![
         launch("decode", &source, [splits, z.hk, z.b], 128, shared, first),
-        launch("join", &source, [z.t, z.h, z.b], 128, splits * 4, second),
+        launch(
+            "join",
+            &source,
+            [z.t, z.h, z.b],
+            128,
+            splits.next_multiple_of(8) * 4,
+            second,
+        ),
     ];
     Some(Offer::new("attention_decode_f32", jobs).scratch(parts + rows * splits * 8))
 }

@@ -269,7 +269,23 @@ fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
     text + "{}\n"
 }
 
-/// One warp for each output; the adapter is the tail of its sum.
+/// Parameters of a kernel made for one spec, and what is passed for them.
+#[derive(Default)]
+struct Own {
+    params: String,
+    names: String,
+    args: Vec<Arg>,
+}
+
+impl Own {
+    fn push(&mut self, name: &str, kind: &str, arg: Arg) {
+        self.params += &format!(", {kind} {name}");
+        self.names += &format!(", {name}");
+        self.args.push(arg);
+    }
+}
+
+/// Warps for each output; the adapter is the tail of its sum.
 fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     let [share] = &c.shares[..] else { return None };
     if c.m > FEW_ROWS || c.m == 0 {
@@ -286,39 +302,34 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     if !rows_dense {
         return None;
     }
-    let (mut params, mut args) = (
-        String::new(),
-        vec![Arg::Read(0), Arg::Write(0), share.hidden.0],
-    );
-    let (mut down, mut up) = (vec![], vec![]);
+    let mut own = Own {
+        args: vec![Arg::Read(0), Arg::Write(0), share.hidden.0],
+        ..Own::default()
+    };
+    let (mut down, mut up, mut tail) = (vec![], vec![], vec![]);
     let mut r0 = 0;
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        params += &format!(", const W* w{i}");
-        args.push(Arg::Read(at.w));
+        own.push(&format!("w{i}"), "const W*", Arg::Read(at.w));
         let mut body = format!("dot<W>(w{i} + (u64)j * {k}u, x, acc, lane, lanes);");
+        let mut last = String::new();
         if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
-            params += &format!(", const float* a{i}, const float* b{i}");
-            args.extend([Arg::Read(ia), Arg::Read(ib)]);
-            down.push((
-                r,
-                format!("dot<float>(a{i} + (u64)j * {k}u, x, acc, lane, lanes);"),
-            ));
-            body += &format!(
-                " tail<{r}>(b{i} + (u64)j * {r}u, h + {r0}u, {:?}f, acc, lane, lanes);",
-                scale.get()
-            );
+            own.push(&format!("a{i}"), "const float*", Arg::Read(ia));
+            own.push(&format!("b{i}"), "const float*", Arg::Read(ib));
+            let row = format!("dot<float>(a{i} + (u64)j * {k}u, x, acc, lane, lanes);");
+            down.push((r, row));
+            let s = scale.get();
+            last = format!("tail<{r}>(b{i} + (u64)j * {r}u, h + {r0}u, {s:?}f, acc, lane, lanes);");
             r0 += r;
         }
         if let Some(bias) = at.bias {
-            params += &format!(", const float* c{i}");
-            args.push(Arg::Read(bias));
+            own.push(&format!("c{i}"), "const float*", Arg::Read(bias));
             body += &format!(" add = c{i}[j];");
         }
         up.push((b.n, body));
+        tail.push((b.n, last));
     }
     if let Some((i, _)) = c.residual {
-        params += ", const float* past";
-        args.push(Arg::Read(i));
+        own.push("past", "const float*", Arg::Read(i));
     }
     let outputs: usize = c.blocks.iter().map(|b| b.n).sum();
     // Enough warps to fill a large card, each with at least one whole load.
@@ -335,6 +346,7 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
         ("HS", share.hidden.1.to_string()),
         ("OUTPUTS", format!("{outputs}u")),
         ("SPLIT", split.to_string()),
+        ("RANKS", format!("{}u", share.rank)),
         (
             "PAST",
             c.residual.map_or(String::new(), |(_, row)| {
@@ -343,27 +355,14 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
         ),
     ];
     let text = FEW
-        .replace("PARAMS", &params)
+        .replace("PARAMS", &own.params)
+        .replace("NAMES", &own.names)
         .replace("PICK_DOWN", &pick(down.into_iter()))
-        .replace("PICK_UP", &pick(up.into_iter()));
+        .replace("PICK_UP", &pick(up.into_iter()))
+        .replace("PICK_TAIL", &pick(tail.into_iter()));
     let source = source(&text, &defines);
-    let mut jobs = vec![];
-    if c.adapted() {
-        jobs.push(kernel(
-            "down",
-            source.clone(),
-            share.rank as u32,
-            256,
-            args.clone(),
-        ));
-    }
-    jobs.push(kernel(
-        "up",
-        source,
-        outputs.div_ceil(8 / split) as u32,
-        256,
-        args,
-    ));
+    let grid = share.rank + outputs.div_ceil(8 / split);
+    let jobs = vec![kernel("up", source, grid as u32, 256, own.args)];
     let name = if c.adapted() {
         "lora_linear_warp"
     } else {

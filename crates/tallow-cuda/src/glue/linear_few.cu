@@ -1,6 +1,6 @@
-// A linear for M <= 8 rows: `down` makes h = x Aᵀ, one block a rank; `up` makes every output with SPLIT warps, whose
-// sum runs over k and on over the adapter's tail. Bound by reading the weights once.
-// Constants: M, K, strides of rows XS, YS, HS, OUTPUTS, RANK; W is the type of the weights.
+// A linear for M <= 8 rows in one launch: the first blocks make h = x Aᵀ, one block a rank; the others make every output
+// with SPLIT warps, whose sum runs over k and, when h is there, on over the adapter's tail. Bound by reading the weights once.
+// Constants: M, K, strides of rows XS, YS, HS, OUTPUTS, RANKS; W is the type of the weights.
 template <class T> struct Pack { static const int N = 4; };
 template <> struct Pack<bf16> { static const int N = 8; };
 template <> struct Pack<f16> { static const int N = 8; };
@@ -46,23 +46,53 @@ template <class T> DEV void dot(const T* w, const float* x, float* acc, u32 lane
 template <int R> DEV void tail(const float* b, const float* h, float s, float* acc, u32 lane, u32 lanes) {
   for (u32 r = lane; r < R; r += lanes) {
     const float v = s * b[r];
-    for (int m = 0; m < M; ++m) acc[m] += v * h[(u64)m * HS + r];
+    for (int m = 0; m < M; ++m) acc[m] += v * *(const volatile float*)(h + (u64)m * HS + r);
   }
 }
-extern "C" __global__ void __launch_bounds__(256) down(const float* x, float*, float* h PARAMS) {
-  const u32 o = blockIdx.x, lane = threadIdx.x, lanes = 256;
+#if RANKS > 0
+// Rows of h that are ready, and blocks that are done; both 0 between launches, which come one after another.
+__device__ u32 ready, done;
+// Row `o` of h = x Aᵀ, by the whole block.
+DEV void down(u32 o, const float* x, float* h PARAMS) {
+  const u32 lane = threadIdx.x, lanes = 256;
   float acc[M] = {};
   PICK_DOWN
   for (int m = 0; m < M; ++m) {
     const float v = block_sum(acc[m]);
     if (threadIdx.x == 0) h[(u64)m * HS + o] = v;
   }
+  if (threadIdx.x == 0) { __threadfence(); atomicAdd(&ready, 1u); }
 }
-extern "C" __global__ void __launch_bounds__(256) up(const float* x, float* y, const float* h PARAMS) {
-  const u32 warp = threadIdx.x >> 5, o = blockIdx.x * (8 / SPLIT) + warp / SPLIT;
+// The first RANKS blocks make h and wait for nothing; blocks start in the order of their numbers, so those that wait
+// for h always get it.
+DEV void await() {
+  if (threadIdx.x == 0) {
+    while (*(volatile u32*)&ready < RANKS) {}
+    __threadfence();
+  }
+  __syncthreads();
+}
+DEV void finish() {
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(&done, 1u) == gridDim.x - 1) { ready = 0; done = 0; __threadfence(); }
+}
+#define AWAIT await()
+#define FINISH finish()
+#else
+#define AWAIT
+#define FINISH
+#endif
+extern "C" __global__ void __launch_bounds__(256) up(const float* x, float* y, float* h PARAMS) {
+#if RANKS > 0
+  if (blockIdx.x < RANKS) { down(blockIdx.x, x, h NAMES); finish(); return; }
+#endif
+  const u32 block = blockIdx.x - RANKS;
+  const u32 warp = threadIdx.x >> 5, o = block * (8 / SPLIT) + warp / SPLIT;
   const u32 lane = threadIdx.x & (32 * SPLIT - 1), lanes = 32 * SPLIT;
   float acc[M] = {}, add = 0.f;
   PICK_UP
+  AWAIT;
+  PICK_TAIL
   float mine = 0.f;
 #if SPLIT > 1
   __shared__ float part[8][M];
@@ -83,4 +113,5 @@ extern "C" __global__ void __launch_bounds__(256) up(const float* x, float* y, c
     PAST
     y[(u64)lane * YS + o] = mine + add;
   }
+  FINISH;
 }

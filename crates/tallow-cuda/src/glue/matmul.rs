@@ -203,7 +203,9 @@ fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         false => (Arg::Read(0), Arg::Read(1), ar, br),
         true => (Arg::Read(1), Arg::Read(0), br, ar),
     };
-    let chunk = 64 * (rows / 64 / 32).max(1);
+    // About a thousand blocks, each with at least 32 rows.
+    let wanted = (1024 / many.div_ceil(128)).max(1);
+    let chunk = rows.div_ceil(wanted).next_multiple_of(32);
     let chunks = rows.div_ceil(chunk);
     let defines = [
         ("FEW", few.to_string()),

@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(128) outer_parts(const float* few, 
     for (u32 e = threadIdx.x; e < here * FEW; e += 128) f[e / FEW][e % FEW] = few[(u64)(row0 + e / FEW) * fr + e % FEW];
     __syncthreads();
     if (col < n)
-#pragma unroll 4
+#pragma unroll 8
       for (u32 i = 0; i < here; ++i) {
         const float v = many[(u64)(row0 + i) * mr + col];
 #pragma unroll
@@ -30,6 +30,7 @@ extern "C" __global__ void outer_join(const float* part, float* out, u32 n, u32 
   const u32 e = blockIdx.x * 256 + threadIdx.x;
   if (e >= FEW * n) return;
   float v = 0.f;
+#pragma unroll 8
   for (u32 i = 0; i < chunks; ++i) v += part[(u64)i * FEW * n + e];
   const u32 r = e / n, col = e % n;
 #if TURNED
