@@ -9,7 +9,7 @@ const ARCHITECTURES: [((u32, u32), bool); 3] = [((8, 0), false), ((9, 0), false)
 
 /// Is there a compiler? Says so where there is none.
 fn compiler() -> bool {
-    let arch = Arch { capability: (8, 0) };
+    let arch = Arch::of((8, 0));
     match compile("probe", "extern \"C\" __global__ void probe() {}", arch) {
         Err(e @ Error::MissingLibrary { .. }) => {
             assert!(
