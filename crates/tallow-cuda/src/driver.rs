@@ -288,6 +288,8 @@ impl Card {
     pub(crate) fn alloc(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
         self.enter()?;
         let size = bytes.next_multiple_of(256).max(256);
+        // An allocation that fails ends captures that are under way.
+        let _none = self.capture.lock().unwrap_or_else(|e| e.into_inner());
         // SAFETY: the size is not zero; the memory belongs to the `Memory` made below.
         let got = unsafe { result::malloc_async(self.stream, size) };
         let at = match got {

@@ -97,7 +97,7 @@ DEV void write_rows(float* head, u32 stride, u32 first, u32 limit, const float a
     }
 }
 #ifdef FORWARD
-extern "C" __global__ void __launch_bounds__(128) attention(const float* q, const float* k, const float* v, const u32* pos,
+extern "C" __global__ void __launch_bounds__(128, 2) attention(const float* q, const float* k, const float* v, const u32* pos,
     const u32* starts, float* o, float* lse, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh,
     u32 vb, u32 vt, u32 vh, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(128) attention(const float* q, cons
     const float* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
     u32 vb, u32 vt, u32 vh, u32 gb, u32 gt, u32 gh
 // A block for 64 queries of a head, tiles of QB keys.
-extern "C" __global__ void __launch_bounds__(128) grad_q(ARGS, float* dq, u32 ob, u32 ot, u32 oh) {
+extern "C" __global__ void __launch_bounds__(128, 3) grad_q(ARGS, float* dq, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
   u16* xs = (u16*)memory;
   u16* ks = xs + ROWS * HS;
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(128) grad_q(ARGS, float* dq, u32 ob
   write_rows(dq + (u64)b * ob + (u64)head * oh, ot, first, t, acc, 1.f, 1.f);
 }
 // A block for 64 keys of a key head and one of its query heads; `parts` of several heads are joined by `join_kv`.
-extern "C" __global__ void __launch_bounds__(128) grad_kv(ARGS, float* parts) {
+extern "C" __global__ void __launch_bounds__(128, 2) grad_kv(ARGS, float* parts) {
   extern __shared__ float4 memory[];
   u16* xs = (u16*)memory;
   u16* qs = xs + ROWS * HS;
