@@ -1,4 +1,4 @@
-//! The live page of a run, on this machine only.
+//! The live page of a run, or of runs that are compared, on this machine only.
 //! Invariant: it listens on loopback, answers only those who call it by a loopback name (so that no web page can
 //! read it through a name of its own), and gives nothing but the page and its data.
 //! Absent on purpose: control. A run is watched here, not steered.
@@ -20,8 +20,37 @@ use tallow::train::watch::{self, Record};
 /// What the page shows, shared with the run.
 pub(crate) type Shared = Arc<Mutex<Record>>;
 
+/// What is served.
+#[derive(Clone)]
+pub(crate) enum Page {
+    /// A run.
+    Run(Shared),
+    /// Runs side by side, by name.
+    Sweep {
+        /// Over the page.
+        title: String,
+        /// In the order of the table.
+        runs: Vec<(String, Shared)>,
+    },
+}
+
+impl Page {
+    pub(crate) fn html(&self, live: bool) -> String {
+        match self {
+            Page::Run(record) => watch::html(&copy(record), live),
+            Page::Sweep { title, runs } => watch::compare_html(title, &copies(runs), live),
+        }
+    }
+    fn data(&self) -> String {
+        match self {
+            Page::Run(record) => watch::data(&copy(record)).to_string(),
+            Page::Sweep { title, runs } => watch::compare_data(title, &copies(runs)).to_string(),
+        }
+    }
+}
+
 /// Serves the page until the program ends; returns its address. Port 0 takes a free one.
-pub(crate) fn serve(record: Shared, port: u16) -> Result<SocketAddr> {
+pub(crate) fn serve(page: Page, port: u16) -> Result<SocketAddr> {
     let wanted = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let listener = TcpListener::bind(wanted).with_context(|| {
         format!("dashboard: cannot listen on {wanted}; choose another port, or 0 for a free one")
@@ -31,7 +60,7 @@ pub(crate) fn serve(record: Shared, port: u16) -> Result<SocketAddr> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()?;
-    let app = router(record);
+    let app = router(page);
     std::thread::Builder::new()
         .name("dashboard".to_owned())
         .spawn(move || {
@@ -46,12 +75,12 @@ pub(crate) fn serve(record: Shared, port: u16) -> Result<SocketAddr> {
     Ok(address)
 }
 
-fn router(record: Shared) -> Router {
+fn router(page: Page) -> Router {
     Router::new()
-        .route("/", get(page))
+        .route("/", get(html))
         .route("/run.json", get(data))
         .layer(middleware::from_fn(only_loopback))
-        .with_state(record)
+        .with_state(page)
 }
 
 fn copy(record: &Shared) -> Record {
@@ -61,16 +90,21 @@ fn copy(record: &Shared) -> Record {
         .clone()
 }
 
-async fn page(State(record): State<Shared>) -> impl IntoResponse {
-    Html(watch::html(&copy(&record), true))
+fn copies(runs: &[(String, Shared)]) -> Vec<(String, Record)> {
+    let one = |(name, record): &(String, Shared)| (name.clone(), copy(record));
+    runs.iter().map(one).collect()
 }
 
-async fn data(State(record): State<Shared>) -> impl IntoResponse {
+async fn html(State(page): State<Page>) -> impl IntoResponse {
+    Html(page.html(true))
+}
+
+async fn data(State(page): State<Page>) -> impl IntoResponse {
     let kind = [
         (header::CONTENT_TYPE, "application/json"),
         (header::CACHE_CONTROL, "no-store"),
     ];
-    (kind, watch::data(&copy(&record)).to_string())
+    (kind, page.data())
 }
 
 async fn only_loopback(headers: HeaderMap, request: Request, next: Next) -> Response {
@@ -107,7 +141,7 @@ mod tests {
     #[test]
     fn the_page_is_live_and_strangers_are_refused() {
         let shared = Shared::default();
-        let address = serve(Arc::clone(&shared), 0).unwrap();
+        let address = serve(Page::Run(Arc::clone(&shared)), 0).unwrap();
         assert!(address.ip().is_loopback());
         let page = ask(address, "/", "localhost:1");
         assert!(page.starts_with("HTTP/1.1 200"), "{page}");
@@ -133,7 +167,9 @@ mod tests {
     fn a_port_in_use_is_one_sentence() {
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
-        let error = serve(Shared::default(), port).unwrap_err().to_string();
+        let error = serve(Page::Run(Shared::default()), port)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("cannot listen on 127.0.0.1:"), "{error}");
     }
 }

@@ -24,7 +24,8 @@ mod verify;
 pub(crate) enum Verb {
     /// Fine-tune the built-in model in a minute: loss curve, text before and after, the price of the adapter.
     Demo(demo::Args),
-    /// Fine-tune an adapter on lines of text.
+    /// Fine-tune an adapter on lines of text, or several side by side.
+    #[command(args_override_self = true)]
     Train(Box<train::Args>),
     /// Show data as a model will see it: tokens, what counts, lengths, duplicates, what would be cut.
     Data(data::Args),

@@ -16,6 +16,7 @@ pub mod run;
 pub mod schedule;
 pub mod settings;
 pub mod step;
+pub mod sweep;
 pub mod watch;
 
 pub use batch::{Batch, Buckets, Doc, Rows, Tally};

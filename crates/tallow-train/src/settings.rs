@@ -14,13 +14,17 @@ const LONGEST_BYTES: u64 = 1 << 20;
 /// # Errors
 /// A file that is not there, too long or no list of settings.
 pub fn read(path: &Path) -> Result<BTreeMap<String, Value>> {
+    let all = parse(path)?;
+    check(path, &all)?;
+    Ok(all)
+}
+
+/// A file's names and values, whatever they are.
+pub(crate) fn parse(path: &Path) -> Result<BTreeMap<String, Value>> {
     let bytes = files::read_bounded(path, LONGEST_BYTES, "give a file like a run's train.yaml")?;
-    let bad = |problem: String| Error::Settings {
-        path: path.to_path_buf(),
-        problem,
-    };
+    let bad = |problem: String| bad(path, problem);
     let text = String::from_utf8(bytes).map_err(|_| bad("it is not UTF-8".to_owned()))?;
-    let all: BTreeMap<String, Value> = serde_saphyr::from_str(&text).map_err(|e| {
+    serde_saphyr::from_str(&text).map_err(|e| {
         let e = e.to_string();
         let first: String = e
             .lines()
@@ -33,18 +37,29 @@ pub fn read(path: &Path) -> Result<BTreeMap<String, Value>> {
             "want lines `name: value` ({})",
             first.escape_debug()
         ))
-    })?;
-    for (name, value) in &all {
+    })
+}
+
+/// Refuses names that are no words, and values that are not plain.
+pub(crate) fn check(path: &Path, all: &BTreeMap<String, Value>) -> Result<()> {
+    for (name, value) in all {
         let word = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         let known = !name.is_empty() && name.chars().all(word);
         if !known || !is_plain(value) {
             let name: String = name.chars().take(40).collect();
             let name = name.escape_debug();
             let want = "want a setting of `tallow train` with a plain value";
-            return Err(bad(format!("`{name}`: {want}")));
+            return Err(bad(path, format!("`{name}`: {want}")));
         }
     }
-    Ok(all)
+    Ok(())
+}
+
+pub(crate) fn bad(path: &Path, problem: String) -> Error {
+    Error::Settings {
+        path: path.to_path_buf(),
+        problem,
+    }
 }
 
 /// A plain value, or a list of some that say something.

@@ -8,8 +8,8 @@ mod record;
 mod tensorboard;
 
 pub use metrics::{METRICS_FILE, Metrics, line};
-pub use page::{data, html};
-pub use record::{Mark, Point, Record, Sample};
+pub use page::{compare_data, compare_html, data, html};
+pub use record::{Mark, Point, Record, Sample, Standing, best};
 pub use tensorboard::{TensorBoard, masked_crc};
 
 use crate::{Event, Observer};

@@ -11,7 +11,7 @@ use crate::{
 use anyhow::{Result, anyhow};
 use seen::Seen;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tallow::{
     llm::{
         Adapter, AdapterConfig, Model, Targets, Tokenizer,
@@ -23,16 +23,25 @@ use tallow::{
     },
 };
 
+mod board;
 pub(crate) mod config;
 mod seen;
+mod sweep;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Take settings from a file like the train.yaml of a run; options given here win.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "sweep")]
     config: Option<PathBuf>,
+    /// Train several adapters side by side, in the same passes, and compare them: a file of settings like train.yaml
+    /// with a list `runs`, or lists of values under `grid`. Each run gets a folder in --out.
+    #[arg(long, value_name = "FILE")]
+    sweep: Option<PathBuf>,
+    /// Of a sweep, keep the adapters and checkpoints of all runs or of the best one.
+    #[arg(long, value_name = "WHICH", default_value = "all", requires = "sweep")]
+    keep: sweep::Kept,
     /// What to train on: JSON lines with "text", with "prompt" and "completion", or with "messages"; a folder with
     /// train.jsonl (and valid.jsonl); - for standard input. May be given several times; a.jsonl=0.7 b.jsonl=0.3
     /// draws from files in these shares.
@@ -130,7 +139,7 @@ pub(crate) struct Args {
     save_every: u64,
     /// How many of the newest checkpoints are kept.
     #[arg(long, value_name = "N", default_value_t = 2)]
-    keep: usize,
+    keep_last: usize,
     /// How many of the checkpoints with the lowest validation loss are kept.
     #[arg(long, value_name = "N", default_value_t = 1)]
     keep_best: usize,
@@ -210,7 +219,7 @@ impl Args {
     fn keep(&self) -> Option<Keep> {
         (self.save_every > 0).then_some(Keep {
             every: self.save_every,
-            last: self.keep,
+            last: self.keep_last,
             best: self.keep_best,
             start: match (self.resume, self.overwrite) {
                 (true, _) => Start::Resume,
@@ -242,9 +251,9 @@ impl Args {
         Ok((data, valid))
     }
 
-    /// Threads to compute on: those asked for, those of the run to go on with, or the usual ones.
-    fn threads(&self, global: &Global) -> Result<usize> {
-        let past = || past(&self.out).and_then(|p| p.threads);
+    /// Threads to compute on: those asked for, those of the run in `out` to go on with, or the usual ones.
+    fn threads(&self, out: &Path, global: &Global) -> Result<usize> {
+        let past = || past(out).and_then(|p| p.threads);
         match (global.threads, self.resume) {
             (Some(n), _) => Ok(n),
             (None, true) if let Some(n) = past() => Ok(n.clamp(1, tallow::cpu::pool::MAX_THREADS)),
@@ -259,7 +268,7 @@ impl Args {
             ("threads", json!(threads)),
             ("memory", json!(self.memory)),
             ("save_every", json!(self.save_every)),
-            ("keep", json!(self.keep)),
+            ("keep_last", json!(self.keep_last)),
             ("keep_best", json!(self.keep_best)),
             ("samples", json!(self.samples)),
         ]
@@ -283,60 +292,98 @@ pub(crate) fn notes(config: &AdapterConfig, dtype: &str) -> Vec<(&'static str, V
     ]
 }
 
+/// A run that is ready to begin.
+struct Ready {
+    config: TrainConfig,
+    adapter: Adapter,
+    data: FeedSettings,
+    valid: Option<PathBuf>,
+    out: PathBuf,
+    base_name: String,
+    keep: Option<Keep>,
+    memory_bytes: Option<usize>,
+    threads: usize,
+    notes: Vec<(&'static str, Value)>,
+}
+
+impl Ready {
+    fn new(args: &Args, model: &Model, threads: usize) -> Result<Self> {
+        let config = args.config();
+        config.validate()?;
+        let mut adapter_config = args.adapter_config()?;
+        args.variant.apply(&mut adapter_config, &model.config)?;
+        let adapter = Adapter::new(model, &adapter_config, args.seed)?;
+        let mut notes = notes(&adapter_config, args.model.dtype.name());
+        notes.extend(args.variant.notes());
+        notes.extend(args.keeping(threads));
+        let (data, valid) = args.data(&config)?;
+        Ok(Ready {
+            adapter: args.variant.paced(&model.session, adapter)?,
+            config,
+            data,
+            valid,
+            out: args.out.clone(),
+            base_name: args.model.name(),
+            keep: args.keep(),
+            memory_bytes: args.memory,
+            threads,
+            notes,
+        })
+    }
+
+    fn job<'a>(&'a self, model: &'a Model, tokenizer: &'a Tokenizer) -> Job<'a> {
+        Job {
+            model,
+            tokenizer,
+            adapter: &self.adapter,
+            data: &self.data,
+            valid: self.valid.as_deref(),
+            out: &self.out,
+            base_name: &self.base_name,
+            config: &self.config,
+            keep: self.keep,
+            memory_bytes: self.memory_bytes,
+            threads: Some(self.threads),
+            notes: self.notes.clone(),
+        }
+    }
+}
+
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
-    let config = args.config();
-    config.validate()?;
-    let mut adapter_config = args.adapter_config()?;
-    let threads = args.threads(global)?;
+    if let Some(file) = &args.sweep {
+        return sweep::run(args, file, global);
+    }
+    args.config().validate()?;
+    let threads = args.threads(&args.out, global)?;
     let global = &Global {
         threads: Some(threads),
         ..global.clone()
     };
     let model = args.model.load(global)?;
-    args.variant.apply(&mut adapter_config, &model.config)?;
     let tokenizer = args.model.tokenizer()?;
-    let adapter = Adapter::new(&model, &adapter_config, args.seed)?;
-    let adapter = args.variant.paced(&model.session, adapter)?;
-    let mut notes = notes(&adapter_config, args.model.dtype.name());
-    notes.extend(args.variant.notes());
-    notes.extend(args.keeping(threads));
-    let (data, valid) = args.data(&config)?;
-    if data.reads_stdin() {
+    let ready = Ready::new(args, &model, threads)?;
+    let job = ready.job(&model, &tokenizer);
+    if job.data.reads_stdin() {
         out::warn("standard input is read: a stopped run can go on only with the same input again");
     }
-    let job = Job {
-        model: &model,
-        tokenizer: &tokenizer,
-        adapter: &adapter,
-        data: &data,
-        valid: valid.as_deref(),
-        out: &args.out,
-        base_name: &args.model.name(),
-        config: &config,
-        keep: args.keep(),
-        memory_bytes: args.memory,
-        threads: Some(threads),
-        notes,
-    };
-    let mut seen = Seen::new(args, facts(&job, &tokenizer))?;
+    let mut seen = Seen::new(args, facts(&job))?;
     let summary = run_job(&job, &mut seen)?;
-    let shown = valid
-        .as_deref()
-        .or(data.paths.first().map(PathBuf::as_path));
+    let first = job.data.paths.first();
+    let shown = job.valid.or(first.map(PathBuf::as_path));
     let samples = match shown.filter(|p| p.as_os_str() != STDIN) {
         Some(file) => {
-            let (with, from) = ((&model, &adapter, &tokenizer), (file, args.loss_on));
-            seen::samples(with, from, args.samples)?
+            let with = (&model, &ready.adapter, &tokenizer);
+            seen::samples(with, (file, args.loss_on), args.samples)?
         }
         None => vec![],
     };
     seen.finish(&args.out, samples)?;
-    report(args, &model, &adapter, &summary, &seen.progress)?;
+    report(args, &model, &ready.adapter, &summary, &seen.progress)?;
     Ok(Outcome::Fine)
 }
 
 /// What the page says of a run beside its settings.
-fn facts(job: &Job, tokenizer: &Tokenizer) -> Vec<(String, String)> {
+fn facts(job: &Job) -> Vec<(String, String)> {
     let device = job.model.session.backend().info().name.clone();
     let config = &job.model.config;
     let model = format!(
@@ -344,7 +391,7 @@ fn facts(job: &Job, tokenizer: &Tokenizer) -> Vec<(String, String)> {
         config.family.model_type(),
         config.layers,
         config.hidden,
-        tokenizer.vocab(),
+        job.tokenizer.vocab(),
     );
     vec![
         ("base_model".to_owned(), job.base_name.to_owned()),
@@ -360,10 +407,15 @@ fn facts(job: &Job, tokenizer: &Tokenizer) -> Vec<(String, String)> {
 /// Runs a job that Ctrl-C or SIGTERM may stop between two steps.
 pub(crate) fn run_job(job: &Job, observer: &mut dyn Observer) -> Result<Summary> {
     let _polite = interrupt::polite();
-    train(job, observer).map_err(|e| match e {
+    train(job, observer).map_err(stopped)
+}
+
+/// A run that was asked to stop is no failure.
+fn stopped(e: Error) -> anyhow::Error {
+    match e {
         Error::Stopped { .. } => interrupt::Interrupted(e.to_string()).into(),
         other => anyhow!(other),
-    })
+    }
 }
 
 fn report(

@@ -206,7 +206,11 @@ fn a_second_signal_ends_at_once() {
 fn a_full_disk_leaves_the_checkpoint_before_whole() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    let first = json(&options(&out, "4", &["--save-every", "2", "--keep", "9"]));
+    let first = json(&options(
+        &out,
+        "4",
+        &["--save-every", "2", "--keep-last", "9"],
+    ));
     assert_eq!(first["steps"], 4);
     // A limit on file sizes is as good as a full disk; the signal it sends is ignored, as for a full disk none comes.
     let limited = |blocks: &str, args: &[String]| -> Output {
@@ -215,7 +219,11 @@ fn a_full_disk_leaves_the_checkpoint_before_whole() {
         command.args(["-c", &script, "bash", env!("CARGO_BIN_EXE_tallow")]);
         command.args(args).stdin(Stdio::null()).output().unwrap()
     };
-    let args = options(&out, "8", &["--save-every", "2", "--keep", "9", "--resume"]);
+    let args = options(
+        &out,
+        "8",
+        &["--save-every", "2", "--keep-last", "9", "--resume"],
+    );
     let stopped = limited("16", &args);
     let err = text(&stopped.stderr);
     assert_eq!(stopped.status.code(), Some(2), "{err}");

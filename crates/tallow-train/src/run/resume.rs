@@ -20,7 +20,7 @@ const MAY_CHANGE: [&str; 15] = [
     "out",
     "memory",
     "save_every",
-    "keep",
+    "keep_last",
     "keep_best",
 ];
 

@@ -82,11 +82,53 @@ pub struct Record {
     pub memory_bytes: u64,
     /// The run is over.
     pub done: bool,
+    /// Why it ended before its time, where it did.
+    pub failed: Option<String>,
     /// Steps that a point stands for; 0 before the first merge.
     pub(super) merged: u64,
 }
 
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Standing {
+    /// Steps done.
+    pub step: u64,
+    /// Training loss, in nats a token: the mean of the last tenth of the steps.
+    pub loss: Option<f64>,
+    /// The last loss on the validation text.
+    pub valid: Option<f64>,
+}
+
+/// Which run is the best so far: by the validation text where all have been evaluated, else by the training loss.
+pub fn best(runs: &[(String, Record)]) -> Option<usize> {
+    let going = || {
+        runs.iter()
+            .enumerate()
+            .filter(|(_, (_, r))| r.failed.is_none())
+    };
+    let all_evaluated = going().all(|(_, (_, r))| r.standing().valid.is_some());
+    let score = |r: &Record| match all_evaluated {
+        true => r.standing().valid,
+        false => r.standing().loss,
+    };
+    let scored = going().filter_map(|(i, (_, r))| Some((i, score(r).filter(|x| x.is_finite())?)));
+    scored.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(i, _)| i)
+}
+
 impl Record {
+    /// Where the run stands.
+    pub fn standing(&self) -> Standing {
+        let recent = self.points.len().div_ceil(10);
+        let last = &self.points[self.points.len() - recent..];
+        let steps: u64 = last.iter().map(|p| p.count).sum();
+        let sum: f64 = last.iter().map(|p| p.loss * p.count as f64).sum();
+        Standing {
+            step: self.points.last().map_or(0, |p| p.step),
+            loss: (steps > 0).then(|| sum / steps as f64),
+            valid: self.evals.last().map(|e| e.1),
+        }
+    }
+
     /// Adds a line of `metrics.jsonl`.
     pub fn add(&mut self, line: &Value) {
         let number = |key: &str| line[key].as_f64().unwrap_or(f64::NAN);
@@ -111,6 +153,7 @@ impl Record {
                 seconds: number("seconds"),
             }),
             Some("eval") => self.evals.extend(at.map(|step| (step, number("loss")))),
+            Some("failed") => self.failed = line["text"].as_str().map(str::to_owned),
             _ => {}
         }
     }

@@ -1,10 +1,14 @@
-//! `tallow train --config FILE`: a file of settings as if it had been typed before everything else.
+//! `tallow train --config FILE`, or what runs share of `--sweep FILE`: settings as if they had been typed before
+//! everything else.
 //! Invariant: one list of settings, the options of `tallow train`; what is typed too wins over the file.
 //! Absent on purpose: checks of values; the command line makes them.
 use anyhow::Result;
 use serde_json::Value;
 use std::{ffi::OsString, path::Path};
-use tallow::train::settings;
+use tallow::train::{
+    settings,
+    sweep::{self, Settings},
+};
 
 /// Keys of `train.yaml` that only tell how a run went.
 const TOLD: [&str; 3] = ["tallow_version", "steps_done", "last_loss"];
@@ -17,31 +21,38 @@ pub(crate) fn expand(args: Vec<OsString>) -> Result<Vec<OsString>> {
         return Ok(args);
     };
     let after = &args[verb + 1..];
-    let file = after
-        .iter()
-        .enumerate()
-        .find_map(|(i, a)| match a.to_str()? {
-            "--config" => after.get(i + 1).cloned(),
-            text => text.strip_prefix("--config=").map(OsString::from),
-        });
-    let Some(file) = file else {
-        return Ok(args);
+    let given = |option: &str| {
+        let mut all = after.iter().enumerate();
+        all.find_map(|(i, a)| match a.to_str()?.strip_prefix(option)? {
+            "" => after.get(i + 1).cloned(),
+            text => text.strip_prefix('=').map(OsString::from),
+        })
     };
+    let mut settings = vec![];
+    if let Some(file) = given("--config") {
+        settings.push(settings::read(Path::new(&file))?);
+    }
+    if let Some(file) = given("--sweep") {
+        settings.push(sweep::read(Path::new(&file))?.shared);
+    }
+    if settings.is_empty() {
+        return Ok(args);
+    }
     let typed = after.iter().filter_map(|a| a.to_str());
     let typed: Vec<&str> = typed.map(|a| a.split('=').next().unwrap_or(a)).collect();
     let mut all = args[..=verb].to_vec();
-    all.extend(flags(Path::new(&file), &typed)?);
+    for one in &settings {
+        all.extend(options(one, &typed));
+    }
     all.extend_from_slice(after);
     Ok(all)
 }
 
-/// A file's settings as options, but those that were typed.
-fn flags(file: &Path, typed: &[&str]) -> Result<Vec<OsString>> {
+/// Settings as options, but those that were typed.
+pub(super) fn options(settings: &Settings, typed: &[&str]) -> Vec<OsString> {
     let mut all = vec![];
-    for (key, value) in settings::read(file)? {
-        let called = CALLED.iter().find(|(k, _)| *k == key);
-        let name = called.map_or(key.as_str(), |c| c.1).replace('_', "-");
-        let flag = format!("--{name}");
+    for (key, value) in settings {
+        let flag = flag(key);
         if TOLD.contains(&key.as_str()) || typed.contains(&flag.as_str()) {
             continue;
         }
@@ -49,14 +60,21 @@ fn flags(file: &Path, typed: &[&str]) -> Result<Vec<OsString>> {
             Value::String(s) => format!("{flag}={s}").into(),
             other => format!("{flag}={other}").into(),
         };
-        match &value {
+        match value {
             Value::Null | Value::Bool(false) => {}
             Value::Bool(true) => all.push(flag.into()),
             Value::Array(several) => all.extend(several.iter().map(one)),
             plain => all.push(one(plain)),
         }
     }
-    Ok(all)
+    all
+}
+
+/// The option that a setting is.
+pub(super) fn flag(key: &str) -> String {
+    let called = CALLED.iter().find(|(k, _)| *k == key);
+    let name = called.map_or(key, |c| c.1).replace('_', "-");
+    format!("--{name}")
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Absent on purpose: the page's own drawing (`tallow-train`'s `watch`).
 use super::Args;
 use crate::{
-    dashboard::{self, Shared},
+    dashboard::{self, Page, Shared},
     out,
     progress::{Progress, Show},
 };
@@ -56,7 +56,7 @@ impl Seen {
             record.facts = facts;
         }
         if let Some(port) = args.dashboard {
-            let address = dashboard::serve(Arc::clone(&record), port)?;
+            let address = dashboard::serve(Page::Run(Arc::clone(&record)), port)?;
             eprintln!("dashboard: http://{address}/");
         }
         Ok(Seen {
