@@ -159,17 +159,8 @@ pub(crate) fn kernel(
         block,
         shared: 0,
         args,
-        overlaps: false,
         unless_same: None,
     })
-}
-
-/// The same launch made early; its kernel begins with `OVERLAP`.
-pub(crate) fn early(job: Job) -> Job {
-    match job {
-        Job::Kernel(k) => Job::Kernel(k.overlapping()),
-        other @ Job::Gemm(_) => other,
-    }
 }
 
 /// A number of elements or a stride as an argument, if it is small enough for the kernels.

@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Result},
     gemm,
 };
-use cudarc::driver::sys;
+use cudarc::driver::{result, sys};
 use std::{ffi::c_void, sync::Arc};
 use tallow_core::kernel::Format;
 
@@ -38,20 +38,8 @@ pub(crate) struct Kernel {
     /// Dynamic shared memory in bytes.
     pub(crate) shared: u32,
     pub(crate) args: Vec<Arg>,
-    /// Begins with `OVERLAP`: may be launched while the kernel before it still runs.
-    pub(crate) overlaps: bool,
     /// Not needed where these two addresses are the same.
     pub(crate) unless_same: Option<(Arg, Arg)>,
-}
-
-impl Kernel {
-    /// The same kernel, launched early.
-    pub(crate) fn overlapping(self) -> Self {
-        Kernel {
-            overlaps: true,
-            ..self
-        }
-    }
 }
 
 /// One launch.
@@ -125,7 +113,6 @@ pub(crate) enum Bound {
         grid: [u32; 3],
         block: u32,
         shared: u32,
-        overlaps: bool,
         /// Each argument in a word of its own; the driver reads as many low bytes as it is wide.
         words: Vec<u64>,
     },
@@ -147,7 +134,6 @@ impl Bound {
                 grid: k.grid,
                 block: k.block,
                 shared: k.shared,
-                overlaps: k.overlaps && card.facts.capability >= (9, 0),
                 words: k.args.iter().map(|a| places.resolve(*a)).collect(),
             },
             // SAFETY: the caller's promise.
@@ -165,40 +151,15 @@ impl Bound {
                 grid,
                 block,
                 shared,
-                overlaps,
                 words,
             } => {
                 let address = |w: &u64| std::ptr::from_ref(w).cast_mut().cast::<c_void>();
                 let mut args: Vec<*mut c_void> = words.iter().map(address).collect();
-                // SAFETY: plain words; an attribute that is not set is not read.
-                let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-                early.id =
-                    sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-                early.value.programmaticStreamSerializationAllowed = 1;
-                let config = sys::CUlaunchConfig {
-                    gridDimX: grid[0],
-                    gridDimY: grid[1],
-                    gridDimZ: grid[2],
-                    blockDimX: *block,
-                    blockDimY: 1,
-                    blockDimZ: 1,
-                    sharedMemBytes: *shared,
-                    hStream: stream,
-                    attrs: &raw mut early,
-                    numAttrs: u32::from(*overlaps),
-                };
+                let (grid, block) = ((grid[0], grid[1], grid[2]), (*block, 1, 1));
                 // SAFETY: the arguments are as many and as wide as the kernel's, which is what the tests of
                 // every kernel show; the addresses are the caller's promise.
-                unsafe {
-                    sys::cuLaunchKernelEx(
-                        &raw const config,
-                        f.0,
-                        args.as_mut_ptr(),
-                        std::ptr::null_mut(),
-                    )
-                }
-                .result()
-                .map_err(|e| Error::driver("launching a kernel", e))
+                unsafe { result::launch_kernel(f.0, grid, block, *shared, stream, &mut args) }
+                    .map_err(|e| Error::driver("launching a kernel", e))
             }
             // SAFETY: the caller's promise.
             Bound::Gemm(g) => unsafe { g.launch(stream) },

@@ -9,13 +9,6 @@ struct f16 { u16 bits; };
 #define inff __int_as_float(0x7f800000)
 #define NaNf __int_as_float(0x7fffffff)
 #define DEV __device__ __forceinline__
-// First word of a kernel that may be launched while the one before it still runs: lets the next one be launched, then
-// waits until the one before is done and its results can be read.
-#if __CUDA_ARCH__ >= 900
-#define OVERLAP asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory")
-#else
-#define OVERLAP
-#endif
 
 DEV float ld(const float* p) { return *p; }
 DEV float ld(const bf16* p) { return __uint_as_float((u32)p->bits << 16); }

@@ -2,9 +2,7 @@
 //! Invariant: no kernel holds scores of more than one tile of keys; what a query sees is a range of keys, so
 //! causal masks, windows and several documents in a row are one case.
 //! Absent on purpose: heads whose elements are not dense; the planner copies those.
-use super::{
-    Arg, Job, Offer, THREADS, Target, blocks, early, elementwise::head_strides, source, word,
-};
+use super::{Arg, Job, Offer, THREADS, Target, blocks, elementwise::head_strides, source, word};
 use crate::launch::Kernel;
 use std::sync::Arc;
 use tallow_core::{
@@ -101,7 +99,6 @@ fn launch(
         block,
         shared: shared as u32,
         args,
-        overlaps: false,
         unless_same: None,
     })
 }
@@ -187,7 +184,7 @@ fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer
         word(z.hk)?,
         word(splits)?,
     ]);
-    let jobs = [
+    let jobs = vec![
         launch("decode", &source, [splits, z.hk, z.b], 128, shared, first),
         launch(
             "join",
@@ -198,10 +195,7 @@ fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer
             second,
         ),
     ];
-    Some(
-        Offer::new("attention_decode_f32", jobs.map(early).into())
-            .scratch(parts + rows * splits * 8),
-    )
+    Some(Offer::new("attention_decode_f32", jobs).scratch(parts + rows * splits * 8))
 }
 
 pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {

@@ -16,7 +16,6 @@ DEV void load_keys(float* tile, const float* head, u32 first, u32 limit, u32 str
   } else load_tile(tile, head, first, limit, stride);
 }
 extern "C" __global__ void __launch_bounds__(128) decode(ARGS) {
-  OVERLAP;
   extern __shared__ float4 memory[];
   const u32 rows = G * t, b = blockIdx.z, kv = blockIdx.y, split = blockIdx.x, splits = gridDim.x, k0 = split * BT;
   float* ks = (float*)memory;
@@ -65,7 +64,6 @@ extern "C" __global__ void __launch_bounds__(128) decode(ARGS) {
   }
 }
 extern "C" __global__ void __launch_bounds__(128, 1) join(ARGS, u32 splits) {
-  OVERLAP;
   extern __shared__ float weight[];
   const u32 i = blockIdx.x, head = blockIdx.y, b = blockIdx.z, rows = G * t, r = (head % G) * t + i;
   const u64 base = (u64)(b * hk + head / G) * splits * rows + r;

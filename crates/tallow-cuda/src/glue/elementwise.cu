@@ -13,7 +13,6 @@
 #define WIDE(...) ((((__VA_ARGS__) & 3) == 0))
 DEV float silu(float a) { return a / (1.f + expf(-a)); }
 extern "C" __global__ void swiglu_f32(const float* g, const float* u, float* y, u32 n, u32 c, u32 gs, u32 us, u32 ys) {
-  OVERLAP;
   if (WIDE(c | gs | us | ys) && (((u64)g | (u64)u | (u64)y) & 15) == 0) {
     const u32 q = c / 4;
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n / 4; i += gridDim.x * blockDim.x) {
@@ -33,7 +32,6 @@ extern "C" __global__ void swiglu_f32(const float* g, const float* u, float* y, 
 // With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s. A result nobody wants is null.
 extern "C" __global__ void swiglu_grad_f32(const float* g, const float* u, const float* dy, float* dg, float* du,
     u32 n, u32 c, u32 gs, u32 us, u32 ds, u32 dgs, u32 dus) {
-  OVERLAP;
   if (((c | gs | us | ds | dgs | dus) & 3) == 0 && (((u64)g | (u64)u | (u64)dy | (u64)dg | (u64)du) & 15) == 0) {
     const u32 q = c / 4;
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n / 4; i += gridDim.x * blockDim.x) {
@@ -65,7 +63,6 @@ extern "C" __global__ void swiglu_grad_f32(const float* g, const float* u, const
 // hyper: lr, beta1, beta2, eps, weight decay, 1 - beta1^t, sqrt(1 - beta2^t), gradient scale. All dense.
 extern "C" __global__ void adamw_f32(const float* p, const float* g, const float* m, const float* v, const float* h,
     float* p2, float* m2, float* v2, u32 n, u32 c, u32, u32, u32) {
-  OVERLAP;
   const float lr = h[0], b1 = h[1], b2 = h[2], eps = h[3], wd = h[4], bc1 = h[5], rbc2 = h[6], scale = h[7];
   const float step = lr / bc1, keep = 1.f - lr * wd;
   EACH {
@@ -78,7 +75,6 @@ extern "C" __global__ void adamw_f32(const float* p, const float* g, const float
 }
 #elif KERNEL == KERNEL_dropout
 extern "C" __global__ void dropout_f32(const float* x, const u32* seed, float* y, u32 n, u32 c, u32 xs, u32 ys, u32 id, float keep) {
-  OVERLAP;
   const float up = 1.f / keep;
   EACH {
     ROW;
@@ -90,7 +86,6 @@ extern "C" __global__ void dropout_f32(const float* x, const u32* seed, float* y
 // Element i of a head turns with element i + half by pos * inv_freq[i].
 extern "C" __global__ void rope_f32(const float* x, const u32* pos, const float* f, float* y, u32 n, u32 t, u32 h,
     u32 half, u32 xb, u32 xt, u32 xh, u32 yb, u32 yt, u32 yh, float sign) {
-  OVERLAP;
   EACH {
     const u32 e = i % half, r = i / half, head = r % h, token = r / h, b = token / t, j = token % t;
     const float angle = (float)pos[token] * f[e];

@@ -1,7 +1,7 @@
 //! Kernels that make each element of the result alone: fused maps, copies, constants, draws, and a few composites.
 //! Invariant: an element is read only by the thread that writes its place, so a result may lie where an operand does.
 //! Absent on purpose: reductions.
-use super::{Arg, Job, Offer, THREADS, Target, blocks, c_type, early, kernel, source, word};
+use super::{Arg, Job, Offer, THREADS, Target, blocks, c_type, kernel, source, word};
 use tallow_core::{
     kernel::{Body, KernelSpec, Operand},
     op::Dropout,
@@ -233,7 +233,7 @@ fn by_rows(
         THREADS,
         args,
     );
-    Some(Offer::new(entry, vec![early(job)]))
+    Some(Offer::new(entry, vec![job]))
 }
 
 fn only(entry: &str) -> [(&'static str, String); 1] {
@@ -308,5 +308,5 @@ pub(super) fn rope(t: &Target, inverse: bool, spec: &KernelSpec) -> Option<Offer
         THREADS,
         args,
     );
-    Some(Offer::new("rope_f32", vec![early(job)]))
+    Some(Offer::new("rope_f32", vec![job]))
 }

@@ -3,8 +3,7 @@
 //! through the library's product and one pass that adds everything else. No gradient of a weight is formed.
 //! Absent on purpose: weights that change. In bf16 they have no candidate and fall to their decomposition.
 use super::{
-    Arg, Job, Offer, Target, c_type, early, elementwise, kernel, linear_half, matmul::matrix,
-    source, word,
+    Arg, Job, Offer, Target, c_type, elementwise, kernel, linear_half, matmul::matrix, source, word,
 };
 use crate::{
     gemm::{Added, Matrix, Product},
@@ -363,7 +362,7 @@ fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
         .replace("PICK_TAIL", &pick(tail.into_iter()));
     let source = source(&text, &defines);
     let grid = share.rank + outputs.div_ceil(8 / split);
-    let jobs = vec![early(kernel("up", source, grid as u32, 256, own.args))];
+    let jobs = vec![kernel("up", source, grid as u32, 256, own.args)];
     let name = if c.adapted() {
         "lora_linear_warp"
     } else {
@@ -503,7 +502,6 @@ fn low_rank(
         block: 128,
         shared: 0,
         args,
-        overlaps: false,
         unless_same: None,
     }))
 }

@@ -83,7 +83,6 @@ DEV void finish() {
 #define FINISH
 #endif
 extern "C" __global__ void __launch_bounds__(256) up(const float* x, float* y, float* h PARAMS) {
-  OVERLAP;
 #if RANKS > 0
   if (blockIdx.x < RANKS) { down(blockIdx.x, x, h NAMES); finish(); return; }
 #endif

@@ -166,7 +166,6 @@ fn general(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         block: 256,
         shared: 0,
         args,
-        overlaps: false,
         unless_same: None,
     });
     // About a third of what the library reaches.
@@ -224,7 +223,6 @@ fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         block: 128,
         shared: 0,
         args,
-        overlaps: false,
         unless_same: None,
     });
     let args = vec![

@@ -11,7 +11,6 @@
 
 #if KERNEL == KERNEL_rms_norm_f32
 extern "C" __global__ void rms_norm_f32(const float* x, const float* w, float* y, u32 c, u32 xs, u32 ys, float eps) {
-  OVERLAP;
   ROW(x, xs); ROW(y, ys);
   float s = 0.f;
   EACH s += x[i] * x[i];

@@ -1,7 +1,7 @@
 //! Kernels that make a row of the result from a row of the operands: norms, softmax, and their gradients.
 //! Invariant: a block makes a whole row, so the result does not depend on how rows are spread.
 //! Absent on purpose: rows in pieces.
-use super::{Arg, Job, Offer, early, kernel, source, word};
+use super::{Arg, Job, Offer, kernel, source, word};
 use tallow_core::{
     kernel::KernelSpec,
     op::{Bits, RmsNormGrad},
@@ -52,9 +52,7 @@ fn offer(
 }
 
 pub(super) fn rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
-    let plain = offer("rms_norm_f32", spec, &[0], &[Arg::F32(eps.get())])?;
-    let jobs = plain.jobs.into_iter().map(early).collect();
-    Some(Offer::new(plain.name, jobs))
+    offer("rms_norm_f32", spec, &[0], &[Arg::F32(eps.get())])
 }
 
 pub(super) fn add_rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
@@ -149,7 +147,6 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             block: 128,
             shared: 0,
             args,
-            overlaps: false,
             unless_same: None,
         }));
         let args = vec![Arg::Scratch(parts), Arg::Write(1), word(chunks)?, word(c)?];

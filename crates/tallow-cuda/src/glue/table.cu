@@ -35,7 +35,6 @@ extern "C" __global__ void keep(const Y* old, Y* cache, u32 n) {
 }
 // One block a token. Of equal positions the last wins.
 extern "C" __global__ void kv(const X* x, const u32* pos, Y* cache, u32 s, u32 t, u32 h, u32 d, u32 xb, u32 xt, u32 xh) {
-  OVERLAP;
   const u32 b = blockIdx.x / t, i = blockIdx.x % t, p = pos[blockIdx.x];
   if (p >= s) return;
   int later = 0;

@@ -2,8 +2,8 @@
 //! Invariant: a number past the end reads zeros and writes nothing.
 //! Absent on purpose: atomics; sums of rows are made in order.
 use super::{
-    Arg, Job, Offer, THREADS, Target, blocks, c_type, early, elementwise::head_strides, kernel,
-    source, word,
+    Arg, Job, Offer, THREADS, Target, blocks, c_type, elementwise::head_strides, kernel, source,
+    word,
 };
 use tallow_core::kernel::{KernelSpec, Operand};
 
@@ -104,6 +104,6 @@ pub(super) fn kv_write(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     for v in [s, tokens, h, d].into_iter().chain(head_strides(new)?) {
         args.push(word(v)?);
     }
-    let write = early(kernel("kv", source, (b * tokens) as u32, 128, args));
+    let write = kernel("kv", source, (b * tokens) as u32, 128, args);
     Some(Offer::new("kv_write", vec![copy, write]))
 }
