@@ -13,6 +13,7 @@ use tallow_core::{
 mod attention;
 mod elementwise;
 mod linear;
+mod linear_few;
 mod linear_half;
 mod listing;
 mod loss;

@@ -1,9 +1,9 @@
 //! Linears with adapters and their gradients.
-//! Invariant: few rows go through one pass over the weights in which the adapter is the tail of each sum; many rows
+//! Invariant: few rows go through `linear_few`, rounded weights through `linear_half`; many rows of exact f32
 //! through the library's product and one pass that adds everything else. No gradient of a weight is formed.
 //! Absent on purpose: weights that change. In bf16 they have no candidate and fall to their decomposition.
 use super::{
-    Arg, Job, Offer, Target, c_type, elementwise, kernel, linear_half, matmul::matrix, source, word,
+    Arg, Job, Offer, Target, elementwise, linear_few, linear_half, matmul::matrix, source, word,
 };
 use crate::{
     gemm::{Added, Matrix, Product},
@@ -15,12 +15,9 @@ use tallow_core::{
     types::{DType, Layout},
 };
 
-const FEW: &str = include_str!("linear_few.cu");
 const LOW: &str = include_str!("linear_low.cu");
 const ROWS_F32: &str = "rows_f32";
 pub(super) const ROWS_BF16: &str = "rows_bf16";
-/// Rows up to which a warp for each output beats the library.
-const FEW_ROWS: usize = 8;
 /// Projections in one call.
 const MAX_BLOCKS: usize = 8;
 
@@ -51,14 +48,19 @@ pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Jo
 }
 
 /// How a weight is read: its type then, the formats asked for, and whether it lies with rows and columns exchanged.
-struct Weights {
-    dtype: DType,
-    prepare: Vec<(usize, Format)>,
-    strides: Vec<[usize; 2]>,
+pub(super) struct Weights {
+    pub(super) dtype: DType,
+    pub(super) prepare: Vec<(usize, Format)>,
+    pub(super) strides: Vec<[usize; 2]>,
 }
 
 /// Weights `[n, k]` as one type: as they lie if that is how they are wanted, else in a format.
-fn weights(spec: &KernelSpec, at: &[LinearIns], want: DType, any_float: bool) -> Option<Weights> {
+pub(super) fn weights(
+    spec: &KernelSpec,
+    at: &[LinearIns],
+    want: DType,
+    any_float: bool,
+) -> Option<Weights> {
     let operands = || at.iter().map(|i| &spec.inputs[i.w]);
     let same = operands().all(|o| o.dtype == spec.inputs[at[0].w].dtype);
     let dtype = match same && any_float {
@@ -249,7 +251,7 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
         return vec![];
     };
     let mut all = vec![];
-    all.extend(few_rows(t, &c, spec));
+    all.extend(linear_few::forward(t, &c, spec));
     all.extend(linear_half::forward(t, &c, spec));
     // Exact products are only offered where nothing faster was asked for.
     if all.is_empty() || t.weights == DType::F32 {
@@ -259,7 +261,7 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
 }
 
 /// Code that finds, for row `o` of all outputs (or of all ranks), its block; one branch for each block.
-fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
+pub(super) fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
     let (mut text, mut start) = (String::new(), 0);
     for (n, body) in ends {
         let end = start + n;
@@ -267,111 +269,6 @@ fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
         start = end;
     }
     text + "{}\n"
-}
-
-/// Parameters of a kernel made for one spec, and what is passed for them.
-#[derive(Default)]
-struct Own {
-    params: String,
-    names: String,
-    args: Vec<Arg>,
-}
-
-impl Own {
-    fn push(&mut self, name: &str, kind: &str, arg: Arg) {
-        self.params += &format!(", {kind} {name}");
-        self.names += &format!(", {name}");
-        self.args.push(arg);
-    }
-}
-
-/// Warps for each output; the adapter is the tail of its sum.
-fn few_rows(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
-    let [share] = &c.shares[..] else { return None };
-    if c.m > FEW_ROWS || c.m == 0 {
-        return None;
-    }
-    let exact = t.weights == DType::F32;
-    let w = weights(spec, &c.at, t.weights, exact)?;
-    let k = spec.inputs[0].layout.shape.last();
-    // Rows of a weight that was not prepared must be dense here.
-    let rows_dense = c.at.iter().zip(&w.strides).all(|(i, s)| {
-        let n = spec.inputs[i.w].layout.shape.0[0];
-        (s[1] == 1 || k == 1) && (s[0] == k || n == 1)
-    });
-    if !rows_dense {
-        return None;
-    }
-    let mut own = Own {
-        args: vec![Arg::Read(0), Arg::Write(0), share.hidden.0],
-        ..Own::default()
-    };
-    let (mut down, mut up, mut tail) = (vec![], vec![], vec![]);
-    let mut r0 = 0;
-    for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        own.push(&format!("w{i}"), "const W*", Arg::Read(at.w));
-        let mut body = format!("dot<W>(w{i} + (u64)j * {k}u, x, acc, lane, lanes);");
-        let mut last = String::new();
-        if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
-            own.push(&format!("a{i}"), "const float*", Arg::Read(ia));
-            own.push(&format!("b{i}"), "const float*", Arg::Read(ib));
-            let row = format!("dot<float>(a{i} + (u64)j * {k}u, x, acc, lane, lanes);");
-            down.push((r, row));
-            let s = scale.get();
-            last = format!("tail<{r}>(b{i} + (u64)j * {r}u, h + {r0}u, {s:?}f, acc, lane, lanes);");
-            r0 += r;
-        }
-        if let Some(bias) = at.bias {
-            own.push(&format!("c{i}"), "const float*", Arg::Read(bias));
-            body += &format!(" add = c{i}[j];");
-        }
-        up.push((b.n, body));
-        tail.push((b.n, last));
-    }
-    if let Some((i, _)) = c.residual {
-        own.push("past", "const float*", Arg::Read(i));
-    }
-    let outputs: usize = c.blocks.iter().map(|b| b.n).sum();
-    // Enough warps to fill a large card, each with at least one whole load.
-    let split = [1, 2, 4]
-        .into_iter()
-        .find(|s| outputs * s >= 3000 || k < 2 * s * 32 * 8)
-        .unwrap_or(4);
-    let defines = [
-        ("W", c_type(w.dtype).to_owned()),
-        ("M", c.m.to_string()),
-        ("K", k.to_string()),
-        ("XS", c.in_row.to_string()),
-        ("YS", c.out_row.to_string()),
-        ("HS", share.hidden.1.to_string()),
-        ("OUTPUTS", format!("{outputs}u")),
-        ("SPLIT", split.to_string()),
-        ("RANKS", format!("{}u", share.rank)),
-        (
-            "PAST",
-            c.residual.map_or(String::new(), |(_, row)| {
-                format!("add += past[(u64)lane * {row}u + o];")
-            }),
-        ),
-    ];
-    let text = FEW
-        .replace("PARAMS", &own.params)
-        .replace("NAMES", &own.names)
-        .replace("PICK_DOWN", &pick(down.into_iter()))
-        .replace("PICK_UP", &pick(up.into_iter()))
-        .replace("PICK_TAIL", &pick(tail.into_iter()));
-    let source = source(&text, &defines);
-    let grid = share.rank + outputs.div_ceil(8 / split);
-    let jobs = vec![kernel("up", source, grid as u32, 256, own.args)];
-    let name = if c.adapted() {
-        "lora_linear_warp"
-    } else {
-        "linear_warp"
-    };
-    Some(Offer {
-        prepare: w.prepare,
-        ..Offer::new(name, jobs).scratch(c.hidden_scratch)
-    })
 }
 
 /// The library's product for each block, then one pass that adds bias, residual and adapter.
