@@ -62,12 +62,18 @@ def fresh(model_dir):
 
 
 def for_both(model_dir, folder):
-    """A copy whose config also has `rope_theta` where it was before transformers 5: mlx-lm looks there only."""
+    """A copy that both read alike. Its config also says of positions what it says where that was before transformers
+    5: mlx-lm looks there only. It has no sliding window: mlx-lm has none for Mistral, and would read on silently."""
     shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("adapter"))
     path = folder / "config.json"
     path.chmod(0o644)
     config = json.loads(path.read_text())
-    config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta", 10000.0))
+    rope = config.get("rope_parameters", {})
+    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    if rope.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", rope)
+    if config.get("model_type") == "mistral":
+        config["sliding_window"] = None
     path.write_text(json.dumps(config))
     return folder
 

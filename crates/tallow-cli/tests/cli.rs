@@ -15,6 +15,8 @@ mod refused;
 #[cfg(unix)]
 #[path = "cli/survives.rs"]
 mod survives;
+#[path = "cli/sweep.rs"]
+mod sweep;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")

@@ -1,9 +1,10 @@
-//! The adapter tax: forward, decode and a training step without and with rank-8 adapters on all seven projections.
+//! The adapter tax: forward, decode and a training step without and with rank-8 adapters on all seven projections; what
+//! DoRA and computing layers again cost a step on top.
 //! Invariant: the two take turns, who begins changes every round, every result is read, and ratios are taken inside a
-//! round; the sides are shown to compute different things.
+//! round; the sides are shown to compute different things (or, where they must, the same).
 //! Absent on purpose: peers (`peers/`) and judgement. The floor printed is arithmetic, not a measurement.
 //!
-//! `cargo bench -p tallow-llm --bench tax [-- --rounds N] [--only forward|decode|train]`
+//! `cargo bench -p tallow-llm --bench tax [-- --rounds N] [--only forward|decode|train|dora|recompute]`
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -22,7 +23,7 @@ use tallow_core::tensor::{Tensor, value_and_grad};
 use tallow_core::types::{DType, TensorType};
 use tallow_cpu::{Cpu, CpuOptions};
 use tallow_llm::{
-    Adapter, AdapterConfig, Decoder, LoadOptions, Model, ModelConfig, Targets, peft, weights,
+    Adapter, AdapterConfig, Decoder, LoadOptions, Model, ModelConfig, Targets, weights,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -58,12 +59,7 @@ fn main() -> Result<()> {
         "floor: {:.4} of the bare weights, in bytes and in multiply-adds",
         1.0 + extra
     );
-    let seven = adapter(
-        &model,
-        &all_seven(),
-        &files.path().join("frozen"),
-        Role::Frozen,
-    )?;
+    let seven = frozen(&model, &files.path().join("frozen"))?;
     let only: Option<String> = argument("--only")?;
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     if wanted("forward") {
@@ -73,7 +69,13 @@ fn main() -> Result<()> {
         decode(&model, &seven, rounds)?;
     }
     if wanted("train") {
-        train(&model, files.path(), rounds)?;
+        train(&model, rounds)?;
+    }
+    if wanted("dora") {
+        dora(&model, rounds)?;
+    }
+    if wanted("recompute") {
+        recompute(&model, rounds)?;
     }
     Ok(())
 }
@@ -147,31 +149,117 @@ fn decode(model: &Model, adapter: &Adapter, rounds: usize) -> Result<()> {
 
 /// An optimizer step over all seven, against one that has to go back through the whole model for next to nothing:
 /// rank 1 on q of the first layer.
-fn train(model: &Model, dir: &Path, rounds: usize) -> Result<()> {
+fn train(model: &Model, rounds: usize) -> Result<()> {
     let least = AdapterConfig {
         layers: Some(vec![0]),
         ..AdapterConfig::new(1, 1.0, Targets::Names(vec!["q_proj".to_owned()]))
     };
-    let mut sides = [(least, "least"), (all_seven(), "seven")]
-        .into_iter()
-        .map(|(config, name)| {
-            let adapter = adapter(model, &config, &dir.join(name), Role::State)?;
-            Ok((training_step(model, &adapter)?, f32::NAN))
-        })
-        .collect::<Result<Vec<(Program, f32)>>>()?;
-    let times = interleaved(rounds.div_ceil(2), |side| {
-        let (program, loss) = &mut sides[side];
+    let sides = [Side::new(model, &least)?, Side::new(model, &all_seven())?];
+    let names = ["forward and input gradients", "all seven"];
+    let [bare, seven] = steps(names, sides, rounds.div_ceil(2))?;
+    differ(&[bare.loss], &[seven.loss])
+}
+
+/// A step of DoRA over one of LoRA, both over all seven.
+fn dora(model: &Model, rounds: usize) -> Result<()> {
+    let mut config = all_seven();
+    let lora = Side::new(model, &config)?;
+    config.use_dora = true;
+    let [lora, dora] = steps(["LoRA", "DoRA"], [lora, Side::new(model, &config)?], rounds)?;
+    differ(&[lora.loss], &[dora.loss])
+}
+
+/// A step that computes layers again in its backward pass over one that keeps them, and what each takes: planned, and
+/// by how much the process grew.
+fn recompute(model: &Model, rounds: usize) -> Result<()> {
+    let mut again = model.clone();
+    again.recompute = true;
+    // What all recordings share is there before either is measured.
+    drop(Side::new(model, &all_seven())?);
+    let sides = [
+        Side::new(model, &all_seven())?,
+        Side::new(&again, &all_seven())?,
+    ];
+    let names = ["layers kept", "layers computed again"];
+    let sides = steps(names, sides, rounds)?;
+    for (name, side) in names.iter().zip(&sides) {
+        let memory = side.program.compiled.plan.memory();
+        let own = memory.arena + memory.state + memory.data + memory.outputs;
+        let [arena, own] = [memory.arena, own].map(|b| b as f64 / f64::from(1 << 20));
+        let grew = side.grew_bytes.map(|b| b / f64::from(1 << 20));
+        let grew = grew.map_or("?".to_owned(), |g| format!("{g:.1}"));
+        println!(
+            "  {name:<28} {arena:.1} MiB of intermediates, {own:.1} with state; the process grew by {grew} MiB"
+        );
+    }
+    match sides[0].loss.to_bits() == sides[1].loss.to_bits() {
+        true => Ok(()),
+        false => Err(format!("INVALID: {} is not {}", sides[0].loss, sides[1].loss).into()),
+    }
+}
+
+/// A training step, and what became of it.
+struct Side {
+    program: Program,
+    session: Session,
+    loss: f32,
+    /// By how much memory grew when it was made and first run.
+    grew_bytes: Option<f64>,
+}
+
+impl Side {
+    fn new(model: &Model, config: &AdapterConfig) -> Result<Self> {
+        let before = resident_bytes();
+        let mut side = Side {
+            program: training_step(model, &trainable(model, config)?)?,
+            session: model.session.clone(),
+            loss: f32::NAN,
+            grew_bytes: None,
+        };
+        side.run()?;
+        side.grew_bytes = resident_bytes().zip(before).map(|(now, then)| now - then);
+        Ok(side)
+    }
+
+    /// Seconds of a step.
+    fn run(&mut self) -> Result<f64> {
         let start = Instant::now();
-        program.replay()?;
-        model
-            .session
-            .read_into(&program.outputs[0], std::slice::from_mut(loss))?;
+        self.program.replay()?;
+        let loss = std::slice::from_mut(&mut self.loss);
+        self.session.read_into(&self.program.outputs[0], loss)?;
         Ok(start.elapsed().as_secs_f64())
-    })?;
-    differ(&[sides[0].1], &[sides[1].1])?;
+    }
+}
+
+/// Times two kinds of step.
+fn steps(names: [&str; 2], mut sides: [Side; 2], rounds: usize) -> Result<[Side; 2]> {
+    let times = interleaved(rounds, |side| sides[side].run())?;
     let what = format!("training step of {} x {} tokens", BATCH[0], BATCH[1]);
-    show(&what, ["forward and input gradients", "all seven"], &times);
-    Ok(())
+    show(&what, names, &times);
+    Ok(sides)
+}
+
+/// An adapter to train whose `B` is not zero.
+fn trainable(model: &Model, config: &AdapterConfig) -> Result<Adapter> {
+    let adapter = Adapter::new(model, config, 1)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for (name, part) in adapter.parts()? {
+        if name.contains("lora_B") {
+            let values: Vec<f32> = (0..part.shape().numel())
+                .map(|_| 0.02 * symmetric(&mut rng))
+                .collect();
+            adapter.set(&model.session, &name, &values)?;
+        }
+    }
+    Ok(adapter)
+}
+
+/// Memory this process has now, where the system says so.
+fn resident_bytes() -> Option<f64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024.0)
 }
 
 /// Forward, backward and AdamW as one recording; its output is the loss a token.
@@ -263,15 +351,10 @@ fn all_seven() -> AdapterConfig {
     AdapterConfig::new(RANK, ALPHA, Targets::AllLinear)
 }
 
-/// An adapter whose `B` is not zero, through its files like any other.
-fn adapter(model: &Model, config: &AdapterConfig, dir: &Path, role: Role) -> Result<Adapter> {
-    let mut made = peft::Adapter::init(config.clone(), &model.config.projections(), 1)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(2);
-    for module in &mut made.modules {
-        module.b.fill_with(|| 0.02 * symmetric(&mut rng));
-    }
-    made.write(dir)?;
-    Ok(Adapter::load(model, dir, role)?.0)
+/// An adapter to run whose `B` is not zero, through its files like any other.
+fn frozen(model: &Model, dir: &Path) -> Result<Adapter> {
+    trainable(model, &all_seven())?.save(model, dir, "bench")?;
+    Ok(Adapter::load(model, dir, Role::Frozen)?.0)
 }
 
 /// A Llama of the facts' size with seeded weights.

@@ -7,14 +7,20 @@ mod draw;
 pub mod pack;
 mod resident;
 pub(crate) mod source;
+pub(crate) mod spool;
 mod stream;
 
 pub(crate) use source::Source;
+pub(crate) use spool::Spool;
 
+use std::io;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Value, json};
 use tallow_llm::data::{Place, Row};
+
+use crate::{Error, Result};
 
 /// How much is held in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,9 +47,52 @@ impl Limits {
 pub(crate) struct Input {
     pub(crate) path: PathBuf,
     pub(crate) shown: PathBuf,
+    /// Where the file comes from that is still being written: standard input.
+    pub(crate) spool: Option<Arc<Mutex<Spool>>>,
 }
 
 impl Input {
+    /// A file as it is.
+    pub(crate) fn file(path: PathBuf) -> Self {
+        Self {
+            shown: path.clone(),
+            path,
+            spool: None,
+        }
+    }
+
+    /// What comes from elsewhere, of which up to `first_bytes` and a little more are read now.
+    pub(crate) fn spooled(
+        spool: io::Result<Spool>,
+        shown: PathBuf,
+        first_bytes: u64,
+    ) -> Result<Self> {
+        let read = spool.and_then(|mut spool| {
+            spool.reach(first_bytes)?;
+            Ok(spool)
+        });
+        match read {
+            Ok(spool) => Ok(Self {
+                path: spool.path().to_path_buf(),
+                shown,
+                spool: Some(Arc::new(Mutex::new(spool))),
+            }),
+            Err(cause) => Err(Error::ReadData { path: shown, cause }),
+        }
+    }
+
+    /// Is there anything behind this many bytes that was not there before, but is now?
+    pub(crate) fn grow(&self, offset: u64) -> Result<bool> {
+        let Some(spool) = &self.spool else {
+            return Ok(false);
+        };
+        let mut spool = spool.lock().unwrap_or_else(PoisonError::into_inner);
+        spool.reach(offset).map_err(|cause| Error::ReadData {
+            path: self.shown.clone(),
+            cause,
+        })
+    }
+
     /// An error about this file, by the name people know.
     pub(crate) fn named(&self, mut e: tallow_llm::Error) -> tallow_llm::Error {
         use tallow_llm::Error::{Data, NoExamples};

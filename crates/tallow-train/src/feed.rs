@@ -5,11 +5,15 @@ use crate::{
     Error, Result,
     batch::{Batch, Buckets, Doc},
     data::{
-        Input, Limits, Sample, Source, origins, pack, pack::Packer, read_origins, source::Opening,
+        Input, Limits, Sample, Source, Spool, origins, pack, pack::Packer, read_origins,
+        source::Opening,
     },
 };
 use serde_json::{Value, json};
-use std::{fmt, io, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
 use tallow_llm::data::{Encoder, LossOn, STDIN};
 use tallow_llm::{ModelConfig, Tokenizer};
 
@@ -49,8 +53,8 @@ impl FeedSettings {
         }
     }
 
-    /// Is standard input read? It is copied to a temporary file; a run over it can be resumed only with the same
-    /// input once more.
+    /// Is standard input read? It is read as it is needed, and kept in a temporary file for further passes; a run over
+    /// it can be resumed only with the same input once more.
     pub fn reads_stdin(&self) -> bool {
         self.paths.iter().any(|p| p.as_os_str() == STDIN)
     }
@@ -107,8 +111,6 @@ pub struct Feed {
     /// Inputs of every row of a pass, where they are known.
     lengths: Option<Vec<usize>>,
     buckets: Buckets,
-    /// Holds what came from standard input.
-    _spool: Option<tempfile::NamedTempFile>,
 }
 
 impl Feed {
@@ -122,7 +124,8 @@ impl Feed {
         config: &ModelConfig,
     ) -> Result<Self> {
         check_weights(settings)?;
-        let (inputs, spool) = inputs(settings)?;
+        let inputs = settings.paths.iter().map(|p| input(p, settings.limits));
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
         let longest = settings.seq_len.min(config.max_positions);
         let source = Source::open(Opening {
             inputs: &inputs,
@@ -141,7 +144,6 @@ impl Feed {
             packer: settings.packing.then(|| Packer::new(settings.seq_len)),
             lengths,
             buckets,
-            _spool: spool,
         })
     }
 
@@ -303,33 +305,19 @@ fn check_weights(s: &FeedSettings) -> Result<()> {
     })
 }
 
-/// The files to read, standard input in a temporary one.
-fn inputs(settings: &FeedSettings) -> Result<(Vec<Input>, Option<tempfile::NamedTempFile>)> {
-    let (mut inputs, mut spool) = (vec![], None);
-    for shown in &settings.paths {
-        let mut path = shown.clone();
-        if shown.as_os_str() == STDIN {
-            let fail = |cause: io::Error| Error::ReadData {
-                path: shown.clone(),
-                cause,
-            };
-            let mut file = tempfile::NamedTempFile::new().map_err(fail)?;
-            io::copy(&mut io::stdin().lock(), &mut file).map_err(fail)?;
-            path = file.path().to_path_buf();
-            spool = Some(file);
-        }
-        inputs.push(Input {
-            path,
-            shown: shown.clone(),
-        });
+/// A file to read, or standard input as one.
+fn input(path: &Path, limits: Limits) -> Result<Input> {
+    if path.as_os_str() != STDIN {
+        return Ok(Input::file(path.to_path_buf()));
     }
-    Ok((inputs, spool))
+    let stdin = io::BufReader::with_capacity(1 << 16, io::stdin());
+    Input::spooled(Spool::new(stdin), path.to_path_buf(), limits.resident_bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, path::Path};
+    use std::fs;
 
     fn tiny() -> (Tokenizer, ModelConfig) {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny");

@@ -224,3 +224,70 @@ impl Part {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Spool;
+    use std::io::{BufReader, Cursor};
+    use std::path::Path;
+    use tallow_llm::data::LossOn;
+    use tallow_llm::{ModelConfig, Tokenizer};
+
+    const SMALL: Limits = Limits {
+        resident_bytes: 1000,
+        buffer_rows: 5,
+        buffer_tokens: 1000,
+    };
+
+    /// Over inputs, each row in hand after the next.
+    fn source(inputs: &[Input]) -> Source {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny");
+        let tokenizer = Tokenizer::open(&dir).unwrap();
+        let config = ModelConfig::read(&dir).unwrap();
+        let opening = Opening {
+            inputs,
+            weights: &[],
+            encoder: Encoder::new(&tokenizer, &config, LossOn::Answers),
+            longest: 64,
+            seed: 3,
+            limits: SMALL,
+        };
+        Source::open(opening).unwrap()
+    }
+
+    #[test]
+    fn a_pipe_is_read_as_it_is_needed_and_gives_what_its_file_gives() {
+        // More than a piece of it, in lines of 1000 bytes.
+        let line = |i: usize| format!("{{\"text\": \"{i} {}\"}}\n", "w ".repeat(490));
+        let text: String = (0..1600).map(line).collect();
+        let pipe = || {
+            let from = BufReader::new(Cursor::new(text.clone().into_bytes()));
+            Input::spooled(Spool::new(from), "-".into(), SMALL.resident_bytes).unwrap()
+        };
+        let spooled = pipe();
+        let size = || std::fs::metadata(&spooled.path).unwrap().len();
+        let mut piped = source(std::slice::from_ref(&spooled));
+        assert!(!piped.is_resident() && size() < text.len() as u64 * 3 / 4);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &text).unwrap();
+        let mut whole = source(&[Input::file(file.path().into())]);
+        // A pass and the beginning of the next, which no pipe could give again.
+        let mut state = Value::Null;
+        for i in 0..1700 {
+            assert_eq!(piped.next().unwrap(), whole.next().unwrap(), "{i}");
+            if i == 1500 {
+                state = piped.state();
+            }
+        }
+        assert_eq!(size(), text.len() as u64);
+        // Going on with the same input once more.
+        let mut again = source(&[pipe()]);
+        assert!(again.restore(&state).unwrap().is_some());
+        let mut there = source(&[Input::file(file.path().into())]);
+        assert!(there.restore(&state).unwrap().is_some());
+        for i in 0..300 {
+            assert_eq!(again.next().unwrap(), there.next().unwrap(), "{i}");
+        }
+    }
+}

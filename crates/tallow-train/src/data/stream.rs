@@ -103,6 +103,10 @@ impl Stream {
                 closed => closed.insert(Examples::open(&input.path)?),
             };
             let Some(example) = reader.next() else {
+                if input.grow(reader.place().offset)? {
+                    reader.seek(reader.place())?;
+                    continue;
+                }
                 self.reader = None;
                 self.file += 1;
                 continue;
@@ -137,6 +141,7 @@ impl Stream {
                 Some((file, open)) if *file == origin.file => open,
                 other => &mut other.insert((origin.file, Examples::open(&input.path)?)).1,
             };
+            input.grow(origin.place.offset)?;
             open.seek(origin.place)?;
             let Some(example) = open.next() else {
                 return Ok(None);
@@ -210,6 +215,7 @@ impl Stream {
             (None, _) => None,
             (Some(_), None) => return Ok(None),
             (Some(place), Some(input)) => {
+                input.grow(place.offset)?;
                 let mut open = Examples::open(&input.path)?;
                 open.seek(place)?;
                 Some(open)
@@ -222,7 +228,7 @@ impl Stream {
     }
 }
 
-/// Size and CRC-32C of a file: of all of it, or of `compared_bytes` in pieces spread evenly.
+/// Size and CRC-32C of a file (of standard input: of what was read of it at first): of all of it, or of `compared_bytes` in pieces spread evenly.
 fn identity(input: &Input, compared_bytes: u64) -> Result<Value> {
     let fail = |cause: io::Error| Error::ReadData {
         path: input.shown.clone(),
@@ -257,11 +263,7 @@ mod tests {
     fn of(bytes: &[u8], compared_bytes: u64) -> Value {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
-        let input = Input {
-            path: file.path().to_path_buf(),
-            shown: "x".into(),
-        };
-        identity(&input, compared_bytes).unwrap()
+        identity(&Input::file(file.path().into()), compared_bytes).unwrap()
     }
 
     #[test]

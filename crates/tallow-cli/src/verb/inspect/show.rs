@@ -59,8 +59,13 @@ pub(super) fn lines(args: &Args, found: &Found) -> Result<()> {
     for (name, value) in found.about.iter().filter(|(_, v)| !v.is_null()) {
         out::line(format!("  {name:<12} {value}"))?;
     }
+    let what = match found.kind {
+        // The adapter, the same again as one piece, its moments and the losses.
+        Kind::Checkpoint => "numbers",
+        _ => "parameters",
+    };
     out::line(format!(
-        "{} parameters, {}",
+        "{} {what}, {}",
         out::count(found.elems as u64),
         out::bytes(found.bytes)
     ))?;
