@@ -12,7 +12,7 @@ use tallow::{
 /// Options of every verb.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Global {
-    /// Where to compute.
+    /// Where to compute: cpu, cuda:0 (or another card by number), or auto, which is cuda:0 if it opens.
     #[arg(long, global = true, default_value = "cpu", value_name = "NAME")]
     pub device: String,
     /// CPU threads [default: TALLOW_THREADS, or the physical cores].
@@ -93,7 +93,11 @@ pub(crate) fn session(global: &Global, dtype: ComputeDType) -> Result<Session> {
             ComputeDType::BF16 => DType::BF16,
         },
     };
-    Ok(tallow::open_with(&options)?)
+    let session = tallow::open_with(&options)?;
+    if options.device == "auto" {
+        eprintln!("device: {}", session.backend().info().name);
+    }
+    Ok(session)
 }
 
 /// Reads an adapter to run, and passes on what deserves a word.

@@ -5,7 +5,10 @@ use tallow_core::{
     Result,
     graph::Graph,
     op::{Op, Role},
-    oracle::{Value, bound::eval_bounded},
+    oracle::{
+        Value,
+        bound::{Bounded, eval_bounded},
+    },
     session::Session,
     tensor::{Tensor, lift},
     types::DType,
@@ -34,25 +37,7 @@ pub struct Failure {
 /// What the compiler or the device report.
 pub fn check(session: &Session, case: &Case) -> Result<Option<Failure>> {
     let want = eval_bounded(&case.graph, &case.inputs)?;
-    let leaves = leaves(session, &case.graph, &case.inputs)?;
-    let outs = lift(&case.graph, &leaves);
-    let mut g = case.graph.clone();
-    g.outputs = case.graph.updates.iter().map(|u| u.value).collect();
-    let values = lift(&g, &leaves);
-    let states = case
-        .graph
-        .updates
-        .iter()
-        .map(|u| leaves[u.slot as usize].clone());
-    let updates: Vec<(Tensor, Tensor)> = states.zip(values).collect();
-    let mut p = session.record(&outs.iter().collect::<Vec<_>>(), &updates)?;
-    for (o, t) in p.outputs.iter().zip(&outs) {
-        poison(session, o, t.dtype())?;
-    }
-    p.replay()?;
-    let read = p.outputs.iter().chain(updates.iter().map(|(s, _)| s));
-    for (k, (t, want)) in read.zip(&want).enumerate() {
-        let got = download(session, t)?;
+    for (k, (got, want)) in run(session, case)?.iter().zip(&want).enumerate() {
         for (i, (got, (w, bound))) in got
             .iter()
             .zip(want.value.data.iter().zip(&want.bound))
@@ -73,6 +58,44 @@ pub fn check(session: &Session, case: &Case) -> Result<Option<Failure>> {
         }
     }
     Ok(None)
+}
+
+/// Runs `case` on `session` from poisoned outputs: its outputs, then its updated states.
+fn run(session: &Session, case: &Case) -> Result<Vec<Vec<f64>>> {
+    let leaves = leaves(session, &case.graph, &case.inputs)?;
+    let outs = lift(&case.graph, &leaves);
+    let mut g = case.graph.clone();
+    g.outputs = case.graph.updates.iter().map(|u| u.value).collect();
+    let values = lift(&g, &leaves);
+    let states = case
+        .graph
+        .updates
+        .iter()
+        .map(|u| leaves[u.slot as usize].clone());
+    let updates: Vec<(Tensor, Tensor)> = states.zip(values).collect();
+    let mut p = session.record(&outs.iter().collect::<Vec<_>>(), &updates)?;
+    for (o, t) in p.outputs.iter().zip(&outs) {
+        poison(session, o, t.dtype())?;
+    }
+    p.replay()?;
+    let read = p.outputs.iter().chain(updates.iter().map(|(s, _)| s));
+    read.map(|t| download(session, t)).collect()
+}
+
+/// How far each result of `case` on `session` is from the oracle: the norm of the difference over the norm of the
+/// result. For devices that were asked to round what they multiply.
+///
+/// # Errors
+/// What the compiler or the device report.
+pub fn distance(session: &Session, case: &Case) -> Result<Vec<f64>> {
+    let want = eval_bounded(&case.graph, &case.inputs)?;
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let one = |(got, want): (&Vec<f64>, &Bounded)| {
+        let want = &want.value.data;
+        let off = norm(&mut got.iter().zip(want).map(|(g, w)| g - w));
+        off / norm(&mut want.iter().copied()).max(1e-30)
+    };
+    Ok(run(session, case)?.iter().zip(&want).map(one).collect())
 }
 
 /// One unit in the last place of a stored result.

@@ -63,6 +63,10 @@ pub trait Backend: Send + Sync {
     fn upload(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()>;
     /// Waits for all replays already started, then copies bytes from `at` on out of `src`.
     fn download(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()>;
+    /// Waits for all replays already started.
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
     /// All ways to run `spec`, for exactly these shapes and layouts. Empty: the planner makes
     /// operands dense and asks again; a composite is decomposed.
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>>;

@@ -51,9 +51,6 @@ struct PlanCache {
     clock: u64,
 }
 
-/// Host bytes converted at a time on the way to and from a device.
-const CHUNK_BYTES: usize = 4096;
-
 /// Plans kept by a session.
 pub const MAX_PLANS: usize = 64;
 
@@ -128,37 +125,28 @@ impl Session {
     }
     /// Uploads f32 values into a leaf, without allocating.
     pub fn write(&self, t: &Tensor, values: &[f32]) -> Result<()> {
-        self.upload(t, DType::F32, values.len(), |i| values[i].to_le_bytes())
+        self.upload(t, DType::F32, bytemuck::cast_slice(values))
     }
     /// Uploads u32 values into a leaf, without allocating.
     pub fn write_u32(&self, t: &Tensor, values: &[u32]) -> Result<()> {
-        self.upload(t, DType::U32, values.len(), |i| values[i].to_le_bytes())
+        self.upload(t, DType::U32, bytemuck::cast_slice(values))
     }
-    fn upload(
-        &self,
-        t: &Tensor,
-        dtype: DType,
-        n: usize,
-        word: impl Fn(usize) -> [u8; 4],
-    ) -> Result<()> {
+    fn upload(&self, t: &Tensor, dtype: DType, bytes: &[u8]) -> Result<()> {
         let what = "write to a tensor";
         if t.dtype() != dtype {
             let (want, got) = (t.dtype(), dtype);
             return Err(Error::DType { what, want, got });
         }
         let buf = leaf(t)?;
-        if n != t.shape().numel() {
-            return Err(Error::size(what, t.shape().numel(), n, "elements"));
+        let (want, got) = (t.shape().numel(), bytes.len() / dtype.bytes());
+        if want != got {
+            return Err(Error::size(what, want, got, "elements"));
         }
-        let mut chunk = [0u8; CHUNK_BYTES];
-        for start in (0..n).step_by(CHUNK_BYTES / 4) {
-            let len = (n - start).min(CHUNK_BYTES / 4);
-            for (i, bytes) in chunk.chunks_exact_mut(4).take(len).enumerate() {
-                bytes.copy_from_slice(&word(start + i));
-            }
-            self.0.backend.upload(buf, start * 4, &chunk[..len * 4])?;
-        }
-        Ok(())
+        self.0.backend.upload(buf, 0, bytes)
+    }
+    /// Waits for all replays already started.
+    pub fn wait(&self) -> Result<()> {
+        self.0.backend.wait()
     }
     /// Reads an f32 tensor, computing it first if it is not a leaf. Waits.
     pub fn read(&self, t: &Tensor) -> Result<Vec<f32>> {
@@ -187,15 +175,8 @@ impl Session {
             let done = self.eval(std::slice::from_ref(t))?.remove(0);
             return self.read_into(&done, out);
         }
-        let mut chunk = [0u8; CHUNK_BYTES];
-        for (i, part) in out.chunks_mut(CHUNK_BYTES / 4).enumerate() {
-            let bytes = &mut chunk[..part.len() * 4];
-            self.0.backend.download(leaf(t)?, i * CHUNK_BYTES, bytes)?;
-            for (v, b) in part.iter_mut().zip(bytes.chunks_exact(4)) {
-                *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-        }
-        Ok(())
+        let bytes = bytemuck::cast_slice_mut(out);
+        self.0.backend.download(leaf(t)?, 0, bytes)
     }
 
     /// canonical → expand → fuse → plan: the whole compiler, in order.

@@ -26,6 +26,11 @@ const LAYERS: &[Layer] = &[
         tests_need: &["tallow-conformance"],
     },
     Layer {
+        name: "tallow-cuda",
+        needs: &["tallow-core"],
+        tests_need: &["tallow-conformance"],
+    },
+    Layer {
         name: "tallow-conformance",
         needs: &["tallow-core"],
         tests_need: &["tallow-cpu"],
@@ -47,7 +52,13 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "tallow",
-        needs: &["tallow-core", "tallow-cpu", "tallow-llm", "tallow-train"],
+        needs: &[
+            "tallow-core",
+            "tallow-cpu",
+            "tallow-cuda",
+            "tallow-llm",
+            "tallow-train",
+        ],
         tests_need: &[],
     },
     Layer {

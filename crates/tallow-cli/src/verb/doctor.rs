@@ -57,11 +57,16 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     if !args.json {
         machine.show()?;
     }
+    let cards = cards();
+    if !args.json {
+        cards.iter().try_for_each(out::line)?;
+    }
     let rates = selftest::rates(&session, machine.threads)?;
     let checks = selftest::checks(&session)?;
     let pass = checks.iter().all(selftest::Check::pass);
     if args.json {
         let mut report = machine.json();
+        report["cuda"] = json!(cards);
         report["read_bytes_per_s"] = json!(rates.read_bytes_per_s);
         report["product_flops"] = json!(rates.product_flops);
         report["self_test"] = checks.iter().map(selftest::Check::json).collect();
@@ -69,10 +74,11 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         out::json(&report)?;
     } else {
         out::line(format!(
-            "speed       reads memory at {:.1} GB/s, multiplies 512 x 1024 x 1024 at {:.0} GFLOP/s (f32, {} threads)",
+            "speed       reads memory at {:.1} GB/s ({} threads), multiplies 512 x 1024 x 1024 at {:.0} GFLOP/s (f32, {})",
             rates.read_bytes_per_s / 1e9,
-            rates.product_flops / 1e9,
             machine.threads,
+            rates.product_flops / 1e9,
+            session.backend().info().name,
         ))?;
         for c in &checks {
             out::line(c.line())?;
@@ -84,6 +90,28 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
             "the self-test failed: results of this build on this machine cannot be trusted; try another TALLOW_ISA and report it"
         )),
     }
+}
+
+/// A line for each card that CUDA sees, and for each thing that keeps it from being used.
+fn cards() -> Vec<String> {
+    let mut lines = vec![];
+    let lacks = tallow::cuda::lacks();
+    match tallow::cuda::found() {
+        Ok(all) if all.is_empty() => lines.push("cuda        no device".to_owned()),
+        Ok(all) => lines.extend(all.iter().enumerate().map(|(i, c)| {
+            let (major, minor) = c.capability;
+            let memory = out::bytes(c.memory);
+            format!(
+                "cuda:{i}      {}, compute capability {major}.{minor}, {} multiprocessors, {memory}",
+                c.name, c.processors
+            )
+        })),
+        // Said below.
+        Err(_) if !lacks.is_empty() => {}
+        Err(e) => lines.push(format!("cuda        {e}")),
+    }
+    lines.extend(lacks.iter().map(|e| format!("cuda        {e}")));
+    lines
 }
 
 impl Machine {

@@ -1,0 +1,170 @@
+//! From kernel specs to launches: which kernels can run a spec, and with what arguments.
+//! Invariant: a candidate is offered only for layouts its kernels read and write as they are; which kernels a
+//! spec gets depends on the spec and the [`Target`] alone, so all of this runs without a card.
+//! Absent on purpose: addresses.
+use crate::launch::{Arg, Job, Kernel, Offer};
+use std::{collections::HashMap, sync::Arc};
+use tallow_core::{
+    kernel::{Body, Candidate, Format, KernelId, KernelSpec, Operand},
+    op::Composite,
+    types::DType,
+};
+
+mod attention;
+mod elementwise;
+mod linear;
+mod linear_few;
+mod linear_half;
+mod listing;
+mod loss;
+mod matmul;
+mod reduce;
+mod rows;
+mod table;
+pub use listing::sources;
+
+/// What of a card decides which kernels it gets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    /// Multiprocessors.
+    pub(crate) processors: u32,
+    /// Most shared memory of a block, in bytes.
+    pub(crate) shared: usize,
+    /// What frozen weights are multiplied as.
+    pub(crate) weights: DType,
+}
+
+/// Offers handed out so far.
+#[derive(Default)]
+pub(crate) struct Table {
+    by_spec: HashMap<KernelSpec, Vec<Candidate>>,
+    offers: Vec<Offer>,
+}
+
+impl Table {
+    pub(crate) fn offer(&self, id: KernelId) -> Offer {
+        self.offers[id.0 as usize].clone()
+    }
+    /// All ways to run `spec`.
+    pub(crate) fn candidates(&mut self, target: &Target, spec: &KernelSpec) -> Vec<Candidate> {
+        if let Some(c) = self.by_spec.get(spec) {
+            return c.clone();
+        }
+        let mut out = vec![];
+        for offer in offers(target, spec) {
+            out.push(Candidate {
+                kernel: KernelId(self.offers.len() as u32),
+                name: offer.name,
+                workspace: offer.scratch,
+                cost: estimate(spec, &offer),
+                prepare: offer.prepare.clone(),
+            });
+            self.offers.push(offer);
+        }
+        self.by_spec.insert(spec.clone(), out.clone());
+        out
+    }
+}
+
+/// Seconds of one run: a start for each launch, then arithmetic or bytes at modest rates of a large card.
+fn estimate(spec: &KernelSpec, offer: &Offer) -> f64 {
+    const FLOPS_PER_S: f64 = 3e13;
+    const BYTES_PER_S: f64 = 2.5e12;
+    const START_S: f64 = 2e-6;
+    let work = (spec.flops() / FLOPS_PER_S).max(spec.bytes() as f64 / BYTES_PER_S);
+    START_S * offer.jobs.len() as f64 + work + offer.extra
+}
+
+fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
+    let one = |o: Option<Offer>| o.into_iter().collect();
+    match &spec.body {
+        Body::Composite(c) => match c {
+            Composite::Linear(l) => linear::forward(t, l, spec),
+            Composite::LinearGrad(l) => one(linear::backward(t, l, spec)),
+            Composite::CrossEntropy(_) => one(loss::cross_entropy(t, spec)),
+            Composite::LogitsCrossEntropy(_) => one(loss::of_logits(spec)),
+            Composite::Dropout(d) => one(elementwise::dropout(t, d, spec)),
+            Composite::Attention(a) => one(attention::forward(t, a, spec)),
+            Composite::AttentionGrad(a) => one(attention::backward(t, &a.0, spec)),
+            Composite::KvWrite(_) => one(table::kv_write(t, spec)),
+            Composite::RmsNorm(n) => one(rows::rms_norm(n.eps, spec)),
+            Composite::RmsNormGrad(n) => one(rows::rms_norm_grad(n, spec)),
+            Composite::AddRmsNorm(n) => one(rows::add_rms_norm(n.eps, spec)),
+            Composite::LayerNorm(n) => one(rows::layer_norm(n.eps, spec)),
+            Composite::Softmax(_) => one(rows::softmax(spec)),
+            Composite::SoftmaxGrad(_) => one(rows::softmax_grad(spec)),
+            Composite::Rope(r) => one(elementwise::rope(t, r.inverse, spec)),
+            Composite::SwiGlu(_) => one(elementwise::swiglu(t, spec)),
+            Composite::SwiGluGrad(_) => one(elementwise::swiglu_grad(t, spec)),
+            Composite::AdamW(_) => one(elementwise::adamw(t, spec)),
+            // No kernel: it runs as its decomposition.
+            _ => vec![],
+        },
+        Body::MatMul { ta, tb, alpha } => matmul::offers(*ta, *tb, alpha.get(), spec),
+        Body::Reduce(r, axis) => one(reduce::offer(*r, *axis, spec)),
+        Body::Gather => one(table::gather(t, spec)),
+        Body::ScatterAdd => one(table::scatter_add(t, spec)),
+        Body::Map(_) | Body::Copy | Body::Fill(_) | Body::Iota(_) | Body::Random(_) => {
+            one(elementwise::generated(t, spec))
+        }
+    }
+}
+
+/// The launches that write a frozen operand in one of this backend's formats.
+pub(crate) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Job>> {
+    linear::prepare(t, format, op)
+}
+
+/// A kernel's whole text: the prelude, its constants, its file.
+pub(crate) fn source(file: &str, defines: &[(&str, String)]) -> Arc<str> {
+    let mut text = String::from(crate::compile::PRELUDE);
+    for (name, value) in defines {
+        text += &format!("#define {name} {value}\n");
+    }
+    (text + file).into()
+}
+
+/// The type of an element in a kernel.
+pub(crate) fn c_type(d: DType) -> &'static str {
+    match d {
+        DType::F32 => "float",
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        DType::I32 => "int",
+        DType::U32 => "u32",
+        DType::U8 => "u8",
+    }
+}
+
+/// Threads of a block over elements.
+pub(crate) const THREADS: u32 = 256;
+
+/// Blocks of [`THREADS`] for `n` elements whose kernel walks on by the size of the grid.
+pub(crate) fn blocks(t: &Target, n: usize) -> u32 {
+    let most = t.processors.max(1) * 16;
+    n.div_ceil(THREADS as usize).clamp(1, most as usize) as u32
+}
+
+/// A kernel over a grid of one dimension.
+pub(crate) fn kernel(
+    entry: &'static str,
+    source: Arc<str>,
+    grid: u32,
+    block: u32,
+    args: Vec<Arg>,
+) -> Job {
+    Job::Kernel(Kernel {
+        entry,
+        source,
+        grid: [grid, 1, 1],
+        block,
+        shared: 0,
+        args,
+        unless_same: None,
+    })
+}
+
+/// A number of elements or a stride as an argument, if it is small enough for the kernels.
+pub(crate) fn word(n: usize) -> Option<Arg> {
+    u32::try_from(n).ok().map(Arg::U32)
+}

@@ -1,0 +1,325 @@
+//! Attention, forward and backward.
+//! Invariant: no kernel holds scores of more than one tile of keys; what a query sees is a range of keys, so
+//! causal masks, windows and several documents in a row are one case.
+//! Absent on purpose: heads whose elements are not dense; the planner copies those.
+use super::{Arg, Job, Offer, THREADS, Target, blocks, elementwise::head_strides, source, word};
+use crate::launch::Kernel;
+use std::sync::Arc;
+use tallow_core::{
+    kernel::{KernelSpec, Operand},
+    op::{Attention, Mask},
+    types::DType,
+};
+
+const FILE: &str = include_str!("attention.cu");
+const DECODE: &str = include_str!("attention_decode.cu");
+const BACKWARD: &str = include_str!("attention_backward.cu");
+const COMMON: &str = include_str!("attention_common.cu");
+const TILES: &str = include_str!("attention_tiles.cu");
+const DELTA: &str = include_str!("attention_delta.cu");
+const HALF: &str = include_str!("attention_half.cu");
+/// Longest head.
+const MAX_HEAD: usize = 256;
+/// Longest head on tensor cores, forward and backward.
+const MAX_HALF: [usize; 2] = [128, 64];
+/// Rows of a tile on tensor cores.
+const HALF_ROWS: usize = 64;
+/// Query rows of one key head that the decoding kernel takes.
+const DECODE_ROWS: usize = 16;
+/// Keys of one block of the decoding kernel.
+const DECODE_KEYS: usize = 32;
+
+/// Extents: batch, queries, heads, elements, keys, key heads.
+#[derive(Clone, Copy)]
+struct Sizes {
+    b: usize,
+    t: usize,
+    h: usize,
+    d: usize,
+    s: usize,
+    hk: usize,
+}
+
+fn sizes(spec: &KernelSpec) -> Option<Sizes> {
+    let (q, k) = (
+        &spec.inputs[0].layout.shape.0,
+        &spec.inputs[1].layout.shape.0,
+    );
+    let fits = q[3] <= MAX_HEAD && q[2] <= 65_535 && q[0] <= 65_535;
+    fits.then_some(Sizes {
+        b: q[0],
+        t: q[1],
+        h: q[2],
+        d: q[3],
+        s: k[1],
+        hk: k[2],
+    })
+}
+
+fn text(files: &[&str], a: &Attention, z: Sizes, own: (&str, usize), starts: bool) -> Arc<str> {
+    let (causal, window) = match a.mask {
+        Mask::Full => (0, 0),
+        Mask::Causal { window } => (1, window.unwrap_or(0)),
+    };
+    let defines = [
+        ("D", z.d.to_string()),
+        ("G", format!("{}u", z.h / z.hk)),
+        (own.0, own.1.to_string()),
+        ("SCALE", format!("({:?}f)", a.scale.get())),
+        ("CAUSAL", causal.to_string()),
+        ("WINDOW", format!("{window}u")),
+        ("STARTS", usize::from(starts).to_string()),
+    ];
+    source(&[&[COMMON], files].concat().concat(), &defines)
+}
+
+/// Strides of heads as arguments.
+fn strides(all: &[&Operand]) -> Option<Vec<Arg>> {
+    let mut args = vec![];
+    for o in all {
+        for s in head_strides(o)? {
+            args.push(word(s)?);
+        }
+    }
+    Some(args)
+}
+
+fn launch(
+    entry: &'static str,
+    source: &Arc<str>,
+    grid: [usize; 3],
+    block: u32,
+    shared: usize,
+    args: Vec<Arg>,
+) -> Job {
+    Job::Kernel(Kernel {
+        entry,
+        source: source.clone(),
+        grid: grid.map(|g| g as u32),
+        block,
+        shared: shared as u32,
+        args,
+        unless_same: None,
+    })
+}
+
+/// Floats of a tile's row with its padding.
+fn row(d: usize) -> usize {
+    d.next_multiple_of(16) + 4
+}
+
+/// Bytes of so many rows of bf16 with their padding.
+fn half_bytes(rows: usize, d: usize) -> usize {
+    rows * (d.next_multiple_of(16) + 8) * 2
+}
+
+pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
+    let z = sizes(spec)?;
+    let starts = spec.inputs.len() == 5;
+    let dense = spec.inputs[3..]
+        .iter()
+        .chain(spec.outputs[1].iter())
+        .all(Operand::is_dense);
+    if !dense {
+        return None;
+    }
+    let mut args: Vec<Arg> = (0..4).map(Arg::Read).collect();
+    args.push(if starts { Arg::Read(4) } else { Arg::U64(0) });
+    args.extend([Arg::Write(0), Arg::Write(1)]);
+    for n in [z.t, z.h, z.s] {
+        args.push(word(n)?);
+    }
+    args.extend(strides(&[
+        &spec.inputs[0],
+        &spec.inputs[1],
+        &spec.inputs[2],
+    ])?);
+    match &spec.outputs[0] {
+        Some(o) => args.extend(strides(&[o])?),
+        None => args.extend([Arg::U32(0); 3]),
+    }
+    if z.t * (z.h / z.hk) <= DECODE_ROWS {
+        return decode(a, z, starts, args);
+    }
+    if t.weights == DType::BF16 && z.d <= MAX_HALF[0] {
+        let source = text(&[HALF], a, z, ("FORWARD", 1), starts);
+        let grid = [z.t.div_ceil(HALF_ROWS), z.h, z.b];
+        let job = launch(
+            "attention",
+            &source,
+            grid,
+            128,
+            half_bytes(2 * HALF_ROWS, z.d),
+            args,
+        );
+        return Some(Offer::new("attention_mma_bf16", vec![job]));
+    }
+    let tile = if z.d <= 128 { 64 } else { 32 };
+    let shared = (2 * tile * row(z.d) + tile * (tile + 4)) * 4;
+    if shared > t.shared {
+        return None;
+    }
+    let source = text(&[TILES, FILE], a, z, ("BT", tile), starts);
+    let grid = [z.t.div_ceil(tile), z.h, z.b];
+    Some(Offer::new(
+        "attention_tiles_f32",
+        vec![launch("attention", &source, grid, 256, shared, args)],
+    ))
+}
+
+/// Few queries: blocks share the keys among them, then their parts are joined.
+fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer> {
+    let source = text(&[TILES, DECODE], a, z, ("BT", DECODE_KEYS), starts);
+    let splits = z.s.div_ceil(DECODE_KEYS);
+    let rows = z.b * z.h * z.t;
+    let parts = (rows * splits * z.d * 4).next_multiple_of(256);
+    let mut first = args.clone();
+    first.extend([Arg::Scratch(0), Arg::Scratch(parts), word(z.hk)?]);
+    let queries = z.t * (z.h / z.hk);
+    let shared = ((2 * DECODE_KEYS + queries) * row(z.d) + queries * DECODE_KEYS) * 4;
+    let mut second = args;
+    second.extend([
+        Arg::Scratch(0),
+        Arg::Scratch(parts),
+        word(z.hk)?,
+        word(splits)?,
+    ]);
+    let jobs = vec![
+        launch("decode", &source, [splits, z.hk, z.b], 128, shared, first),
+        launch(
+            "join",
+            &source,
+            [z.t, z.h, z.b],
+            128,
+            splits.next_multiple_of(8) * 4,
+            second,
+        ),
+    ];
+    Some(Offer::new("attention_decode_f32", jobs).scratch(parts + rows * splits * 8))
+}
+
+pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
+    let z = sizes(spec)?;
+    let starts = spec.inputs.len() == 8;
+    let dense = [3, 5].into_iter().chain(7..spec.inputs.len());
+    if !dense.into_iter().all(|i| spec.inputs[i].is_dense()) {
+        return None;
+    }
+    let half = t.weights == DType::BF16 && z.d <= MAX_HALF[1];
+    let tile = if z.d <= 64 { 64 } else { 32 };
+    let (source, block, shared) = match half {
+        true => {
+            let source = text(&[DELTA, HALF], a, z, ("QB", HALF_ROWS), starts);
+            (source, 128, half_bytes(3 * HALF_ROWS, z.d))
+        }
+        false => {
+            let source = text(&[TILES, DELTA, BACKWARD], a, z, ("BT", tile), starts);
+            (source, 256, (4 * tile * row(z.d) + tile * (tile + 4)) * 4)
+        }
+    };
+    if shared > t.shared {
+        return None;
+    }
+    let (q, k, v, o, go) = (0, 1, 2, 4, 6);
+    let delta = Arg::Scratch(0);
+    let rows = z.b * z.t * z.h;
+    let mut scratch = rows * 4;
+    let mut args = vec![
+        Arg::Read(o),
+        Arg::Read(go),
+        delta,
+        word(z.t)?,
+        word(z.h)?,
+        word(rows)?,
+    ];
+    args.extend(strides(&[&spec.inputs[o], &spec.inputs[go]])?);
+    let mut jobs = vec![launch(
+        "delta",
+        &source,
+        [rows.div_ceil(4), 1, 1],
+        128,
+        0,
+        args,
+    )];
+    let mut common = vec![Arg::Read(q), Arg::Read(k), Arg::Read(v), Arg::Read(3)];
+    common.push(if starts { Arg::Read(7) } else { Arg::U64(0) });
+    common.extend([Arg::Read(5), Arg::Read(go), delta]);
+    for n in [z.t, z.h, z.s] {
+        common.push(word(n)?);
+    }
+    common.extend(strides(&[
+        &spec.inputs[q],
+        &spec.inputs[k],
+        &spec.inputs[v],
+        &spec.inputs[go],
+    ])?);
+    if let Some(dq) = &spec.outputs[0] {
+        let mut args = common.clone();
+        args.push(Arg::Write(0));
+        args.extend(strides(&[dq])?);
+        jobs.push(launch(
+            "grad_q",
+            &source,
+            [z.t.div_ceil(tile), z.h, z.b],
+            block,
+            shared,
+            args,
+        ));
+    }
+    if spec.outputs[1].is_some() || spec.outputs[2].is_some() {
+        let mut results = vec![Arg::Write(1), Arg::Write(2)];
+        let mut lie = vec![];
+        for o in &spec.outputs[1..3] {
+            match o {
+                Some(o) => lie.extend(strides(&[o])?),
+                None => lie.extend([Arg::U32(0); 3]),
+            }
+        }
+        let mut args = common;
+        let tiles = z.s.div_ceil(tile);
+        if half {
+            // A block for each query head; their parts are joined in order.
+            let at = scratch.next_multiple_of(256);
+            scratch = at + 2 * z.b * z.h * z.s * z.d * 4;
+            args.push(Arg::Scratch(at));
+            jobs.push(launch(
+                "grad_kv",
+                &source,
+                [tiles, z.h, z.b],
+                block,
+                shared,
+                args,
+            ));
+            let n = z.b * z.hk * z.s * z.d;
+            let mut join = vec![Arg::Scratch(at)];
+            join.append(&mut results);
+            join.extend([word(n)?, word(z.s)?, word(z.hk)?]);
+            join.extend(lie);
+            jobs.push(launch(
+                "join_kv",
+                &source,
+                [blocks(t, n) as usize, 1, 1],
+                THREADS,
+                0,
+                join,
+            ));
+        } else {
+            args.append(&mut results);
+            args.extend(lie);
+            jobs.push(launch(
+                "grad_kv",
+                &source,
+                [tiles, z.hk, z.b],
+                block,
+                shared,
+                args,
+            ));
+        }
+    }
+    let name = if half {
+        "attention_grad_mma_bf16"
+    } else {
+        "attention_grad_tiles_f32"
+    };
+    Some(Offer::new(name, jobs).scratch(scratch))
+}

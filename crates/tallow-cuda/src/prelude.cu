@@ -1,0 +1,73 @@
+// What every kernel begins with: names of types, loads and stores that convert, reductions over a block.
+// No header is included: NVRTC then needs no include path.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+#define inff __int_as_float(0x7f800000)
+#define NaNf __int_as_float(0x7fffffff)
+#define DEV __device__ __forceinline__
+
+DEV float ld(const float* p) { return *p; }
+DEV float ld(const bf16* p) { return __uint_as_float((u32)p->bits << 16); }
+DEV float ld(const f16* p) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(p->bits)); return v; }
+DEV float ld(const int* p) { return (float)*p; }
+DEV float ld(const u32* p) { return (float)*p; }
+DEV float ld(const u8* p) { return (float)*p; }
+DEV double ldd(const int* p) { return (double)*p; }
+DEV double ldd(const u32* p) { return (double)*p; }
+template <class T> DEV double ldd(const T* p) { return (double)ld(p); }
+
+DEV u16 to_bf16(float v) { u16 b; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(v)); return b; }
+DEV void st(float* p, float v) { *p = v; }
+DEV void st(bf16* p, float v) { p->bits = to_bf16(v); }
+DEV void st(f16* p, float v) { u16 b; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(v)); p->bits = b; }
+DEV void st(int* p, float v) { *p = __float2int_rz(v); }
+DEV void st(u32* p, float v) { *p = __float2uint_rz(v); }
+DEV void st(u8* p, float v) { *p = (u8)__float2uint_rz(fminf(v, 255.f)); }
+DEV void st(int* p, double v) { *p = __double2int_rz(v); }
+DEV void st(u32* p, double v) { *p = __double2uint_rz(v); }
+DEV void st(u8* p, double v) { *p = (u8)__double2uint_rz(fmin(v, 255.0)); }
+DEV void st(float* p, double v) { *p = (float)v; }
+DEV void st(bf16* p, double v) { st(p, (float)v); }
+DEV void st(f16* p, double v) { st(p, (float)v); }
+
+DEV float warp_sum(float v) {
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+DEV float warp_max(float v) {
+  for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
+  return v;
+}
+// The sum over a block of whole warps, in every thread; always in the same order.
+DEV float block_sum(float v) {
+  __shared__ float part[33];
+  v = warp_sum(v);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    v = threadIdx.x < (blockDim.x >> 5) ? part[threadIdx.x] : 0.f;
+    v = warp_sum(v);
+    if (threadIdx.x == 0) part[32] = v;
+  }
+  __syncthreads();
+  return part[32];
+}
+DEV float block_max(float v) {
+  __shared__ float part[33];
+  v = warp_max(v);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    v = threadIdx.x < (blockDim.x >> 5) ? part[threadIdx.x] : -inff;
+    v = warp_max(v);
+    if (threadIdx.x == 0) part[32] = v;
+  }
+  __syncthreads();
+  return part[32];
+}

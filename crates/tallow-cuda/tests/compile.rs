@@ -1,0 +1,89 @@
+//! Every kernel compiles to machine code for every architecture meant to run it, and spills no register.
+//! Invariant: without the compiler the test says that it was skipped; `TALLOW_REQUIRE_NVRTC=1` makes that a failure.
+//! Absent on purpose: a card. What kernels compute is the conformance suite's business.
+use std::{collections::HashSet, sync::Mutex};
+use tallow_core::types::DType;
+use tallow_cuda::{Arch, Error, compile, sources};
+
+const ARCHITECTURES: [((u32, u32), bool); 3] = [((8, 0), false), ((9, 0), false), ((9, 0), true)];
+
+/// Is there a compiler? Says so where there is none.
+fn compiler() -> bool {
+    let arch = Arch::of((8, 0));
+    match compile("probe", "extern \"C\" __global__ void probe() {}", arch) {
+        Err(e @ Error::MissingLibrary { .. }) => {
+            assert!(
+                std::env::var_os("TALLOW_REQUIRE_NVRTC").is_none(),
+                "TALLOW_REQUIRE_NVRTC is set, but {e}"
+            );
+            eprintln!("SKIP: {e}");
+            false
+        }
+        Err(e) => panic!("{e}"),
+        Ok(_) => true,
+    }
+}
+
+/// Names of kernels in the assembler's report that spill.
+fn spills(report: &str) -> Vec<&str> {
+    let spilled = |l: &&str| {
+        l.contains("spill stores") && !l.contains(" 0 bytes spill stores, 0 bytes spill loads")
+    };
+    report.lines().filter(spilled).collect()
+}
+
+#[test]
+fn kernels_compile_without_spills() {
+    if !compiler() {
+        return;
+    }
+    let mut texts = HashSet::new();
+    let mut all = vec![];
+    for weights in [DType::F32, DType::BF16] {
+        all.extend(
+            sources(weights)
+                .into_iter()
+                .filter(|(_, s)| texts.insert(s.clone())),
+        );
+    }
+    assert!(all.len() > 100, "only {} kernels listed", all.len());
+    let bad = Mutex::new(vec![]);
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let jobs: Vec<_> = all
+        .iter()
+        .flat_map(|k| ARCHITECTURES.map(|a| (k, a)))
+        .collect();
+    std::thread::scope(|s| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
+            s.spawn(|| {
+                while let Some(((name, text), (capability, exact))) =
+                    jobs.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+                {
+                    let (capability, exact) = (*capability, *exact);
+                    let arch = Arch { capability, exact };
+                    let found = match compile(name, text, arch) {
+                        Err(e) => Some(e.to_string()),
+                        Ok(c) => (!spills(&c.report).is_empty())
+                            .then(|| format!("{name} spills on {arch}: {}", c.report)),
+                    };
+                    bad.lock().unwrap().extend(found);
+                }
+            });
+        }
+    });
+    let bad = bad.into_inner().unwrap();
+    assert!(
+        bad.is_empty(),
+        "{} of {} compilations failed:\n{}",
+        bad.len(),
+        jobs.len(),
+        bad.join("\n")
+    );
+    println!("{} kernels, {} compilations", all.len(), jobs.len());
+}
+
+#[test]
+fn a_spill_is_seen() {
+    let report = "ptxas info : Function properties for up\n    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+    assert_eq!(spills(report).len(), 1);
+}

@@ -1,0 +1,230 @@
+//! The conformance suite on the card, and what a card has that the CPU has not: work that goes on after a call.
+//! Invariant: a machine without a usable card prints why and passes; `TALLOW_REQUIRE_CUDA=1` makes that a failure.
+use std::sync::{Arc, OnceLock};
+use tallow_conformance::{check_all, composites, distance, dtypes, layouts, structural, training};
+use tallow_core::{
+    backend::Chooser,
+    kernel::{Candidate, KernelSpec},
+    op::Role,
+    session::Session,
+    types::{DType, TensorType},
+};
+use tallow_cuda::{Cuda, CudaOptions};
+
+/// The card, opened once for all tests; `None`, with the reason printed, where there is none.
+fn card() -> Option<Arc<Cuda>> {
+    static CARD: OnceLock<Option<Arc<Cuda>>> = OnceLock::new();
+    let open = || {
+        let options = CudaOptions {
+            ordinal: 0,
+            weights: DType::F32,
+        };
+        match Cuda::open(&options) {
+            Ok(c) => Some(Arc::new(c)),
+            Err(e) => {
+                assert!(
+                    std::env::var_os("TALLOW_REQUIRE_CUDA").is_none(),
+                    "TALLOW_REQUIRE_CUDA is set, but {e}"
+                );
+                eprintln!("SKIP: {e}");
+                None
+            }
+        }
+    };
+    CARD.get_or_init(open).clone()
+}
+
+/// The dearest candidate: what is offered but seldom chosen is tested too.
+struct Dearest;
+impl Chooser for Dearest {
+    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> (usize, String) {
+        let dearest = (0..c.len()).max_by(|a, b| c[*a].cost.total_cmp(&c[*b].cost));
+        (dearest.unwrap_or(0), "dearest".into())
+    }
+}
+
+fn sessions() -> Vec<Session> {
+    let Some(card) = card() else { return vec![] };
+    vec![
+        Session::new(card.clone()),
+        Session::with_chooser(card, Box::new(Dearest)),
+    ]
+}
+
+macro_rules! parts {
+    ($($name:ident: $cases:ident;)*) => { $(
+        #[test]
+        fn $name() {
+            for s in sessions() {
+                check_all(&s, $cases());
+            }
+        }
+    )* };
+}
+parts! {
+    composites_match_their_decomposition: composites;
+    structural_ops_match_the_oracle: structural;
+    dtypes_convert_and_compute: dtypes;
+    strided_operands_and_results: layouts;
+    gradients_and_updates_of_a_small_model: training;
+}
+
+/// Replay n+1's data must not reach what replay n reads, however far the host is ahead.
+#[test]
+fn uploads_wait_for_the_replays_before_them() {
+    let Some(card) = card() else { return };
+    let s = Session::new(card);
+    let n = 1 << 20;
+    let x = s.zeros(TensorType::f32([n]), Role::Data).unwrap();
+    let sum = s.zeros(TensorType::f32([n]), Role::State).unwrap();
+    // A product long enough that the host gets many replays ahead of the card.
+    let w = s
+        .tensor(&vec![0.0; 2048 * 2048], [2048, 2048], Role::Data)
+        .unwrap();
+    let slow = w.matmul(&w).unwrap().matmul(&w).unwrap();
+    let next = sum.add(&x).unwrap();
+    let mut p = s.record(&[&slow], &[(sum.clone(), next)]).unwrap();
+    let replays = 40;
+    let start = std::time::Instant::now();
+    for i in 0..replays {
+        s.write(&x, &vec![i as f32; n]).unwrap();
+        p.replay().unwrap();
+    }
+    let asked = start.elapsed();
+    let got = s.read(&sum).unwrap();
+    let all = start.elapsed();
+    let want = (replays * (replays - 1) / 2) as f32;
+    assert!(
+        got.iter().all(|v| *v == want),
+        "want {want} everywhere, got {:?}",
+        &got[..4]
+    );
+    println!("asked for in {asked:?}, done after {all:?}");
+}
+
+/// A replay is asked for, not waited for.
+#[test]
+fn replay_returns_at_once() {
+    let Some(card) = card() else { return };
+    let s = Session::new(card);
+    let w = s
+        .tensor(&vec![0.0; 4096 * 4096], [4096, 4096], Role::Data)
+        .unwrap();
+    let slow = (0..8).fold(w.clone(), |x, _| x.matmul(&w).unwrap());
+    let mut p = s.record(&[&slow], &[]).unwrap();
+    p.replay().unwrap();
+    s.read(&p.outputs[0]).unwrap();
+    let start = std::time::Instant::now();
+    p.replay().unwrap();
+    let asked = start.elapsed();
+    let mut one = [0u8; 4];
+    let buffer = p.outputs[0].buffer().unwrap();
+    s.backend().download(buffer, 0, &mut one).unwrap();
+    let done = start.elapsed();
+    assert!(asked * 4 < done, "asked in {asked:?}, done in {done:?}");
+}
+
+/// Equal runs give equal bits.
+#[test]
+fn two_runs_agree_to_the_bit() {
+    let Some(card) = card() else { return };
+    let s = Session::new(card);
+    let values = |n: usize, k: f32| (0..n).map(|i| ((i as f32) * k).sin()).collect::<Vec<_>>();
+    let x = s
+        .tensor(&values(600 * 96, 0.37), [600, 96], Role::Data)
+        .unwrap();
+    let d = s
+        .tensor(&values(600 * 8, 0.11), [600, 8], Role::Data)
+        .unwrap();
+    let y = x.exp().unwrap().matmul_t(true, &d, false).unwrap();
+    let run = || {
+        s.read(&s.eval(std::slice::from_ref(&y)).unwrap()[0])
+            .unwrap()
+    };
+    let first: Vec<u32> = run().iter().map(|v| v.to_bits()).collect();
+    for _ in 0..5 {
+        let again: Vec<u32> = run().iter().map(|v| v.to_bits()).collect();
+        assert_eq!(first, again);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_said_in_one_sentence() {
+    let Some(card) = card() else { return };
+    let s = Session::new(card);
+    let Err(e) = s.zeros(TensorType::f32([1 << 43]), Role::Data) else {
+        panic!("32 TiB were given");
+    };
+    let text = e.to_string();
+    assert!(
+        text.starts_with("cuda:0: no memory on the card for 35184372088832 bytes ("),
+        "{text}"
+    );
+}
+
+#[test]
+fn an_unknown_card_is_said_in_one_sentence() {
+    if card().is_none() {
+        return;
+    }
+    let options = CudaOptions {
+        ordinal: 4096,
+        weights: DType::F32,
+    };
+    let Err(e) = Cuda::open(&options) else {
+        panic!("opened")
+    };
+    assert!(
+        e.to_string()
+            .starts_with("cuda:4096: no CUDA device 4096: the driver sees "),
+        "{e}"
+    );
+}
+
+/// In bf16 the products round their operands: within half a percent of the oracle in norm, and never exact by
+/// accident of another path.
+#[test]
+fn products_in_bf16_are_near_the_oracle() {
+    if card().is_none() {
+        return;
+    }
+    let options = CudaOptions {
+        ordinal: 0,
+        weights: DType::BF16,
+    };
+    let s = Session::new(Arc::new(Cuda::open(&options).unwrap()));
+    let rounded_ops = [
+        "attention",
+        "attention_grad",
+        "linear",
+        "lora_linear",
+        "lora_linear_grad",
+        "linear_grad",
+        "cross_entropy",
+    ];
+    let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
+    for case in composites() {
+        let product = rounded_ops.contains(&case.name.split(' ').next().unwrap_or_default());
+        // Only weights that never change are rounded.
+        if !product || !case.name.contains("Frozen") {
+            continue;
+        }
+        for d in distance(&s, &case).unwrap() {
+            count += 1;
+            rounded += usize::from(d > 1e-5);
+            if d.is_nan() || d > 2e-2 {
+                bad.push(format!("{}: {d:.2e}", case.name));
+            }
+        }
+    }
+    assert!(
+        bad.is_empty(),
+        "{} of {count} too far:\n{}",
+        bad.len(),
+        bad.join("\n")
+    );
+    assert!(
+        rounded * 4 > count,
+        "only {rounded} of {count} results were rounded: bf16 did not run"
+    );
+}
