@@ -37,7 +37,7 @@ impl Clock for Wall {
     }
 }
 
-/// How far a result is from the f64 oracle.
+/// How far a result is from what it should be.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Check {
     /// The largest error over what rounding may cause; at most 1 passes. [`f64::MAX`] where something is not a number.
@@ -46,6 +46,18 @@ pub struct Check {
     pub compared: usize,
     /// Elements there are.
     pub of: usize,
+    /// Who said what is right.
+    pub by: Judge,
+}
+
+/// Who knows what is right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Judge {
+    /// The f64 interpreter.
+    Oracle,
+    /// The portable kernels on one thread, for models that are too large for the interpreter.
+    Portable,
 }
 
 impl Check {

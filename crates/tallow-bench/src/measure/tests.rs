@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use super::*;
 use crate::probe::Bound;
+use crate::work::Judge;
 
 /// Seconds that the work takes.
 const TRUE_S: f64 = 100e-6;
@@ -92,6 +93,7 @@ fn compared(got: [f32; 4], want: [f32; 4]) -> Check {
         worst,
         compared: 4,
         of: 4,
+        by: Judge::Oracle,
     }
 }
 
