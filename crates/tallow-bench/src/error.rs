@@ -19,7 +19,9 @@ pub enum Error {
     #[error(transparent)]
     Train(#[from] tallow::train::Error),
     /// A work needs more memory than is free.
-    #[error("{what}: want {need} of memory, {have} is free; take a smaller --shape or --dtype bf16")]
+    #[error(
+        "{what}: want {need} of memory, {have} is free; take a smaller --shape or --dtype bf16"
+    )]
     Memory {
         /// Which work.
         what: String,

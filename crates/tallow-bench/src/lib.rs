@@ -5,11 +5,14 @@
 //! Invariant: a figure without a passed check does not exist. Absent on purpose: kernels, and tuning for benchmarks.
 #![forbid(unsafe_code)]
 
+pub mod compare;
 pub mod error;
 pub mod measure;
 pub mod ours;
 pub mod peer;
 pub mod probe;
+pub mod report;
+pub mod run;
 pub mod shapes;
 pub mod stats;
 pub mod suite;

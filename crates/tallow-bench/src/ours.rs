@@ -44,8 +44,12 @@ impl Fill {
             _ => f64::from(v),
         };
         match self {
-            Fill::Signed(s) => (0..n).map(|_| stored(s * (2.0 * rng.f32() - 1.0))).collect(),
-            Fill::Positive(s) => (0..n).map(|_| stored(s * (0.1 + 0.9 * rng.f32()))).collect(),
+            Fill::Signed(s) => (0..n)
+                .map(|_| stored(s * (2.0 * rng.f32() - 1.0)))
+                .collect(),
+            Fill::Positive(s) => (0..n)
+                .map(|_| stored(s * (0.1 + 0.9 * rng.f32())))
+                .collect(),
             Fill::Below(limit) => (0..n).map(|_| f64::from(rng.u32(..*limit))).collect(),
             Fill::Positions => (0..n).map(|i| (i % ty.shape.last()) as f64).collect(),
             Fill::Fixed(v) => v.clone(),
@@ -366,7 +370,11 @@ impl Errors {
         for (got, (w, bound)) in got.iter().zip(wanted) {
             let tolerance = SLACK * f64::from(f32::EPSILON) * bound + ulp * w.abs() + 1e-30;
             let off = (got - w).abs() / tolerance;
-            self.worst = if off.is_finite() { self.worst.max(off) } else { f64::MAX };
+            self.worst = if off.is_finite() {
+                self.worst.max(off)
+            } else {
+                f64::MAX
+            };
             self.compared += 1;
         }
     }
@@ -375,7 +383,11 @@ impl Errors {
         let largest = want.iter().fold(0.0f64, |m, v| m.max(v.abs()));
         for (got, want) in got.iter().zip(want) {
             let off = (got - want).abs() / (TWIN * largest + 1e-30);
-            self.worst = if off.is_finite() { self.worst.max(off) } else { f64::MAX };
+            self.worst = if off.is_finite() {
+                self.worst.max(off)
+            } else {
+                f64::MAX
+            };
             self.compared += 1;
         }
     }

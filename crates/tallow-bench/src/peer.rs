@@ -1,6 +1,9 @@
 //! Other people's engines: what they can be asked to compute.
 //! Absent on purpose: the engines themselves, which are behind features and in other processes.
 
+use crate::Result;
+use crate::measure::Contender;
+use crate::suite::Context;
 use crate::suite::products::LoraShape;
 
 /// A norm or a softmax over the last axis of 4x16x1024.
@@ -36,4 +39,17 @@ pub enum Job {
     Lora(LoraShape),
     /// A norm or a softmax.
     Rows(RowOp),
+}
+
+/// An engine that takes part in a run.
+pub trait Peer {
+    /// "candle", "mlx".
+    fn name(&self) -> &str;
+    /// Its version, and what it runs on where that matters ("0.32.4, reference BLAS").
+    fn version(&self) -> String;
+    /// It, with a job; `None` where it has no such thing.
+    ///
+    /// # Errors
+    /// What the engine reports.
+    fn contender(&mut self, job: &Job, cx: &Context) -> Result<Option<Contender>>;
 }

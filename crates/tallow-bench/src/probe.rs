@@ -102,7 +102,8 @@ impl Probe {
             for bytes in sizes.take_while(|b| *b <= LARGEST) {
                 let part = &data[..bytes / 4];
                 let passes = ((1 << 18) / bytes).max(1);
-                let bytes_per_s = best(clock, || (0..passes).map(|_| read(exec, part) as f64).sum());
+                let bytes_per_s =
+                    best(clock, || (0..passes).map(|_| read(exec, part) as f64).sum());
                 probe.bandwidth.push(Bandwidth {
                     threads,
                     bytes,

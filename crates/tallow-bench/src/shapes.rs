@@ -154,7 +154,11 @@ impl ModelShape {
         let (mut header, mut at) = (serde_json::Map::new(), 0);
         for (name, shape) in tensors {
             let end = at + shape.iter().product::<usize>() * self.stored.bytes();
-            let dtype = if self.stored == DType::BF16 { "BF16" } else { "F32" };
+            let dtype = if self.stored == DType::BF16 {
+                "BF16"
+            } else {
+                "F32"
+            };
             let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": [at, end] });
             header.insert(name.clone(), entry);
             at = end;
@@ -166,7 +170,10 @@ impl ModelShape {
         file.write_all(header.as_bytes())?;
         let mut rng = fastrand::Rng::with_seed(1);
         for (_, shape) in tensors {
-            let (mean, n) = (if shape.len() == 1 { 1.0 } else { 0.0 }, shape.iter().product());
+            let (mean, n) = (
+                if shape.len() == 1 { 1.0 } else { 0.0 },
+                shape.iter().product(),
+            );
             for _ in 0..n {
                 let v: f32 = mean + 0.035 * (2.0 * rng.f32() - 1.0);
                 match self.stored {
@@ -186,7 +193,10 @@ mod tests {
     #[test]
     fn sizes_are_what_their_names_say() {
         let millions = |name: &str| ModelShape::named(name).unwrap().parameters() / 1_000_000;
-        assert_eq!(["small", "0.5b", "1b", "8b"].map(millions), [6, 494, 1235, 8030]);
+        assert_eq!(
+            ["small", "0.5b", "1b", "8b"].map(millions),
+            [6, 494, 1235, 8030]
+        );
         assert!(ModelShape::named("70b").is_err());
     }
 

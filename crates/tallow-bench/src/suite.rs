@@ -110,7 +110,10 @@ pub struct Task {
 /// A model that cannot be read or does not fit into memory.
 pub fn tasks(suite: Suite, cx: &Context) -> Result<Vec<Task>> {
     match suite {
-        Suite::Seed => Ok(products::tasks(cx).into_iter().chain(rows::tasks()).collect()),
+        Suite::Seed => Ok(products::tasks(cx)
+            .into_iter()
+            .chain(rows::tasks())
+            .collect()),
         Suite::Layers => Ok(layers::tasks(cx)),
         Suite::Tax => tax::tasks(cx),
         Suite::Train => models::train(cx),

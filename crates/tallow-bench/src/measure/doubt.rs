@@ -93,7 +93,10 @@ impl std::fmt::Display for Reason {
                 "{column}: four times as many dependent repetitions took {growth:.2} times as long"
             ),
             Reason::Check { what, worst } => {
-                write!(f, "{what}: wrong by {worst:.3e} times what rounding may cause")
+                write!(
+                    f,
+                    "{what}: wrong by {worst:.3e} times what rounding may cause"
+                )
             }
             Reason::Poisoned => write!(f, "nothing was written: the poison is still there"),
             Reason::Changed { last, again } => write!(

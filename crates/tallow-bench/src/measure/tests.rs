@@ -88,7 +88,13 @@ fn right(x: [f32; 4]) -> [f32; 4] {
 
 fn compared(got: [f32; 4], want: [f32; 4]) -> Check {
     let off = got.iter().zip(want).map(|(g, w)| f64::from((g - w).abs()));
-    let worst = off.fold(0.0, |m: f64, v| if v.is_nan() { f64::MAX } else { m.max(v / 1e-6) });
+    let worst = off.fold(0.0, |m: f64, v| {
+        if v.is_nan() {
+            f64::MAX
+        } else {
+            m.max(v / 1e-6)
+        }
+    });
     Check {
         worst,
         compared: 4,
@@ -329,8 +335,14 @@ fn a_kernel_that_writes_nothing_is_caught() {
 
 #[test]
 fn a_clock_read_before_the_work_ends_is_caught() {
-    assert!(matches!(reason(Lie::ClockReadEarly), Reason::Changed { .. }));
-    assert!(matches!(reason(Lie::ClockReadHalfway), Reason::Changed { .. }));
+    assert!(matches!(
+        reason(Lie::ClockReadEarly),
+        Reason::Changed { .. }
+    ));
+    assert!(matches!(
+        reason(Lie::ClockReadHalfway),
+        Reason::Changed { .. }
+    ));
 }
 
 #[test]
@@ -342,7 +354,9 @@ fn late_work_is_noticed_though_its_value_was_guessed() {
 
 #[test]
 fn a_plan_that_was_folded_is_caught() {
-    assert!(matches!(reason(Lie::FoldedPlan), Reason::Growth { column, .. } if column == "in plan"));
+    assert!(
+        matches!(reason(Lie::FoldedPlan), Reason::Growth { column, .. } if column == "in plan")
+    );
 }
 
 #[test]

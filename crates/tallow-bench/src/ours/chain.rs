@@ -29,11 +29,7 @@ fn names(plan: &Plan) -> impl Iterator<Item = String> {
 }
 
 /// A chain of `n` repetitions; `one` is the recording of a single one. `None` where there is no chain.
-pub(super) fn make(
-    graph: &Rc<Graphed>,
-    one: &Program,
-    n: usize,
-) -> Result<Option<Box<dyn Chain>>> {
+pub(super) fn make(graph: &Rc<Graphed>, one: &Program, n: usize) -> Result<Option<Box<dyn Chain>>> {
     let subject = &graph.subject;
     let mut carried = subject.carried.clone();
     for _ in 1..n {

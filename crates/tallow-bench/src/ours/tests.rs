@@ -35,7 +35,10 @@ fn a_right_result_passes_and_a_changed_one_does_not() {
     let y = run(&mut work, 5);
     let check = work.check(y).unwrap();
     assert!(check.pass() && check.compared == 51, "{check:?}");
-    assert!(!work.check(y + 1e-3).unwrap().pass(), "not what was returned");
+    assert!(
+        !work.check(y + 1e-3).unwrap().pass(),
+        "not what was returned"
+    );
     let out = work.program.outputs[0].clone();
     let mut values = download(&s, &out).unwrap();
     values[7] *= 1.0 + 1e-4;

@@ -25,7 +25,10 @@ pub fn tasks(cx: &Context) -> Vec<Task> {
     let mut all = vec![];
     for t in lengths.iter().copied() {
         for backward in [false, true] {
-            let name = format!("attention {t} tokens, 8 heads (4 kv) of 64{}", tail(backward));
+            let name = format!(
+                "attention {t} tokens, 8 heads (4 kv) of 64{}",
+                tail(backward)
+            );
             all.push(task(name, move |cx| attention(cx, t, backward)));
         }
     }

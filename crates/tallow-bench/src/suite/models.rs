@@ -7,9 +7,7 @@ use std::path::Path;
 
 use tallow::cpu::simd::Isa;
 use tallow::cpu::{Cpu, CpuOptions};
-use tallow::llm::{
-    Adapter, AdapterConfig, Cache, ComputeDType, LoadOptions, Model, Targets, peft,
-};
+use tallow::llm::{Adapter, AdapterConfig, Cache, ComputeDType, LoadOptions, Model, Targets, peft};
 use tallow::train::{Optimizer, OptimizerKind, StepGraph};
 use tallow::{DType, Role, Session, TensorType};
 
@@ -295,10 +293,13 @@ pub fn batch(cx: &Context) -> [usize; 2] {
 pub fn train(cx: &Context) -> Result<Vec<Task>> {
     let doing = Doing::Train(batch(cx));
     let adapters = [
-        ("q and v, rank 8", Adapted {
-            names: &["q_proj", "v_proj"],
-            ..Adapted::seven(8)
-        }),
+        (
+            "q and v, rank 8",
+            Adapted {
+                names: &["q_proj", "v_proj"],
+                ..Adapted::seven(8)
+            },
+        ),
         ("all seven, rank 8", Adapted::seven(8)),
     ];
     let mut all = vec![];

@@ -48,7 +48,11 @@ impl LoraShape {
     #[must_use]
     pub fn scales(&self) -> [f32; 3] {
         let (k, r) = (self.k as f32, self.rank.max(1) as f32);
-        [0.9 * (3.0 / k).sqrt(), (3.0 / k).sqrt(), 0.15 * (3.0 / r).sqrt()]
+        [
+            0.9 * (3.0 / k).sqrt(),
+            (3.0 / k).sqrt(),
+            0.15 * (3.0 / r).sqrt(),
+        ]
     }
 }
 
@@ -111,7 +115,11 @@ fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sam
         let row = |i: &usize| of[i * wide..(i + 1) * wide].to_vec();
         which.iter().flat_map(row).collect()
     };
-    add(&mut b, TensorType::f32([rows.len(), k]), take(v[0], &rows, k));
+    add(
+        &mut b,
+        TensorType::f32([rows.len(), k]),
+        take(v[0], &rows, k),
+    );
     let wide = TensorType::new([cols.len(), k], dtype);
     add(&mut b, wide, take(v[1], &cols, k));
     if rank > 0 {
@@ -130,7 +138,9 @@ fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sam
     };
     let y = b.composite(op, &ins)?;
     let want: Bounded = eval_bounded(&b.finish(y, vec![]), &values)?.remove(0);
-    let at = rows.iter().flat_map(|i| cols.iter().map(move |j| i * n + j));
+    let at = rows
+        .iter()
+        .flat_map(|i| cols.iter().map(move |j| i * n + j));
     Ok(Sample {
         at: at.collect(),
         want,

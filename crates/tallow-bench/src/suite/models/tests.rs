@@ -69,7 +69,13 @@ fn the_portable_kernels_judge_what_the_oracle_cannot() {
         let twin = |adapted: Adapted| {
             let dir = dir.path().to_owned();
             move || {
-                let made = work(&portable(DType::BF16)?, &dir, DType::BF16, doing, Some(&adapted));
+                let made = work(
+                    &portable(DType::BF16)?,
+                    &dir,
+                    DType::BF16,
+                    doing,
+                    Some(&adapted),
+                );
                 Ok(made?.0)
             }
         };
@@ -78,7 +84,10 @@ fn the_portable_kernels_judge_what_the_oracle_cannot() {
         made.judge_by(Reference::Twin(Box::new(twin(seven.clone()))));
         let y = run(&mut made);
         let check = made.check(y).unwrap();
-        assert!(check.pass() && check.by == crate::work::Judge::Portable, "{doing}: {check:?}");
+        assert!(
+            check.pass() && check.by == crate::work::Judge::Portable,
+            "{doing}: {check:?}"
+        );
         // An adapter of other numbers is noticed.
         if !matches!(doing, Doing::Train(_)) {
             made.judge_by(Reference::Twin(Box::new(twin(Adapted::seven(3)))));
@@ -93,7 +102,9 @@ fn the_floor_counts_weights_once_and_adapters_beside_them() {
     let dir = toy(DType::F32);
     let session = tallow::open("cpu").unwrap();
     let cost = |adapted: Option<&Adapted>| {
-        work(&session, dir.path(), DType::F32, Doing::Decode, adapted).unwrap().1
+        work(&session, dir.path(), DType::F32, Doing::Decode, adapted)
+            .unwrap()
+            .1
     };
     let bare = cost(None);
     let layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48;
