@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::probe::Floor;
 use crate::stats::{Summary, median};
-use crate::work::{Chain, Check, Clock, Work};
+use crate::work::{Chain, Check, Clock, Looped, Queued, Work, link};
 use crate::{Error, Result};
 
 mod doubt;
@@ -222,54 +222,24 @@ impl From<Reason> for Doubt {
     }
 }
 
-/// A loop that was timed.
-struct Looped {
-    seconds: f64,
-    /// What went into each repetition, and what came out.
-    links: Vec<(f32, f32)>,
-}
-
-/// The next number to feed: in `[0.1, 1)`, and another one for the smallest change of `y`.
-fn link(y: f32, i: usize) -> f32 {
-    let mixed = (u64::from(y.to_bits()) << 20 ^ i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    0.1 + 0.9 * ((mixed >> 41) as f32 / (1u64 << 23) as f32)
-}
-
 impl Bench<'_> {
     /// `n` repetitions, each waited for and fed from the one before.
     fn waited(&mut self, n: usize, seed: u64) -> Result<Looped, Doubt> {
-        let work = &mut self.who.work;
-        work.renew(seed)?;
-        let mut links = Vec::with_capacity(n);
-        let mut next = link(1.0, seed as usize);
-        let start = self.clock.now();
-        for i in 0..n {
-            work.feed(next)?;
-            work.start()?;
-            let y = work.finish()?;
-            links.push((next, y));
-            next = link(y, i);
-        }
-        let seconds = self.clock.now() - start;
-        let last = links.last().map_or(f32::NAN, |l| l.1);
-        self.settled(last, seconds / n as f64)?;
-        Ok(Looped { seconds, links })
+        self.who.work.renew(seed)?;
+        let first = link(1.0, seed as usize);
+        let done = self.who.work.waited(self.clock, n, first)?;
+        let last = done.links.last().map_or(f32::NAN, |l| l.1);
+        self.settled(last, done.seconds / n as f64)?;
+        Ok(done)
     }
 
-    /// `n` repetitions started, one wait. Seconds to start them, and all of them.
-    fn queued(&mut self, n: usize, seed: u64) -> Result<[f64; 2], Doubt> {
-        let work = &mut self.who.work;
-        work.renew(seed)?;
-        work.feed(link(2.0, seed as usize))?;
-        let start = self.clock.now();
-        for _ in 0..n {
-            work.start()?;
-        }
-        let built = self.clock.now() - start;
-        let y = work.finish()?;
-        let seconds = self.clock.now() - start;
-        self.settled(y, seconds / n as f64)?;
-        Ok([built, seconds])
+    /// `n` repetitions started, one wait.
+    fn queued(&mut self, n: usize, seed: u64) -> Result<Queued, Doubt> {
+        self.who.work.renew(seed)?;
+        let first = link(2.0, seed as usize);
+        let done = self.who.work.queued(self.clock, n, first)?;
+        self.settled(done.last, done.seconds / n as f64)?;
+        Ok(done)
     }
 
     /// Waiting again must find nothing to wait for, and the same result.
@@ -277,9 +247,7 @@ impl Bench<'_> {
         if last.is_nan() {
             return Err(Reason::Poisoned.into());
         }
-        let start = self.clock.now();
-        let again = self.who.work.finish()?;
-        let more_s = self.clock.now() - start;
+        let (again, more_s) = self.who.work.again(self.clock)?;
         match again.to_bits() == last.to_bits() {
             false => Err(doubt::changed(last, again).into()),
             true => doubt::still_running(more_s, one_s).map_or(Ok(()), |r| Err(r.into())),
@@ -312,7 +280,7 @@ impl Bench<'_> {
     fn round(&mut self, round: u64) -> Result<(), Doubt> {
         let n = self.track.n;
         let waited = self.waited(n, round + 1)?.seconds;
-        let [built, queued] = self.queued(n, 1000 + round)?;
+        let queued = self.queued(n, 1000 + round)?;
         let in_plan = match &mut self.track.chains {
             Some((reps, [short, _])) => {
                 let times = (n / *reps).clamp(1, 64);
@@ -329,8 +297,8 @@ impl Bench<'_> {
         if round > 0 {
             let per = 1.0 / n as f64;
             self.track.waited.push(waited * per);
-            self.track.built.push(built * per);
-            self.track.queued.push(queued * per);
+            self.track.built.push(queued.built_s * per);
+            self.track.queued.push(queued.seconds * per);
             self.track.in_plan.extend(in_plan);
         }
         Ok(())

@@ -1,10 +1,12 @@
 //! Other people's engines: what they can be asked to compute.
 //! Absent on purpose: the engines themselves, which are behind features and in other processes.
 
-use crate::Result;
 use crate::measure::Contender;
 use crate::suite::Context;
 use crate::suite::products::LoraShape;
+use crate::{Error, Result};
+
+pub mod python;
 
 /// A norm or a softmax over the last axis of 4x16x1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,4 +54,57 @@ pub trait Peer {
     /// # Errors
     /// What the engine reports.
     fn contender(&mut self, job: &Job, cx: &Context) -> Result<Option<Contender>>;
+}
+
+/// Names that this build knows.
+#[must_use]
+pub fn known() -> Vec<&'static str> {
+    python::ENGINES.iter().map(|(name, _)| *name).collect()
+}
+
+/// The engines of these names, each with as many threads as tallow. One that is not there takes part with a row that says
+/// what installs it.
+///
+/// # Errors
+/// A name that is unknown.
+pub fn open(names: &[String], threads: usize) -> Result<Vec<Box<dyn Peer>>> {
+    let mut all: Vec<Box<dyn Peer>> = vec![];
+    for name in names {
+        if !known().contains(&&**name) {
+            return Err(Error::Setting {
+                name: "--against",
+                want: "torch, peft, mlx, mlx-lm; candle, gemm, faer in a build with the feature tallow-bench/peers",
+                got: name.clone(),
+            });
+        }
+        all.push(match python::Python::open(name, threads) {
+            Ok(peer) => Box::new(peer),
+            Err(e) => Box::new(Missing {
+                name: name.clone(),
+                why: e.to_string(),
+            }),
+        });
+    }
+    Ok(all)
+}
+
+/// A peer that is not there.
+struct Missing {
+    name: String,
+    why: String,
+}
+
+impl Peer for Missing {
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn version(&self) -> String {
+        "not there".to_owned()
+    }
+    fn contender(&mut self, _: &Job, _: &Context) -> Result<Option<Contender>> {
+        Err(Error::Peer {
+            peer: self.name.clone(),
+            what: self.why.clone(),
+        })
+    }
 }

@@ -12,6 +12,7 @@ use crate::ours::Ours;
 use crate::probe::{Cost, Probe};
 use crate::{Error, Result};
 
+pub mod candidates;
 pub mod layers;
 pub mod models;
 pub mod products;

@@ -68,6 +68,34 @@ impl Check {
     }
 }
 
+/// A loop of dependent repetitions that was timed.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Looped {
+    /// All of it.
+    pub seconds: f64,
+    /// What was fed into each repetition, and what came out.
+    pub links: Vec<(f32, f32)>,
+}
+
+/// Many starts and one wait.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Queued {
+    /// Seconds to start them.
+    #[serde(rename = "built")]
+    pub built_s: f64,
+    /// Seconds until the last was done.
+    pub seconds: f64,
+    /// One element of the last result.
+    pub last: f32,
+}
+
+/// The next number to feed: in `[0.1, 1)`, and another one for the smallest change of `y`.
+#[must_use]
+pub fn link(y: f32, i: usize) -> f32 {
+    let mixed = (u64::from(y.to_bits()) << 20 ^ i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    0.1 + 0.9 * ((mixed >> 41) as f32 / (1u64 << 23) as f32)
+}
+
 /// One engine with one work, its operands in place.
 pub trait Work {
     /// Fills what varies with new random numbers, the same for the same seed, and poisons every result.
@@ -89,6 +117,46 @@ pub trait Work {
     /// [`Work::finish`] said: it must be in the result. Where a run changes its operands ([`Work::remembers`]) there has
     /// been exactly one since [`Work::renew`].
     fn check(&mut self, returned: f32) -> Result<Check>;
+
+    /// `n` repetitions, each waited for and fed from the one before, the first with `first`. An engine in another
+    /// process runs the loop there.
+    fn waited(&mut self, clock: &dyn Clock, n: usize, first: f32) -> Result<Looped> {
+        let mut links = Vec::with_capacity(n);
+        let mut next = first;
+        let start = clock.now();
+        for i in 0..n {
+            self.feed(next)?;
+            self.start()?;
+            let y = self.finish()?;
+            links.push((next, y));
+            next = link(y, i);
+        }
+        let seconds = clock.now() - start;
+        Ok(Looped { seconds, links })
+    }
+
+    /// `n` repetitions on the same operands, started one after another, and one wait.
+    fn queued(&mut self, clock: &dyn Clock, n: usize, first: f32) -> Result<Queued> {
+        self.feed(first)?;
+        let start = clock.now();
+        for _ in 0..n {
+            self.start()?;
+        }
+        let built_s = clock.now() - start;
+        let last = self.finish()?;
+        Ok(Queued {
+            built_s,
+            seconds: clock.now() - start,
+            last,
+        })
+    }
+
+    /// Waits once more: what it finds, and the seconds that took.
+    fn again(&mut self, clock: &dyn Clock) -> Result<(f32, f64)> {
+        let start = clock.now();
+        let y = self.finish()?;
+        Ok((y, clock.now() - start))
+    }
 
     /// Does a run change its own operands (an optimizer step)?
     fn remembers(&self) -> bool {

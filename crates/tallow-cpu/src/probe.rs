@@ -40,20 +40,23 @@ pub fn multiply_adds(exec: Exec<'_>, product: Product, steps: usize) -> f64 {
     (each * CHAINS * steps * exec.pool.threads()) as f64
 }
 
-/// Reads all of `data` once, each thread its own part, the same part in every call. Returns the bytes read.
+/// Reads all of `data` `passes` times, each thread its own part, the same part in every call. Returns the bytes read.
 ///
 /// # Panics
 /// If this machine lacks `exec.isa`.
-pub fn read(exec: Exec<'_>, data: &[f32]) -> usize {
+pub fn read(exec: Exec<'_>, data: &[f32], passes: usize) -> usize {
     let isa = checked(exec.isa);
     let threads = exec.pool.threads();
     let group = 8 * lanes(isa);
     let per = data.len() / threads / group * group;
     exec.pool.run(threads, &|part, _| {
-        // SAFETY: `checked` says that the machine has `isa`.
-        black_box(unsafe { isa.dispatch(Read(&data[part * per..][..per])) });
+        for _ in 0..passes {
+            let part = black_box(&data[part * per..][..per]);
+            // SAFETY: `checked` says that the machine has `isa`.
+            black_box(unsafe { isa.dispatch(Read(part)) });
+        }
     });
-    per * threads * 4
+    per * threads * 4 * passes
 }
 
 fn checked(isa: Isa) -> Isa {
@@ -155,7 +158,7 @@ mod tests {
             // Two parts of whole groups; what is left over is neither read nor counted.
             let group = 8 * lanes(isa);
             let data = vec![1.0; 4 * group + 2 * group - 1];
-            assert_eq!(read(exec, &data), 4 * 4 * group);
+            assert_eq!(read(exec, &data, 3), 3 * 4 * 4 * group);
             // SAFETY: `isa` is available.
             let sum = unsafe { isa.dispatch(Read(&data[..2 * group])) };
             assert_eq!(sum, (2 * group) as f32);

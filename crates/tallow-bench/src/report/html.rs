@@ -89,7 +89,7 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
     let median = |s: &Option<crate::stats::Summary>| {
         s.as_ref().map_or("–".to_owned(), |s| seconds(s.median))
     };
-    let mut cells = vec![
+    let mut cells = [
         seconds(f.built.median),
         median(&f.queued),
         seconds(f.waited.median),

@@ -20,25 +20,32 @@ pub fn tasks() -> impl Iterator<Item = Task> {
         name: format!("{} 4x16x1024", op.title()),
         tokens: None,
         peer: Some(Job::Rows(op)),
-        make: Box::new(move |cx: &Context| {
-            let n: usize = SHAPE.iter().product();
-            let weights = match op {
-                RowOp::Softmax => 0,
-                RowOp::RmsNorm => 1,
-                RowOp::LayerNorm => 2,
-            };
-            let cost = Cost {
-                bytes: 4 * (2 * n + weights * SHAPE[2]),
-                // A square or an exponential, a sum, a product.
-                flops: 3.0 * n as f64,
-                dtype: DType::F32,
-            };
-            Ok(vec![cx.ours("tallow", work(cx, op)?, &cost)])
-        }),
+        make: Box::new(move |cx: &Context| Ok(vec![cx.ours("tallow", work(cx, op)?, &cost(op))])),
     })
 }
 
-fn work(cx: &Context, op: RowOp) -> Result<Ours> {
+/// Least bytes and arithmetic.
+#[must_use]
+pub fn cost(op: RowOp) -> Cost {
+    let n: usize = SHAPE.iter().product();
+    let weights = match op {
+        RowOp::Softmax => 0,
+        RowOp::RmsNorm => 1,
+        RowOp::LayerNorm => 2,
+    };
+    Cost {
+        bytes: 4 * (2 * n + weights * SHAPE[2]),
+        // A square or an exponential, a sum, a product.
+        flops: 3.0 * n as f64,
+        dtype: DType::F32,
+    }
+}
+
+/// The work in tallow.
+///
+/// # Errors
+/// No memory.
+pub fn work(cx: &Context, op: RowOp) -> Result<Ours> {
     let mut o = Operands::new(&cx.session, 12);
     let x = o.data(TensorType::f32(SHAPE), Fill::Signed(2.0))?;
     let w = o.weights(&[SHAPE[2]], DType::F32, 1.0)?;

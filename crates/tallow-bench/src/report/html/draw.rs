@@ -17,9 +17,10 @@ pub(super) fn bars(g: &Group) -> String {
         let f = row.figures()?;
         Some([f.waited.p10, f.waited.median, f.waited.p90].map(|s| s / row.floor.seconds))
     };
-    let most = (0..g.rows.len()).filter_map(times).map(|t| t[2]);
+    // A spread wider than this is cut off at the edge; the table has it.
+    let most = (0..g.rows.len()).filter_map(times).map(|t| 1.3 * t[1]);
     let most = most.fold(2.0, f64::max);
-    let x = |v: f64| LEFT + (WIDE - LEFT - 70.0) * v / most;
+    let x = |v: f64| LEFT + (WIDE - LEFT - 70.0) * v.min(most) / most;
     let mut out = format!(
         "<svg viewBox=\"0 0 {WIDE} {high}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\">\n"
     );
@@ -117,14 +118,21 @@ pub(super) fn roofline(r: &Report) -> String {
         "<svg viewBox=\"0 0 {WIDE} {HIGH}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\">\n"
     );
     out += &grid(&axes);
-    for (kib, name) in [
+    let sizes = [
         (32, "32 KiB"),
         (1 << 10, "1 MiB"),
         (16 << 10, "16 MiB"),
         (256 << 10, "256 MiB"),
-    ] {
+    ];
+    for (i, (kib, name)) in sizes.into_iter().enumerate() {
         let rate = r.probe.bytes_per_s(kib << 10, r.threads) / 1e9;
-        out += &roof(&axes, rate, peak, &format!("{name}: {rate:.0} GB/s"));
+        out += &roof(
+            &axes,
+            rate,
+            peak,
+            &format!("{name}: {rate:.0} GB/s"),
+            0.2 + 0.2 * i as f64,
+        );
     }
     let (_, y) = axes.place(1.0, peak);
     out += &format!(
@@ -170,14 +178,14 @@ fn grid(axes: &Axes) -> String {
     out
 }
 
-/// A slope up to the peak, then flat.
-fn roof(axes: &Axes, gb_per_s: f64, peak: f64, name: &str) -> String {
+/// A slope up to the peak, then flat; its name stands at the share `along` of the slope.
+fn roof(axes: &Axes, gb_per_s: f64, peak: f64, name: &str, along: f64) -> String {
     let knee = (peak / gb_per_s).clamp(axes.x[0], axes.x[1]);
     let start = (axes.y[0] / gb_per_s).clamp(axes.x[0], knee);
     let (x0, y0) = axes.place(start, (start * gb_per_s).max(axes.y[0]));
     let (x1, y1) = axes.place(knee, (knee * gb_per_s).min(peak));
     let (x2, _) = axes.place(axes.x[1], peak);
-    let mid = (start * knee).sqrt();
+    let mid = start * (knee / start).powf(along);
     let (tx, ty) = axes.place(mid, (mid * gb_per_s).clamp(axes.y[0], peak));
     let angle = (y1 - y0).atan2(x1 - x0).to_degrees();
     format!(
