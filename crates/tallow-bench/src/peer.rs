@@ -6,6 +6,10 @@ use crate::suite::Context;
 use crate::suite::products::LoraShape;
 use crate::{Error, Result};
 
+#[cfg(feature = "peers")]
+mod gemm;
+#[cfg(feature = "peers")]
+pub mod local;
 pub mod python;
 
 /// A norm or a softmax over the last axis of 4x16x1024.
@@ -49,6 +53,10 @@ pub trait Peer {
     fn name(&self) -> &str;
     /// Its version, and what it runs on where that matters ("0.32.4, reference BLAS").
     fn version(&self) -> String;
+    /// Does it take part? If not, its version says why.
+    fn is_there(&self) -> bool {
+        true
+    }
     /// It, with a job; `None` where it has no such thing.
     ///
     /// # Errors
@@ -59,17 +67,25 @@ pub trait Peer {
 /// Names that this build knows.
 #[must_use]
 pub fn known() -> Vec<&'static str> {
-    python::ENGINES.iter().map(|(name, _)| *name).collect()
+    let python = python::ENGINES.iter().map(|(name, _)| *name);
+    #[cfg(feature = "peers")]
+    let python = python.chain(local::ENGINES);
+    python.collect()
 }
 
-/// The engines of these names, each with as many threads as tallow. One that is not there takes part with a row that says
-/// what installs it.
+/// The engines of these names, each with as many threads as tallow. One that is not there takes part in nothing; its
+/// version says why, and what installs it.
 ///
 /// # Errors
 /// A name that is unknown.
 pub fn open(names: &[String], threads: usize) -> Result<Vec<Box<dyn Peer>>> {
     let mut all: Vec<Box<dyn Peer>> = vec![];
     for name in names {
+        #[cfg(feature = "peers")]
+        if let Some(local) = local::Local::open(name, threads)? {
+            all.push(Box::new(local));
+            continue;
+        }
         if !known().contains(&&**name) {
             return Err(Error::Setting {
                 name: "--against",
@@ -99,12 +115,12 @@ impl Peer for Missing {
         &self.name
     }
     fn version(&self) -> String {
-        "not there".to_owned()
+        self.why.clone()
+    }
+    fn is_there(&self) -> bool {
+        false
     }
     fn contender(&mut self, _: &Job, _: &Context) -> Result<Option<Contender>> {
-        Err(Error::Peer {
-            peer: self.name.clone(),
-            what: self.why.clone(),
-        })
+        Ok(None)
     }
 }

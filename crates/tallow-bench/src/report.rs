@@ -27,6 +27,8 @@ pub struct Report {
     pub tallow: String,
     /// Versions of peers, by name.
     pub peers: Vec<(String, String)>,
+    /// Peers that were asked for and are not there, and why.
+    pub missing: Vec<(String, String)>,
     /// What was typed.
     pub command: String,
     /// Seconds since 1970 at the start.

@@ -58,11 +58,8 @@ pub fn run(
     let mut report = Report {
         format: FORMAT,
         tallow: env!("CARGO_PKG_VERSION").to_owned(),
-        peers: plan
-            .peers
-            .iter()
-            .map(|p| (p.name().to_owned(), p.version()))
-            .collect(),
+        peers: peers(&plan, true),
+        missing: peers(&plan, false),
         command: plan.command.clone(),
         unix_s: since.map_or(0, |d| d.as_secs()),
         machine: Machine::here(isa),
@@ -94,6 +91,12 @@ pub fn run(
         report.groups.push(group);
     }
     Ok(report)
+}
+
+/// Names and versions of the peers that are there, or names of the others and why they are not.
+fn peers(plan: &Plan<'_>, there: bool) -> Vec<(String, String)> {
+    let some = plan.peers.iter().filter(|p| p.is_there() == there);
+    some.map(|p| (p.name().to_owned(), p.version())).collect()
 }
 
 /// One task; `None` if it was stopped.

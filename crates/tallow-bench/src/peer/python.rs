@@ -59,8 +59,7 @@ impl Server {
         }
     }
 
-    fn start(name: &str, threads: usize) -> Result<Self> {
-        let python = std::env::var(PYTHON).unwrap_or_else(|_| "python3".to_owned());
+    fn start(python: &str, name: &str, threads: usize) -> Result<Self> {
         let fail = |what: String| Error::Peer {
             peer: name.to_owned(),
             what,
@@ -69,7 +68,7 @@ impl Server {
         let script = dir.path().join("peer.py");
         std::fs::write(&script, SCRIPT).map_err(|e| fail(format!("{}: {e}", script.display())))?;
         let count = threads.to_string();
-        let mut child = Command::new(&python)
+        let mut child = Command::new(python)
             .arg("-u")
             .args([&script])
             .args([name, &count])
@@ -116,7 +115,7 @@ impl Server {
         if let Some(what) = answer["missing"].as_str() {
             let pip = ENGINES.iter().find(|(name, _)| *name == self.name);
             let pip = pip.map_or("", |(_, pip)| pip);
-            return Err(self.fail(format!("not installed ({what}): {pip}")));
+            return Err(self.fail(format!("not installed ({what}); {pip}")));
         }
         serde_json::from_value(answer).map_err(|e| self.fail(format!("an odd answer: {e}")))
     }
@@ -155,7 +154,12 @@ impl Python {
     /// # Errors
     /// No Python; the engine is not installed (the message says how to install it).
     pub fn open(name: &str, threads: usize) -> Result<Self> {
-        let mut server = Server::start(name, threads)?;
+        let python = std::env::var(PYTHON).unwrap_or_else(|_| "python3".to_owned());
+        Self::open_with(&python, name, threads)
+    }
+
+    fn open_with(python: &str, name: &str, threads: usize) -> Result<Self> {
+        let mut server = Server::start(python, name, threads)?;
         let hello: Hello = server.ask(&json!({ "op": "hello" }))?;
         Ok(Python {
             name: name.to_owned(),
@@ -306,5 +310,55 @@ impl Work for Remote {
         let four = |c: &[u8]| f64::from(f32::from_le_bytes([c[0], c[1], c[2], c[3]]));
         let got: Vec<f64> = bytes.chunks_exact(4).map(four).collect();
         self.judged.check(got, returned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A program that answers every line as told, in place of Python.
+    #[cfg(unix)]
+    fn fake(dir: &std::path::Path, body: &str) -> String {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = dir.join("python");
+        std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path.display().to_string()
+    }
+
+    fn refused(python: &str) -> String {
+        Python::open_with(python, "mlx", 1)
+            .err()
+            .unwrap()
+            .to_string()
+    }
+
+    #[test]
+    fn no_python_is_said() {
+        let e = refused("/nowhere/python3");
+        assert!(e.contains("does not start") && e.contains(PYTHON), "{e}");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_is_missing_or_broken_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        for (body, wanted) in [
+            (
+                "echo '{\"missing\": \"No module named mlx\"}'",
+                "pip install 'mlx[cpu]'",
+            ),
+            ("exit 3", "ended without an answer"),
+            ("echo hello", "not JSON"),
+            ("read x; echo '{\"error\": \"boom\"}'", "boom"),
+            ("read x; echo '{\"version\": 7}'", "odd answer"),
+        ] {
+            let e = refused(&fake(dir.path(), body));
+            assert!(e.contains(wanted), "{body}: {e}");
+        }
+        let good = "read x; echo '{\"version\": \"1.2\", \"lazy\": true}'; read x";
+        let peer = Python::open_with(&fake(dir.path(), good), "mlx", 1).unwrap();
+        assert_eq!((peer.version(), peer.lazy), ("1.2".to_owned(), true));
     }
 }

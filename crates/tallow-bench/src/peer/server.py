@@ -173,9 +173,11 @@ def blas():
         return ", BLAS preloaded: " + os.environ["LD_PRELOAD"]
     try:
         with open("/proc/self/maps") as f:
-            found = {line.split()[-1] for line in f if "blas" in line.rsplit("/", 1)[-1]}
+            mapped = {line.split()[-1] for line in f if "blas" in line.rsplit("/", 1)[-1]}
     except OSError:
         return ""
+    # Other packages bring one of their own.
+    found = {path for path in mapped if "mlx" in path} or {path for path in mapped if "site-packages" not in path}
     for path in sorted(found):
         with open(path, "rb") as f:
             if b"OpenBLAS" in f.read():

@@ -32,7 +32,7 @@ pub fn head(report: &Report) -> Vec<String> {
     let peers = report
         .peers
         .iter()
-        .map(|(name, version)| format!(", {name} {version}"));
+        .map(|(name, version)| format!("; {name} {version}"));
     let mut lines = vec![
         format!("tallow {}{}", report.tallow, peers.collect::<String>()),
         format!(
@@ -40,6 +40,8 @@ pub fn head(report: &Report) -> Vec<String> {
             m.processor, m.isa, report.threads, m.logical, report.dtype
         ),
     ];
+    let missing = report.missing.iter();
+    lines.extend(missing.map(|(name, why)| format!("{name} takes no part: {why}")));
     let (p, t) = (&report.probe, report.threads);
     let rate = |kib: usize| format!("{:.0}", p.bytes_per_s(kib << 10, t) / 1e9);
     let peak = |d| p.flops(d, t) / 1e9;

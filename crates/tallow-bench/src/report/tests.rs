@@ -50,6 +50,7 @@ pub(crate) fn report(scale: f64) -> Report {
         format: FORMAT,
         tallow: "0.1.0".into(),
         peers: vec![],
+        missing: vec![("mlx".into(), "not installed: pip install mlx".into())],
         command: "tallow bench seed".into(),
         unix_s: 1_700_000_000,
         machine: Machine {
@@ -115,6 +116,11 @@ fn a_table_shows_figures_and_reasons() {
     assert!(text.contains("NOT EXECUTED"), "{text}");
     assert!(text.contains("961538 tokens/s"), "{text}");
     assert_eq!(r.invalid(), 1);
+    assert!(
+        table::head(&r)
+            .join("\n")
+            .contains("mlx takes no part: not installed")
+    );
     let mut busy = r.clone();
     busy.machine.load = Some(1.9);
     assert!(!table::head(&r).join("\n").contains("OTHERS"));

@@ -15,7 +15,7 @@ use std::{
 use tallow::{
     DType,
     cpu::{pool, simd::Isa},
-    llm::{ComputeDType, files},
+    llm::{ComputeDType, ModelConfig, files},
 };
 use tallow_bench::{
     compare::{compare, lines},
@@ -91,6 +91,11 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         }
         return Ok(Outcome::Fine);
     }
+    for (option, path) in [("--json", &args.json), ("--html", &args.html)] {
+        if let Some(path) = path {
+            writable(option, path)?;
+        }
+    }
     let polite = interrupt::polite();
     let suites = match &args.suites[..] {
         [] => &[Suite::Seed],
@@ -161,6 +166,7 @@ fn models(args: &Args, suites: &[Suite], scratch: &Path) -> Result<Vec<(String, 
     }
     let mut all = vec![];
     for dir in &args.model {
+        ModelConfig::read(dir)?;
         all.push((dir.display().to_string(), dir.clone()));
     }
     let mut shapes = args.shape.clone();
@@ -190,6 +196,19 @@ fn write(args: &Args, report: &Report) -> Result<()> {
     match &args.html {
         None => Ok(()),
         Some(path) => save(path, &html::page(report)?),
+    }
+}
+
+/// Refuses a file that could not be written, before anything is measured for it.
+fn writable(option: &str, path: &Path) -> Result<()> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let there = parent.is_none_or(Path::is_dir);
+    match there && !path.is_dir() {
+        true => Ok(()),
+        false => Err(anyhow!(
+            "{option}: want a file in a folder that exists, got {}",
+            path.display()
+        )),
     }
 }
 
