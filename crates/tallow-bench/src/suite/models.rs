@@ -276,7 +276,7 @@ fn subject(
         again,
         updates,
         join: Join::None,
-        reference: Reference::Whole,
+        reference: Reference::Deep,
     }
 }
 

@@ -95,7 +95,7 @@ fn nonsense_is_refused() {
     refused(&["bench", "speed"], &["seed, layers, tax, train or decode"]);
     refused(&["bench", "--against", "abacus"], &["abacus", "--against"]);
     refused(&["bench", "--shape", "70b", "train"], &["70b", "8b"]);
-    refused(&["bench", "compare", "a.json"], &["after"]);
+    refused(&["bench", "compare", "a.json"], &["AFTER"]);
     refused(
         &["bench", "compare", "none.json", "none.json"],
         &["none.json"],

@@ -56,6 +56,26 @@ fn every_work_agrees_with_the_oracle() {
 }
 
 #[test]
+fn a_dropped_adapter_is_noticed() {
+    let dir = toy(DType::F32);
+    let session = tallow::open("cpu").unwrap();
+    for doing in [Doing::Forward(9), Doing::Prefill, Doing::Decode] {
+        let make = |adapted: Option<&Adapted>| {
+            work(&session, dir.path(), DType::F32, doing, adapted)
+                .unwrap()
+                .0
+        };
+        let mut with = make(Some(&Adapted::seven(4)));
+        let y = run(&mut with);
+        assert!(with.check(y).unwrap().pass());
+        let mut bare = make(None);
+        run(&mut bare);
+        let y = with.take_results_of(&bare);
+        assert!(!with.check(y).unwrap().pass(), "{doing}");
+    }
+}
+
+#[test]
 fn the_portable_kernels_judge_what_the_oracle_cannot() {
     let dir = toy(DType::BF16);
     let session = tallow::open_with(&tallow::OpenOptions {
