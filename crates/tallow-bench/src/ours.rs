@@ -158,7 +158,7 @@ pub enum Reference {
 pub type TwinFn = Box<dyn Fn() -> Result<Ours>>;
 
 /// How far two sets of kernels may be apart, relative to the largest element of a result.
-const TWIN: f64 = 2e-3;
+pub const TWIN: f64 = 2e-3;
 
 /// See [`Reference::Sampled`].
 pub type SampleFn = Box<dyn Fn(&[&[f64]], u64) -> Result<Sample>>;

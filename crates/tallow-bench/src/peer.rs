@@ -95,10 +95,11 @@ pub fn open(names: &[String], threads: usize) -> Result<Vec<Box<dyn Peer>>> {
         }
         all.push(match python::Python::open(name, threads) {
             Ok(peer) => Box::new(peer),
-            Err(e) => Box::new(Missing {
-                name: name.clone(),
-                why: e.to_string(),
+            Err(Error::Peer { peer, what }) => Box::new(Missing {
+                name: peer,
+                why: what,
             }),
+            Err(e) => return Err(e),
         });
     }
     Ok(all)

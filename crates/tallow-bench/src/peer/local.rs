@@ -14,7 +14,7 @@ use crate::ours::judge::{Judged, judged};
 use crate::suite::products::{LoraShape, SCALE};
 use crate::suite::rows::EPS;
 use crate::suite::{Context, products, rows};
-use crate::work::{Check, Clock, Looped, Queued, Wall, Work, link};
+use crate::work::{Check, Clock, Looped, Queued, Work, link};
 use crate::{Error, Result};
 
 /// Names of the peers of this file.
@@ -358,6 +358,7 @@ impl Engine for Candle {
 mod tests {
     use super::*;
     use crate::probe::Probe;
+    use crate::work::Wall;
 
     #[test]
     fn peers_agree_with_the_oracle_and_a_changed_element_does_not() {

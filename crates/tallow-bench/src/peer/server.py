@@ -38,8 +38,8 @@ class Torch:
             self.peft = peft
 
     def version(self):
-        v = "torch " + self.t.__version__
-        return v if self.name == "torch" else importlib.metadata.version("peft") + ", " + v
+        v = self.t.__version__
+        return v if self.name == "torch" else f"{importlib.metadata.version('peft')} (torch {v})"
 
     def tensor(self, values, shape):
         return self.t.frombuffer(values, dtype=self.t.float32).reshape(shape).clone()
@@ -114,7 +114,7 @@ class Mlx:
     def version(self):
         v = importlib.metadata.version("mlx") + blas()
         if self.name == "mlx-lm":
-            v = importlib.metadata.version("mlx-lm") + ", mlx " + v
+            v = f"{importlib.metadata.version('mlx-lm')} (mlx {v})"
         return v
 
     def tensor(self, values, shape):

@@ -102,18 +102,23 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
     if let Some(s) = &f.not_executed {
         cells[1] = format!("{} (not executed)", seconds(s.median));
     }
-    let mut engine = row.engine.clone();
+    let mut more = vec![];
     if let Some(tokens) = g.tokens {
-        engine += &format!(", {:.0} tokens/s", tokens as f64 / f.waited.median);
+        more.push(format!("{:.0} tokens/s", tokens as f64 / f.waited.median));
     }
     if let Some(r) = g.ratio(i) {
-        engine += &format!(", {:.3}× ({:.3} – {:.3})", r.middle, r.low, r.high);
+        more.push(format!("{:.3}× ({:.3} – {:.3})", r.middle, r.low, r.high));
     }
+    let more = more.join(", ");
     let cells: String = cells
         .iter()
         .map(|c| format!("<td>{}</td>", text(c)))
         .collect();
-    format!("<tr><td>{}</td>{cells}</tr>\n", text(&engine))
+    format!(
+        "<tr><td>{}<small>{}</small></td>{cells}</tr>\n",
+        text(&row.engine),
+        text(&more)
+    )
 }
 
 fn machine(r: &Report) -> String {
