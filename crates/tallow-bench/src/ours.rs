@@ -29,6 +29,8 @@ pub enum Fill {
     Signed(f32),
     /// Uniform from a tenth of it up to it.
     Positive(f32),
+    /// Uniform within a tenth around it.
+    Near(f32),
     /// Whole numbers below it.
     Below(u32),
     /// The index along the last axis.
@@ -50,6 +52,9 @@ impl Fill {
                 .collect(),
             Fill::Positive(s) => (0..n)
                 .map(|_| stored(s * (0.1 + 0.9 * rng.f32())))
+                .collect(),
+            Fill::Near(s) => (0..n)
+                .map(|_| stored(s * (0.9 + 0.2 * rng.f32())))
                 .collect(),
             Fill::Below(limit) => (0..n).map(|_| f64::from(rng.u32(..*limit))).collect(),
             Fill::Positions => (0..n).map(|i| (i % ty.shape.last()) as f64).collect(),
@@ -436,7 +441,9 @@ impl Work for Ours {
                 let id = (link * limit as f32) as u32 % limit;
                 (id.to_le_bytes(), f64::from(id))
             }
-            Fill::Signed(s) | Fill::Positive(s) => ((s * link).to_le_bytes(), f64::from(s * link)),
+            Fill::Signed(s) | Fill::Positive(s) | Fill::Near(s) => {
+                ((s * link).to_le_bytes(), f64::from(s * link))
+            }
             Fill::Positions | Fill::Fixed(_) => (link.to_le_bytes(), f64::from(link)),
         };
         o.host[at] = value;

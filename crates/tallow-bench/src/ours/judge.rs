@@ -52,7 +52,7 @@ impl Judged {
     #[must_use]
     pub fn scale(&self) -> f32 {
         match self.graph().operands.borrow()[self.graph().fed].fill {
-            Fill::Signed(s) | Fill::Positive(s) => s,
+            Fill::Signed(s) | Fill::Positive(s) | Fill::Near(s) => s,
             Fill::Below(_) | Fill::Positions | Fill::Fixed(_) => 1.0,
         }
     }

@@ -80,7 +80,7 @@ fn layer(
                 Ok(value_and_grad(&loss, &wrt)?.grads)
             }),
             updates: vec![],
-            // The next operands are this one's gradients: of the same shapes, and dependent.
+            // Gradients of gradients would fade into denormal numbers, which cost more than others.
             join: Join::None,
             reference: Reference::Whole,
         }
@@ -127,8 +127,8 @@ fn swiglu(cx: &Context, backward: bool) -> Result<(Ours, Cost)> {
     let n = MLP[0] * MLP[1];
     let mut o = Operands::new(&cx.session, 14);
     let gate = o.data(TensorType::f32(MLP), Fill::Signed(2.0))?;
-    // Large enough that a chain does not fade away.
-    let up = o.data(TensorType::f32(MLP), Fill::Positive(3.0))?;
+    // About 2, so that a chain neither fades into denormal numbers nor leaves those of f32.
+    let up = o.data(TensorType::f32(MLP), Fill::Near(2.0))?;
     let cost = Cost {
         bytes: 4 * n * if backward { 5 } else { 3 },
         flops: 4.0 * n as f64,
