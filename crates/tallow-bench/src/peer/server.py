@@ -177,7 +177,7 @@ def blas():
     except OSError:
         return ""
     # Other packages bring one of their own.
-    found = {path for path in mapped if "mlx" in path} or {path for path in mapped if "site-packages" not in path}
+    found = {path for path in mapped if "-packages/mlx" in path} or {path for path in mapped if "site-packages" not in path}
     for path in sorted(found):
         with open(path, "rb") as f:
             if b"OpenBLAS" in f.read():
