@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Subcommand;
 use std::ffi::OsString;
 
+mod bench;
 mod convert;
 mod data;
 mod demo;
@@ -45,6 +46,8 @@ pub(crate) enum Verb {
     Verify(verify::Args),
     /// Show the plan of a forward pass, a training step or a decoded token.
     Explain(explain::Args),
+    /// Times that cannot be fooled, beside the floor of this machine.
+    Bench(Box<bench::Args>),
     /// Devices, CPU features, threads, caches, and a self-test of two seconds.
     Doctor(doctor::Args),
 }
@@ -68,6 +71,7 @@ impl Verb {
             Verb::Inspect(a) => inspect::run(a, global),
             Verb::Verify(a) => verify::run(a, global),
             Verb::Explain(a) => explain::run(a, global),
+            Verb::Bench(a) => bench::run(a, global),
             Verb::Doctor(a) => doctor::run(a, global),
         }
     }

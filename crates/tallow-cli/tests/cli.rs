@@ -10,6 +10,8 @@ use tempfile::TempDir;
 
 #[path = "cli/adapters.rs"]
 mod adapters;
+#[path = "cli/bench.rs"]
+mod bench;
 #[path = "cli/refused.rs"]
 mod refused;
 #[cfg(unix)]

@@ -16,6 +16,7 @@ pub mod norm;
 pub mod optim;
 pub mod philox;
 pub mod pool;
+pub mod probe;
 pub mod reduce;
 pub mod rope;
 pub mod simd;

@@ -62,9 +62,15 @@ const LAYERS: &[Layer] = &[
         tests_need: &[],
     },
     Layer {
+        name: "tallow-bench",
+        needs: &["tallow"],
+        tests_need: &[],
+    },
+    Layer {
         name: "tallow-cli",
         needs: &[
             "tallow",
+            "tallow-bench",
             "tallow-core",
             "tallow-cpu",
             "tallow-llm",

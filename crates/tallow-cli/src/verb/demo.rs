@@ -23,7 +23,7 @@ use tallow::{
     },
 };
 
-mod assets;
+pub(super) mod assets;
 mod tax;
 
 use tax::Tax;

@@ -1,4 +1,5 @@
-//! `tallow explain`: the plan of a forward pass, a training step or a decoded token, step by step.
+//! `tallow explain`: the plan of a forward pass, a training step or a decoded token, step by step; or (`--shape`) every
+//! kernel that could run one product, measured.
 //! Invariant: nothing is hidden: what was decomposed for want of a kernel and what had to be copied is listed.
 //! Absent on purpose: opinions. Estimates are the backend's; `--time` measures.
 use crate::{
@@ -14,10 +15,11 @@ use tallow::{
         pass::{canonical, expand::expand},
         tensor::lower,
     },
-    llm::{Adapter, Cache, Model, Targets},
+    llm::{Adapter, Cache, ComputeDType, Model, Targets},
     train::{Optimizer, OptimizerKind, StepGraph, Trained},
 };
 
+mod shape;
 mod show;
 
 /// Timed replays, after one that warms up.
@@ -26,10 +28,18 @@ const TIMED: usize = 5;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Whose plan.
-    #[arg(value_enum)]
-    what: What,
-    #[command(flatten)]
-    model: ModelArgs,
+    #[arg(value_enum, required_unless_present = "shape")]
+    what: Option<What>,
+    /// One product instead, as in "128x512 @ 512x8": every kernel for it, predicted and measured. With --rank: of a
+    /// LoRA forward.
+    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["what", "model", "adapter", "tokens", "batch", "time"])]
+    shape: Option<String>,
+    /// Folder of the model: config.json, tokenizer.json, model.safetensors.
+    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    model: Option<PathBuf>,
+    /// Type of the weight matrices while computing: f32 or bf16.
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = open::dtype)]
+    dtype: ComputeDType,
     /// Adapter folder, in PEFT's format.
     #[arg(long, value_name = "DIR", conflicts_with = "rank")]
     adapter: Option<PathBuf>,
@@ -81,15 +91,25 @@ pub(super) struct Found {
 }
 
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
-    let model = args.model.load(global)?;
-    let batch = args.batch.unwrap_or(match args.what {
+    let (what, from) = match (&args.shape, args.what, &args.model) {
+        (None, Some(what), Some(dir)) => (
+            what,
+            ModelArgs {
+                model: dir.clone(),
+                dtype: args.dtype,
+            },
+        ),
+        (shape, ..) => return shape::run(shape.as_deref().unwrap_or_default(), args, global),
+    };
+    let model = from.load(global)?;
+    let batch = args.batch.unwrap_or(match what {
         What::Train => 4,
         What::Forward | What::Decode => 1,
     });
-    check(args, &model, batch)?;
-    let adapter = adapter(args, &model)?;
+    check(args, what, &model, batch)?;
+    let adapter = adapter(args, what, &model)?;
     let adapter = adapter.as_ref();
-    let (subject, shape) = match args.what {
+    let (subject, shape) = match what {
         What::Forward => (
             forward(&model, adapter, [batch, args.tokens])?,
             format!("{batch} x {}", args.tokens),
@@ -108,10 +128,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let found = Found {
         title: format!(
             "{} of {} on {}, {shape} tokens, {}, {}",
-            format!("{:?}", args.what).to_lowercase(),
-            args.model.model.display(),
+            format!("{what:?}").to_lowercase(),
+            from.model.display(),
             s.backend().info().name,
-            args.model.dtype.name(),
+            from.dtype.name(),
             match adapter {
                 None => "no adapter".to_owned(),
                 Some(a) => format!("{} modules adapted", a.modules().count()),
@@ -131,7 +151,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     Ok(Outcome::Fine)
 }
 
-fn check(args: &Args, model: &Model, batch: usize) -> Result<()> {
+fn check(args: &Args, what: What, model: &Model, batch: usize) -> Result<()> {
     let most = model.config.max_positions;
     if args.tokens == 0 || args.tokens > most {
         let got = args.tokens;
@@ -139,7 +159,7 @@ fn check(args: &Args, model: &Model, batch: usize) -> Result<()> {
             "--tokens: want 1 to {most}, the model's positions, got {got}"
         ));
     }
-    if batch == 0 || (args.what == What::Decode && batch > 1) {
+    if batch == 0 || (what == What::Decode && batch > 1) {
         return Err(anyhow!(
             "--batch: want 1 or more rows (decode: exactly 1), got {batch}"
         ));
@@ -147,15 +167,15 @@ fn check(args: &Args, model: &Model, batch: usize) -> Result<()> {
     Ok(())
 }
 
-fn adapter(args: &Args, model: &Model) -> Result<Option<Adapter>> {
+fn adapter(args: &Args, what: What, model: &Model) -> Result<Option<Adapter>> {
     if let Some(dir) = &args.adapter {
-        let role = match args.what {
+        let role = match what {
             What::Train => Role::State,
             What::Forward | What::Decode => Role::Frozen,
         };
         return Ok(Some(Adapter::load(model, dir, role)?.0));
     }
-    let rank = args.rank.or((args.what == What::Train).then_some(8));
+    let rank = args.rank.or((what == What::Train).then_some(8));
     let Some(rank) = rank else {
         return Ok(None);
     };

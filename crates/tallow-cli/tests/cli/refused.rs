@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 
 /// Exit code 2, one line that holds all of `wanted`, an empty stdout.
 #[track_caller]
-fn refused(args: &[&str], wanted: &[&str]) {
+pub(super) fn refused(args: &[&str], wanted: &[&str]) {
     let out = tallow(args);
     let err = text(&out.stderr);
     assert_eq!(out.status.code(), Some(2), "{args:?}: {err}");

@@ -30,7 +30,7 @@ const DATA: [(&str, &[u8]); 3] = [
 ];
 
 /// Where things lie.
-pub(super) struct Unpacked {
+pub(in crate::verb) struct Unpacked {
     /// Model folder.
     pub model: PathBuf,
     /// 1000 lines to train on.
@@ -42,7 +42,7 @@ pub(super) struct Unpacked {
 }
 
 /// Writes model and text into `out`, replacing what an earlier demo left there.
-pub(super) fn unpack(out: &Path) -> Result<Unpacked> {
+pub(in crate::verb) fn unpack(out: &Path) -> Result<Unpacked> {
     let (model, data) = (out.join("model"), out.join("data"));
     for (dir, list) in [(&model, &MODEL[..]), (&data, &DATA[..])] {
         files::prepare_output_dir(dir)?;

@@ -1,0 +1,441 @@
+//! The honest clock. Several contenders take turns on one work; each becomes a row of figures, or a row that says
+//! why it has none.
+//! Invariant: a figure exists only in [`Verdict::Valid`]. Between two reads of the clock every repetition is fed what
+//! came out of the one before; outputs are poisoned before, compared with the oracle after.
+//! Absent on purpose: what is measured, and the machine's clock; both come from outside.
+
+use serde::{Deserialize, Serialize};
+
+use crate::probe::Floor;
+use crate::stats::{Summary, median};
+use crate::work::{Chain, Check, Clock, Looped, Queued, Work, link};
+use crate::{Error, Result};
+
+mod doubt;
+#[cfg(test)]
+mod tests;
+
+pub use doubt::Reason;
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Rounds kept; one more is run before them and thrown away.
+    pub rounds: usize,
+    /// Shortest time of one loop of one contender in one round, in seconds.
+    pub loop_s: f64,
+    /// How often growth may be measured before it counts as wrong: another program may disturb it.
+    pub tries: usize,
+}
+
+impl Settings {
+    /// Enough to trust the 10th and 90th percentile.
+    pub const FULL: Self = Self {
+        rounds: 21,
+        loop_s: 3e-3,
+        tries: 4,
+    };
+    /// For a first look.
+    pub const QUICK: Self = Self {
+        rounds: 7,
+        loop_s: 1e-3,
+        tries: 4,
+    };
+}
+
+/// One engine at the start.
+pub struct Contender {
+    /// "tallow", "candle 0.11.1", "bare".
+    pub engine: String,
+    /// What it does.
+    pub work: Box<dyn Work>,
+    /// No time can be shorter.
+    pub floor: Floor,
+    /// Does it put off work until somebody asks, so that many starts and one wait compute one result?
+    pub lazy: bool,
+}
+
+/// Seconds of one repetition.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// The host's time to start it.
+    pub built: Summary,
+    /// Many started, one wait. `None` for a lazy engine, which has no such thing.
+    pub queued: Option<Summary>,
+    /// A lazy engine timed as people time it: many started, the last result waited for. The others were NOT EXECUTED.
+    pub not_executed: Option<Summary>,
+    /// Each result waited for and fed to the next repetition.
+    pub waited: Summary,
+    /// Inside a replayed plan of dependent repetitions.
+    pub in_plan: Option<Summary>,
+    /// The check of a timed result.
+    pub check: Check,
+    /// How many times as long four times the dependent repetitions took.
+    pub growth: f64,
+}
+
+/// Is it to be believed?
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// These are its figures.
+    Valid(Box<Figures>),
+    /// It has none.
+    Invalid(Reason),
+}
+
+/// One engine on one work.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Which engine.
+    pub engine: String,
+    /// No time can be shorter.
+    pub floor: Floor,
+    /// Figures, or the reason why there are none.
+    pub verdict: Verdict,
+}
+
+impl Row {
+    /// The figures of a valid row.
+    #[must_use]
+    pub fn figures(&self) -> Option<&Figures> {
+        match &self.verdict {
+            Verdict::Valid(f) => Some(f),
+            Verdict::Invalid(_) => None,
+        }
+    }
+}
+
+/// Most repetitions of a loop.
+const MOST: usize = 20_000;
+/// Most repetitions in a plan, times four for growth.
+const MOST_IN_PLAN: usize = 16;
+/// A plan shorter than this holds more repetitions.
+const PLAN_S: f64 = 300e-6;
+
+/// Loops of each length behind one measurement of growth.
+const GROWTHS: usize = 5;
+/// Least starts in a queue of a lazy engine: what is put off costs nothing.
+const LAZY: usize = 64;
+
+/// What is known of a contender so far.
+struct Track {
+    /// Repetitions of a loop.
+    n: usize,
+    built: Vec<f64>,
+    queued: Vec<f64>,
+    waited: Vec<f64>,
+    in_plan: Vec<f64>,
+    /// Seconds of a second wait behind each loop, and of one of its repetitions.
+    more: Vec<f64>,
+    one: Vec<f64>,
+    check: Option<Check>,
+    growth: f64,
+    /// The plan with `n` repetitions, and one with four times as many.
+    chains: Option<(usize, [Box<dyn Chain>; 2])>,
+    wrong: Option<Reason>,
+}
+
+impl Track {
+    fn new() -> Self {
+        Track {
+            n: 1,
+            built: vec![],
+            queued: vec![],
+            waited: vec![],
+            in_plan: vec![],
+            more: vec![],
+            one: vec![],
+            check: None,
+            growth: f64::NAN,
+            chains: None,
+            wrong: None,
+        }
+    }
+}
+
+/// One contender with what is known of it, under the clock.
+struct Bench<'a> {
+    clock: &'a dyn Clock,
+    settings: &'a Settings,
+    who: &'a mut Contender,
+    track: &'a mut Track,
+}
+
+/// Measures all contenders, in turns. `stop` is asked between rounds; what was stopped has no rows.
+pub fn measure(
+    clock: &dyn Clock,
+    settings: &Settings,
+    contenders: &mut [Contender],
+    stop: &dyn Fn() -> bool,
+) -> Option<Vec<Row>> {
+    let mut tracks: Vec<Track> = contenders.iter().map(|_| Track::new()).collect();
+    type Stage = fn(&mut Bench<'_>, u64) -> Result<(), Doubt>;
+    let stages: [(usize, Stage); 4] = [
+        (1, |b, _| b.calibrate()),
+        (settings.rounds + 1, |b, round| b.round(round)),
+        (1, |b, _| b.growth()),
+        (1, |b, _| b.checked()),
+    ];
+    for (rounds, stage) in stages {
+        for round in 0..rounds {
+            for turn in 0..contenders.len() {
+                if stop() {
+                    return None;
+                }
+                let i = (turn + round) % contenders.len();
+                let mut bench = Bench {
+                    clock,
+                    settings,
+                    who: &mut contenders[i],
+                    track: &mut tracks[i],
+                };
+                if bench.track.wrong.is_some() {
+                    continue;
+                }
+                if let Err(doubt) = stage(&mut bench, round as u64) {
+                    bench.track.wrong = Some(doubt.reason());
+                }
+            }
+        }
+    }
+    let rows = contenders.iter().zip(tracks);
+    Some(rows.map(|(who, track)| row(who, track)).collect())
+}
+
+/// Why a contender is out: it failed, or it is not to be believed.
+enum Doubt {
+    Failed(Error),
+    Wrong(Reason),
+}
+
+impl Doubt {
+    fn reason(self) -> Reason {
+        match self {
+            Doubt::Failed(e) => Reason::Failed {
+                what: e.to_string(),
+            },
+            Doubt::Wrong(r) => r,
+        }
+    }
+}
+
+impl From<Error> for Doubt {
+    fn from(e: Error) -> Self {
+        Doubt::Failed(e)
+    }
+}
+
+impl From<Reason> for Doubt {
+    fn from(r: Reason) -> Self {
+        Doubt::Wrong(r)
+    }
+}
+
+impl Bench<'_> {
+    /// `n` repetitions, each waited for and fed from the one before.
+    fn waited(&mut self, n: usize, seed: u64) -> Result<Looped, Doubt> {
+        self.who.work.renew(seed)?;
+        let first = link(1.0, seed as usize);
+        let done = self.who.work.waited(self.clock, n, first)?;
+        let last = done.links.last().map_or(f32::NAN, |l| l.1);
+        self.settled(last, done.seconds / n as f64)?;
+        Ok(done)
+    }
+
+    /// `n` repetitions started, one wait.
+    fn queued(&mut self, n: usize, seed: u64) -> Result<Queued, Doubt> {
+        self.who.work.renew(seed)?;
+        let first = link(2.0, seed as usize);
+        let done = self.who.work.queued(self.clock, n, first)?;
+        self.settled(done.last, done.seconds / n as f64)?;
+        Ok(done)
+    }
+
+    /// Waiting again must find nothing to wait for, and the same result.
+    fn settled(&mut self, last: f32, one_s: f64) -> Result<(), Doubt> {
+        if last.is_nan() {
+            return Err(Reason::Poisoned.into());
+        }
+        let (again, more_s) = self.who.work.again(self.clock)?;
+        self.track.more.push(more_s);
+        self.track.one.push(one_s);
+        match again.to_bits() == last.to_bits() {
+            false => Err(doubt::changed(last, again).into()),
+            true => Ok(()),
+        }
+    }
+
+    /// Finds how many repetitions a loop needs; makes the plans.
+    fn calibrate(&mut self) -> Result<(), Doubt> {
+        let goal = self.settings.loop_s;
+        let mut one = self.waited(1, 0)?.seconds;
+        loop {
+            let n = (goal / one.max(1e-9)).ceil().clamp(1.0, MOST as f64) as usize;
+            if n <= self.track.n {
+                break;
+            }
+            // By steps: the first run of anything is slow.
+            self.track.n = n.min(self.track.n * 8);
+            one = self.waited(self.track.n, 0)?.seconds / self.track.n as f64;
+        }
+        let reps = (PLAN_S / one.max(1e-9)).ceil();
+        let reps = reps.clamp(2.0, MOST_IN_PLAN as f64) as usize;
+        let work = &mut self.who.work;
+        if let (Some(a), Some(b)) = (work.chain(reps)?, work.chain(4 * reps)?) {
+            self.track.chains = Some((reps, [a, b]));
+        }
+        Ok(())
+    }
+
+    /// One round of every loop; round 0 warms up.
+    fn round(&mut self, round: u64) -> Result<(), Doubt> {
+        let n = self.track.n;
+        let waited = self.waited(n, round + 1)?.seconds;
+        let starts = if self.who.lazy { n.max(LAZY) } else { n };
+        let queued = self.queued(starts, 1000 + round)?;
+        let in_plan = match &mut self.track.chains {
+            Some((reps, [short, _])) => {
+                let times = (n / *reps).clamp(1, 64);
+                short.renew(round)?;
+                let start = self.clock.now();
+                for _ in 0..times {
+                    short.run()?;
+                }
+                let seconds = self.clock.now() - start;
+                Some(seconds * short.share()? / (times * *reps) as f64)
+            }
+            None => None,
+        };
+        if round > 0 {
+            let per = 1.0 / n as f64;
+            self.track.waited.push(waited * per);
+            self.track.built.push(queued.built_s / starts as f64);
+            self.track.queued.push(queued.seconds / starts as f64);
+            self.track.in_plan.extend(in_plan);
+        }
+        Ok(())
+    }
+
+    /// Four times as many dependent repetitions take about four times as long, outside and inside a plan.
+    fn growth(&mut self) -> Result<(), Doubt> {
+        let n = self.track.n;
+        self.track.growth = self.grown("waited", |b, k| Ok(b.waited(n * [1, 4][k], 7)?.seconds))?;
+        if self.track.chains.is_some() {
+            self.grown("in plan", |b, k| {
+                let Some((_, chains)) = &mut b.track.chains else {
+                    return Ok(f64::NAN);
+                };
+                chains[k].renew(7)?;
+                let start = b.clock.now();
+                chains[k].run()?;
+                Ok(b.clock.now() - start)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn grown(
+        &mut self,
+        column: &'static str,
+        mut run: impl FnMut(&mut Self, usize) -> Result<f64, Doubt>,
+    ) -> Result<f64, Doubt> {
+        let mut growth = f64::NAN;
+        for _ in 0..self.settings.tries {
+            let mut times = [vec![], vec![]];
+            for _ in 0..GROWTHS {
+                for (k, times) in times.iter_mut().enumerate() {
+                    times.push(run(self, k)?);
+                }
+            }
+            // The least of each: nothing makes work faster than it is, and much makes it slower.
+            let [one, four] = times.map(|t| t.into_iter().fold(f64::INFINITY, f64::min));
+            growth = four / one;
+            if doubt::GROWTH.contains(&growth) {
+                return Ok(growth);
+            }
+        }
+        Err(doubt::growth(column, growth).into())
+    }
+
+    /// A timed result against the oracle, and one repetition of the middle again.
+    fn checked(&mut self) -> Result<(), Doubt> {
+        let n = match self.who.work.remembers() {
+            true => 1,
+            false => self.track.n,
+        };
+        let done = self.waited(n, 99)?;
+        let Some((_, last)) = done.links.last().copied() else {
+            return Err(Reason::Poisoned.into());
+        };
+        let check = self.who.work.check(last)?;
+        doubt::check("result", &check)?;
+        if n > 1 {
+            let (fed, came) = done.links[n / 2];
+            self.who.work.feed(fed)?;
+            self.who.work.start()?;
+            let again = self.who.work.finish()?;
+            if !doubt::alike(came, again) {
+                return Err(doubt::changed(came, again).into());
+            }
+        }
+        if let Some((_, chains)) = &mut self.track.chains {
+            for chain in chains {
+                chain.renew(99)?;
+                chain.run()?;
+                doubt::check("result of the plan", &chain.check()?)?;
+            }
+        }
+        self.track.check = Some(check);
+        Ok(())
+    }
+}
+
+fn row(who: &Contender, track: Track) -> Row {
+    let verdict = match verdict(who, track) {
+        Ok(figures) => Verdict::Valid(Box::new(figures)),
+        Err(reason) => Verdict::Invalid(reason),
+    };
+    Row {
+        engine: who.engine.clone(),
+        floor: who.floor.clone(),
+        verdict,
+    }
+}
+
+fn verdict(who: &Contender, track: Track) -> Result<Figures, Reason> {
+    if let Some(reason) = track.wrong {
+        return Err(reason);
+    }
+    // Of all loops, so that another program that takes the processor for a moment is not taken for a lie.
+    if let Some(reason) = doubt::still_running(median(&track.more), median(&track.one)) {
+        return Err(reason);
+    }
+    let some = |samples| Summary::of(samples).ok_or(Reason::Stopped);
+    let queued = some(track.queued)?;
+    let in_plan = Summary::of(track.in_plan);
+    let waited = some(track.waited)?;
+    let columns = [
+        ("waited", Some(&waited)),
+        ("queued", (!who.lazy).then_some(&queued)),
+        ("in plan", in_plan.as_ref()),
+    ];
+    for (column, s) in columns {
+        if let Some(s) = s {
+            doubt::floor(column, s.median, &who.floor)?;
+        }
+    }
+    let (queued, not_executed) = match who.lazy {
+        true => (None, Some(queued)),
+        false => (Some(queued), None),
+    };
+    Ok(Figures {
+        built: some(track.built)?,
+        queued,
+        not_executed,
+        waited,
+        in_plan,
+        check: track.check.ok_or(Reason::Stopped)?,
+        growth: track.growth,
+    })
+}

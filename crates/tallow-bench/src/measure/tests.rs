@@ -1,0 +1,396 @@
+//! Liars: works that try to look fast. The clock is simulated, so nothing here depends on the machine.
+//! Each way of fooling a benchmark is a variant of [`Lie`]; the honest work passes with the very figures it was given.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::*;
+use crate::probe::Bound;
+use crate::work::Judge;
+
+/// Seconds that the work takes.
+const TRUE_S: f64 = 100e-6;
+/// The floor: the honest work is at twice that.
+const FLOOR_S: f64 = 50e-6;
+/// Seconds of a call that does nothing.
+const CALL_S: f64 = 50e-9;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Lie {
+    /// None: it computes when started.
+    Honest,
+    /// Honest, but it starts without waiting, as a GPU does.
+    Asynchronous,
+    /// Honest when asked, but many starts and one wait compute only the last result.
+    Lazy,
+    /// Builds a graph that nobody evaluates; what was read last is returned.
+    Unevaluated,
+    /// Computes the one element that is looked at.
+    Dropped,
+    /// Computes the first time, and remembers.
+    Cached,
+    /// Takes its time and writes nothing.
+    WritesNothing,
+    /// Returns before the device is done, with what happens to lie there.
+    ClockReadEarly,
+    /// As before, after half of the time, and waits when asked a second time.
+    ClockReadHalfway,
+    /// Takes a constant time for any chain, in a plan that is folded to one step.
+    FoldedPlan,
+    /// Takes the right time for something else.
+    Wrong,
+    /// Times grow, but far too fast.
+    TooFast,
+}
+
+/// The simulated machine: a clock, and a device that may be behind it.
+struct World {
+    now: Cell<f64>,
+    device_until: Cell<f64>,
+    lie: Lie,
+}
+
+impl World {
+    fn pass(&self, s: f64) {
+        self.now.set(self.now.get() + s);
+    }
+    /// Something of `s` seconds is put on the device.
+    fn enqueue(&self, s: f64) {
+        let from = self.now.get().max(self.device_until.get());
+        self.device_until.set(from + s);
+    }
+    fn wait(&self) {
+        self.now.set(self.now.get().max(self.device_until.get()));
+    }
+}
+
+impl Clock for Rc<World> {
+    fn now(&self) -> f64 {
+        World::pass(self, 1e-9);
+        self.now.get()
+    }
+}
+
+/// `y[i] = 2 x[i] + 1`, with four elements; element 0 is fed and returned.
+struct Liar {
+    world: Rc<World>,
+    x: [f32; 4],
+    y: Rc<RefCell<[f32; 4]>>,
+    pending: bool,
+    first: Option<[f32; 4]>,
+    returned: f32,
+    asked: usize,
+}
+
+fn right(x: [f32; 4]) -> [f32; 4] {
+    x.map(|v| 2.0 * v + 1.0)
+}
+
+fn compared(got: [f32; 4], want: [f32; 4]) -> Check {
+    let off = got.iter().zip(want).map(|(g, w)| f64::from((g - w).abs()));
+    let worst = off.fold(0.0, |m: f64, v| {
+        if v.is_nan() {
+            f64::MAX
+        } else {
+            m.max(v / 1e-6)
+        }
+    });
+    Check {
+        worst,
+        compared: 4,
+        of: 4,
+        by: Judge::Oracle,
+    }
+}
+
+impl Liar {
+    fn new(lie: Lie) -> (Rc<World>, Self) {
+        let world = Rc::new(World {
+            now: Cell::new(0.0),
+            device_until: Cell::new(0.0),
+            lie,
+        });
+        let liar = Liar {
+            world: world.clone(),
+            x: [0.0; 4],
+            y: Rc::new(RefCell::new([f32::NAN; 4])),
+            pending: false,
+            first: None,
+            returned: 0.5,
+            asked: 0,
+        };
+        (world, liar)
+    }
+    fn write(&self, y: [f32; 4]) {
+        *self.y.borrow_mut() = y;
+    }
+}
+
+impl Work for Liar {
+    fn renew(&mut self, seed: u64) -> Result<()> {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        self.x = std::array::from_fn(|_| rng.f32());
+        self.write([f32::NAN; 4]);
+        Ok(())
+    }
+    fn feed(&mut self, link: f32) -> Result<()> {
+        self.x[0] = link;
+        self.world.pass(CALL_S);
+        Ok(())
+    }
+    fn start(&mut self) -> Result<()> {
+        let (w, x) = (self.world.clone(), self.x);
+        w.pass(CALL_S);
+        self.asked = 0;
+        match w.lie {
+            Lie::Honest | Lie::FoldedPlan => {
+                w.pass(TRUE_S);
+                self.write(right(x));
+            }
+            Lie::Asynchronous => {
+                w.enqueue(TRUE_S);
+                self.write(right(x));
+            }
+            Lie::Lazy | Lie::Unevaluated => self.pending = true,
+            Lie::Dropped => {
+                w.pass(TRUE_S);
+                self.y.borrow_mut()[0] = right(x)[0];
+            }
+            Lie::Cached => {
+                let known = self.first.is_some();
+                w.pass(if known { FLOOR_S } else { TRUE_S });
+                let y = *self.first.get_or_insert(right(x));
+                self.write(y);
+            }
+            Lie::WritesNothing => w.pass(TRUE_S),
+            Lie::ClockReadEarly => {
+                w.enqueue(TRUE_S);
+                w.pass(FLOOR_S);
+            }
+            Lie::ClockReadHalfway => {
+                w.pass(0.6 * TRUE_S);
+                w.enqueue(0.4 * TRUE_S);
+            }
+            Lie::Wrong => {
+                w.pass(TRUE_S);
+                self.write(right(x).map(|v| v + 1e-3));
+            }
+            Lie::TooFast => {
+                w.pass(0.1 * FLOOR_S);
+                self.write(right(x));
+            }
+        }
+        Ok(())
+    }
+    fn finish(&mut self) -> Result<f32> {
+        let w = self.world.clone();
+        w.pass(CALL_S);
+        self.asked += 1;
+        match w.lie {
+            Lie::Asynchronous => w.wait(),
+            Lie::Lazy if self.pending => {
+                w.pass(TRUE_S);
+                self.write(right(self.x));
+                self.pending = false;
+            }
+            // What the result was some time ago.
+            Lie::Unevaluated => return Ok(self.returned),
+            Lie::ClockReadEarly => {
+                self.returned += 1.0;
+                return Ok(self.returned);
+            }
+            Lie::ClockReadHalfway if self.asked == 1 => return Ok(self.returned),
+            Lie::ClockReadHalfway => {
+                w.wait();
+                self.write(right(self.x));
+            }
+            _ => {}
+        }
+        Ok(self.y.borrow()[0])
+    }
+    fn check(&mut self, returned: f32) -> Result<Check> {
+        self.world.wait();
+        if self.world.lie == Lie::ClockReadEarly {
+            self.write(right(self.x));
+        }
+        let y = *self.y.borrow();
+        match y[0].to_bits() == returned.to_bits() {
+            true => Ok(compared(y, right(self.x))),
+            false => Ok(compared([f32::NAN; 4], y)),
+        }
+    }
+    fn chain(&mut self, n: usize) -> Result<Option<Box<dyn Chain>>> {
+        let honest = matches!(self.world.lie, Lie::Honest | Lie::FoldedPlan);
+        Ok(honest.then(|| {
+            let world = self.world.clone();
+            Box::new(Plan { n, world }) as Box<dyn Chain>
+        }))
+    }
+}
+
+struct Plan {
+    n: usize,
+    world: Rc<World>,
+}
+
+impl Chain for Plan {
+    fn renew(&mut self, _: u64) -> Result<()> {
+        Ok(())
+    }
+    fn run(&mut self) -> Result<()> {
+        let n = match self.world.lie {
+            Lie::FoldedPlan => 30,
+            _ => self.n,
+        };
+        self.world.pass(0.8 * TRUE_S * n as f64);
+        Ok(())
+    }
+    fn share(&mut self) -> Result<f64> {
+        Ok(1.0)
+    }
+    fn check(&mut self) -> Result<Check> {
+        Ok(compared([1.0; 4], [1.0; 4]))
+    }
+}
+
+fn judge(lie: Lie, lazy: bool) -> Row {
+    let (clock, liar) = Liar::new(lie);
+    let floor = Floor {
+        seconds: FLOOR_S,
+        bytes: 1,
+        flops: 1.0,
+        bound: Bound::Bandwidth,
+    };
+    let mut all = [Contender {
+        engine: format!("{lie:?}"),
+        work: Box::new(liar),
+        floor,
+        lazy,
+    }];
+    let rows = measure(&clock, &Settings::QUICK, &mut all, &|| false);
+    rows.unwrap().remove(0)
+}
+
+fn reason(lie: Lie) -> Reason {
+    match judge(lie, false).verdict {
+        Verdict::Invalid(reason) => reason,
+        Verdict::Valid(f) => panic!("{lie:?} was believed: {f:?}"),
+    }
+}
+
+fn near(a: f64, b: f64) {
+    assert!((a / b - 1.0).abs() < 0.01, "{a:e} is not {b:e}");
+}
+
+#[test]
+fn an_honest_work_gets_its_own_time() {
+    let row = judge(Lie::Honest, false);
+    let f = row.figures().unwrap();
+    near(f.waited.median, TRUE_S);
+    near(f.queued.as_ref().unwrap().median, TRUE_S);
+    near(f.in_plan.as_ref().unwrap().median, 0.8 * TRUE_S);
+    near(f.growth, 4.0);
+    assert_eq!(f.waited.samples.len(), Settings::QUICK.rounds);
+    assert!(f.check.pass());
+}
+
+#[test]
+fn starting_without_waiting_is_no_lie() {
+    let row = judge(Lie::Asynchronous, false);
+    let f = row.figures().unwrap();
+    near(f.queued.as_ref().unwrap().median, TRUE_S);
+    near(f.built.median, CALL_S);
+}
+
+#[test]
+fn a_lazy_engine_is_found_out_unless_it_says_so() {
+    assert!(matches!(reason(Lie::Lazy), Reason::UnderFloor { column, .. } if column == "queued"));
+    let row = judge(Lie::Lazy, true);
+    let f = row.figures().unwrap();
+    near(f.waited.median, TRUE_S);
+    assert!(f.queued.is_none());
+    assert!(f.not_executed.as_ref().unwrap().median < FLOOR_S);
+}
+
+#[test]
+fn an_unevaluated_graph_is_caught() {
+    // Constant garbage: four times as much of it takes four times as long, but it is not what the oracle says.
+    assert!(matches!(reason(Lie::Unevaluated), Reason::Check { .. }));
+}
+
+#[test]
+fn a_dropped_result_is_caught() {
+    assert!(matches!(reason(Lie::Dropped), Reason::Check { .. }));
+}
+
+#[test]
+fn a_cached_result_is_caught() {
+    assert!(matches!(reason(Lie::Cached), Reason::Check { .. }));
+}
+
+#[test]
+fn a_kernel_that_writes_nothing_is_caught() {
+    assert_eq!(reason(Lie::WritesNothing), Reason::Poisoned);
+}
+
+#[test]
+fn a_clock_read_before_the_work_ends_is_caught() {
+    assert!(matches!(
+        reason(Lie::ClockReadEarly),
+        Reason::Changed { .. }
+    ));
+    assert!(matches!(
+        reason(Lie::ClockReadHalfway),
+        Reason::Changed { .. }
+    ));
+}
+
+#[test]
+fn late_work_is_noticed_though_its_value_was_guessed() {
+    assert!(doubt::still_running(2e-3, 1e-3).is_some());
+    assert!(doubt::still_running(2e-3, 1.0).is_none());
+    assert!(doubt::still_running(20e-6, 10e-6).is_none());
+}
+
+#[test]
+fn a_plan_that_was_folded_is_caught() {
+    assert!(
+        matches!(reason(Lie::FoldedPlan), Reason::Growth { column, .. } if column == "in plan")
+    );
+}
+
+#[test]
+fn a_wrong_result_and_an_impossible_time_are_caught() {
+    assert!(matches!(reason(Lie::Wrong), Reason::Check { .. }));
+    assert!(matches!(reason(Lie::TooFast), Reason::UnderFloor { .. }));
+}
+
+#[test]
+fn no_figure_leaves_an_invalid_row() {
+    let row = judge(Lie::Cached, false);
+    assert!(row.figures().is_none());
+    let json = serde_json::to_string(&row).unwrap();
+    assert!(!json.contains("waited"), "{json}");
+    assert_eq!(serde_json::from_str::<Row>(&json).unwrap(), row);
+    let row = judge(Lie::Honest, false);
+    let json = serde_json::to_string(&row).unwrap();
+    assert_eq!(serde_json::from_str::<Row>(&json).unwrap(), row);
+}
+
+#[test]
+fn contenders_take_turns_and_a_stop_leaves_nothing_half_done() {
+    let (clock, liar) = Liar::new(Lie::Honest);
+    let floor = judge(Lie::Honest, false).floor;
+    let mut all = [Contender {
+        engine: "stopped".into(),
+        work: Box::new(liar),
+        floor,
+        lazy: false,
+    }];
+    let asked = Cell::new(0);
+    let stop = || {
+        asked.set(asked.get() + 1);
+        asked.get() > 3
+    };
+    assert!(measure(&clock, &Settings::QUICK, &mut all, &stop).is_none());
+}

@@ -1,0 +1,92 @@
+//! A work of tallow's as the judge of somebody else's result: it draws the operands and knows what is right.
+//! Invariant: the oracle judges; tallow's own kernels have no say.
+
+use super::{Fill, Graphed, Ours};
+use crate::Result;
+use crate::work::{Check, Work as _};
+
+/// Operands and their right result, without an engine.
+pub struct Judged {
+    ours: Ours,
+    link: f32,
+}
+
+/// Operands and results of `ours`, which is never run.
+#[must_use]
+pub fn judged(ours: Ours) -> Judged {
+    Judged { ours, link: 0.0 }
+}
+
+impl Judged {
+    fn graph(&self) -> &Graphed {
+        &self.ours.graph
+    }
+
+    /// New operands; those that are fed, row-major.
+    ///
+    /// # Errors
+    /// A device that refuses them.
+    pub fn draw(&mut self, seed: u64) -> Result<Vec<f64>> {
+        self.graph().draw(seed)?;
+        Ok(self.graph().operands.borrow()[self.graph().fed]
+            .host
+            .clone())
+    }
+
+    /// The last element fed becomes `link` times [`Judged::scale`].
+    ///
+    /// # Errors
+    /// As [`Judged::draw`].
+    pub fn feed(&mut self, link: f32) -> Result<()> {
+        self.link = link;
+        self.ours.feed(link)
+    }
+
+    /// What was fed last.
+    #[must_use]
+    pub fn link(&self) -> f32 {
+        self.link
+    }
+
+    /// Factor on what is fed.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        match self.graph().operands.borrow()[self.graph().fed].fill {
+            Fill::Signed(s) | Fill::Positive(s) | Fill::Near(s) => s,
+            Fill::Below(_) | Fill::Positions | Fill::Fixed(_) => 1.0,
+        }
+    }
+
+    /// Extents of what is fed.
+    #[must_use]
+    pub fn shape(&self) -> Vec<usize> {
+        self.graph().subject.carried[0].dims().to_vec()
+    }
+
+    /// Weights in the order they were made, with their extents.
+    #[must_use]
+    pub fn weights(&self) -> Vec<(Vec<f64>, Vec<usize>)> {
+        let operands = self.graph().operands.borrow();
+        let fixed = operands.iter().filter(|o| !o.varies);
+        fixed
+            .map(|o| (o.host.clone(), o.leaf.dims().to_vec()))
+            .collect()
+    }
+
+    /// Compares a result, row-major, with the oracle. `returned` must be its last element.
+    ///
+    /// # Errors
+    /// An oracle that refuses the graph.
+    pub fn check(&self, got: Vec<f64>, returned: f32) -> Result<Check> {
+        let of = self.graph().outs[0].shape().numel();
+        if got.len() != of {
+            return Ok(Check {
+                worst: f64::MAX,
+                compared: got.len(),
+                of,
+                by: crate::work::Judge::Oracle,
+            });
+        }
+        self.graph().check(&[got], returned)
+    }
+}

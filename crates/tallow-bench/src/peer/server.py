@@ -1,0 +1,264 @@
+"""A peer of `tallow bench`: computes what it is asked, one request a line on stdin, one answer a line on stdout.
+
+The engine is the first argument. Operands come as files of f32; a result goes into one. A loop runs whole in here, so the
+pipe is not timed; each repetition is fed a number made of the one before. tallow checks results, growth and floor itself.
+"""
+import array, importlib.metadata, json, os, struct, sys, time
+
+
+
+def load(path):
+    values = array.array("f")
+    with open(path, "rb") as f:
+        values.frombytes(f.read())
+    return values
+
+
+def f32(v):
+    return struct.unpack("<f", struct.pack("<f", v))[0]
+
+
+def next_link(y, i):
+    bits = struct.unpack("<I", struct.pack("<f", y))[0]
+    return f32(0.1 + 0.89 * (((bits * 2654435761 + i * 40503) >> 7) % (1 << 20)) / (1 << 20))
+
+
+class Torch:
+    lazy = False
+
+    def __init__(self, name, threads):
+        import torch
+
+        self.t, self.name = torch, name
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        if name == "peft":
+            import peft
+
+            self.peft = peft
+
+    def version(self):
+        v = self.t.__version__
+        return v if self.name == "torch" else f"{importlib.metadata.version('peft')} (torch {v})"
+
+    def tensor(self, values, shape):
+        return self.t.frombuffer(values, dtype=self.t.float32).reshape(shape).clone()
+
+    def make(self, job, w):
+        t = self.t
+        if job["kind"] == "lora":
+            if self.name == "peft":
+                if job["rank"] == 0:
+                    return None
+                return self.wrapped(job, w)
+            if job["rank"] == 0:
+                return lambda x: x @ w["w"].T
+            s = job["scale"]
+            return lambda x: x @ w["w"].T + ((x @ w["a"].T) @ w["b"].T) * s
+        if self.name == "peft":
+            return None
+        n, eps = [job["shape"][-1]], job["eps"]
+        f = t.nn.functional
+        if job["kind"] == "softmax":
+            return lambda x: f.softmax(x, -1)
+        if job["kind"] == "rms_norm":
+            return lambda x: f.rms_norm(x, n, w["w"], eps)
+        return lambda x: f.layer_norm(x, n, w["w"], w["b"], eps)
+
+    def wrapped(self, job, w):
+        t, rank = self.t, job["rank"]
+
+        class Model(t.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lin = t.nn.Linear(job["k"], job["n"], bias=False)
+
+            def forward(self, x):
+                return self.lin(x)
+
+        model = Model()
+        model.lin.weight.data = w["w"]
+        alpha = job["scale"] * rank
+        config = self.peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["lin"], lora_dropout=0.0)
+        model = self.peft.inject_adapter_in_model(config, model).eval()
+        model.lin.lora_A["default"].weight.data = w["a"]
+        model.lin.lora_B["default"].weight.data = w["b"]
+        return model
+
+    def feed(self, x, v):
+        x.view(-1)[-1] = v
+        return x
+
+    def run(self, f, x):
+        with self.t.inference_mode():
+            return f(x)
+
+    def wait(self, y):
+        return y.reshape(-1)[-1].item()
+
+    def values(self, y):
+        return array.array("f", y.reshape(-1).tolist())
+
+
+class Mlx:
+    lazy = True
+
+    def __init__(self, name, threads):
+        import mlx.core as mx
+
+        self.mx, self.name = mx, name
+        mx.set_default_device(mx.cpu if os.environ.get("TALLOW_PEER_CPU", "1") == "1" else mx.gpu)
+        if name == "mlx-lm":
+            import mlx_lm  # noqa: F401
+
+    def version(self):
+        v = importlib.metadata.version("mlx") + blas()
+        if self.name == "mlx-lm":
+            v = f"{importlib.metadata.version('mlx-lm')} (mlx {v})"
+        return v
+
+    def tensor(self, values, shape):
+        return self.mx.array(memoryview(values)).reshape(shape)
+
+    def make(self, job, w):
+        mx = self.mx
+        if job["kind"] == "lora":
+            if self.name == "mlx-lm":
+                if job["rank"] == 0:
+                    return None
+                import mlx.nn as nn
+                from mlx_lm.tuner.lora import LoRALinear
+
+                base = nn.Linear(job["k"], job["n"], bias=False)
+                base.weight = w["w"]
+                layer = LoRALinear.from_base(base, r=job["rank"], scale=job["scale"])
+                layer.lora_a, layer.lora_b = w["a"].T, w["b"].T
+                mx.eval(layer.parameters())
+                return layer
+            if job["rank"] == 0:
+                return lambda x: x @ w["w"].T
+            s = job["scale"]
+            return lambda x: x @ w["w"].T + ((x @ w["a"].T) @ w["b"].T) * s
+        if self.name == "mlx-lm":
+            return None
+        eps = job["eps"]
+        if job["kind"] == "softmax":
+            return lambda x: mx.softmax(x, axis=-1)
+        if job["kind"] == "rms_norm":
+            return lambda x: mx.fast.rms_norm(x, w["w"], eps)
+        return lambda x: mx.fast.layer_norm(x, w["w"], w["b"], eps)
+
+    def feed(self, x, v):
+        shape = x.shape
+        x = x.reshape(-1)
+        x[x.size - 1] = v
+        x = x.reshape(shape)
+        self.mx.eval(x)
+        return x
+
+    def run(self, f, x):
+        return f(x)
+
+    def wait(self, y):
+        self.mx.eval(y)
+        return y.reshape(-1)[y.size - 1].item()
+
+    def values(self, y):
+        return array.array("f", y.reshape(-1).tolist())
+
+
+def blas():
+    """MLX's Linux wheel for CPUs carries the reference BLAS; OpenBLAS may be preloaded in its place."""
+    if "blas" in os.environ.get("LD_PRELOAD", ""):
+        return ", BLAS preloaded: " + os.environ["LD_PRELOAD"]
+    try:
+        with open("/proc/self/maps") as f:
+            mapped = {line.split()[-1] for line in f if "blas" in line.rsplit("/", 1)[-1]}
+    except OSError:
+        return ""
+    # Other packages bring one of their own.
+    found = {path for path in mapped if "-packages/mlx" in path} or {path for path in mapped if "site-packages" not in path}
+    for path in sorted(found):
+        with open(path, "rb") as f:
+            if b"OpenBLAS" in f.read():
+                return ", OpenBLAS"
+    return ", reference BLAS" if found else ""
+
+
+class Server:
+    def __init__(self, engine):
+        self.e = engine
+        self.f = self.x = self.y = None
+
+    def hello(self, _):
+        return {"version": self.e.version(), "lazy": self.e.lazy}
+
+    def make(self, r):
+        weights = {k: self.e.tensor(load(p), s) for k, (p, s) in r["weights"].items()}
+        self.f = self.e.make(r["job"], weights)
+        self.shape = r["shape"]
+        return {"can": self.f is not None}
+
+    def renew(self, r):
+        self.x, self.y = self.e.tensor(load(r["x"]), self.shape), None
+        return {}
+
+    def waited(self, r):
+        e, links, total, link = self.e, [], 0.0, f32(r["first"])
+        for i in range(r["n"]):
+            fed = f32(r["scale"] * link)
+            x = self.x = e.feed(self.x, fed)
+            start = time.perf_counter()
+            y = e.run(self.f, x)
+            value = e.wait(y)
+            total += time.perf_counter() - start
+            links.append([link, value])
+            link = next_link(value, i)
+        self.y = y
+        return {"seconds": total, "links": links}
+
+    def queued(self, r):
+        e, f, x = self.e, self.f, self.e.feed(self.x, f32(r["scale"] * f32(r["first"])))
+        self.x = x
+        start = time.perf_counter()
+        for _ in range(r["n"]):
+            y = e.run(f, x)
+        built = time.perf_counter() - start
+        value = e.wait(y)
+        seconds = time.perf_counter() - start
+        self.y = y
+        return {"built": built, "seconds": seconds, "last": value}
+
+    def finish(self, _):
+        start = time.perf_counter()
+        value = self.e.wait(self.y)
+        return {"value": value, "seconds": time.perf_counter() - start}
+
+    def result(self, r):
+        with open(r["path"], "wb") as f:
+            f.write(self.e.values(self.y).tobytes())
+        return {}
+
+
+def main():
+    name, threads = sys.argv[1], int(sys.argv[2])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+
+    def say(answer):
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+    try:
+        server = Server(Mlx(name, threads) if name.startswith("mlx") else Torch(name, threads))
+    except ImportError as e:
+        return say({"missing": str(e)})
+    for line in sys.stdin:
+        r = json.loads(line)
+        try:
+            say(getattr(server, r["op"])(r))
+        except Exception as e:  # the run goes on without this peer
+            say({"error": f"{type(e).__name__}: {e}"})
+
+
+main()

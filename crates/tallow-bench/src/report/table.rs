@@ -1,0 +1,140 @@
+//! Reports for people at a terminal.
+//! Invariant: a row without figures shows its reason in their place.
+
+use super::{Group, Report, seconds};
+use crate::measure::{Row, Verdict};
+use crate::stats::Summary;
+use crate::work::{Check, Judge};
+
+/// Columns behind the engine's name.
+const HEAD: [&str; 8] = [
+    "built",
+    "queued",
+    "waited",
+    "(p10 - p90)",
+    "in plan",
+    "floor",
+    "x floor",
+    "check",
+];
+
+/// What stands above everything: the machine and what it reaches.
+#[must_use]
+pub fn head(report: &Report) -> Vec<String> {
+    let m = &report.machine;
+    let load = match m.load {
+        Some(load) if load > 0.3 => {
+            format!("; load {load:.1}: OTHERS ARE AT WORK, trust no figure")
+        }
+        Some(load) => format!("; load {load:.1}"),
+        None => String::new(),
+    };
+    let peers = report
+        .peers
+        .iter()
+        .map(|(name, version)| format!("; {name} {version}"));
+    let mut lines = vec![
+        format!("tallow {}{}", report.tallow, peers.collect::<String>()),
+        format!(
+            "{}, {}, {} of {} threads, {} weights{load}",
+            m.processor, m.isa, report.threads, m.logical, report.dtype
+        ),
+    ];
+    let missing = report.missing.iter();
+    lines.extend(missing.map(|(name, why)| format!("{name} takes no part: {why}")));
+    let (p, t) = (&report.probe, report.threads);
+    let rate = |kib: usize| format!("{:.0}", p.bytes_per_s(kib << 10, t) / 1e9);
+    let peak = |d| p.flops(d, t) / 1e9;
+    lines.push(format!(
+        "this machine reaches {:.0} GFLOP/s (f32), {:.0} (bf16); reads {} GB/s of 32 KiB, {} of 1 MiB, {} of 16 MiB, {} of 256 MiB",
+        peak(tallow::DType::F32),
+        peak(tallow::DType::BF16),
+        rate(32),
+        rate(1 << 10),
+        rate(16 << 10),
+        rate(256 << 10),
+    ));
+    lines
+}
+
+/// A task's rows.
+#[must_use]
+pub fn group(g: &Group) -> Vec<String> {
+    let mut lines = vec![String::new(), format!("{}: {}", g.suite, g.name)];
+    let wide = g.rows.iter().map(|r| r.engine.chars().count()).max();
+    let wide = wide.unwrap_or(0).max(8);
+    if g.rows.iter().any(|r| r.figures().is_some()) {
+        let [built, queued, waited, spread, plan, floor, times, check] = HEAD;
+        lines.push(format!(
+            "  {:wide$} {built:>9} {queued:>9} {waited:>9} {spread:>23} {plan:>9} {floor:>9} {times:>7}  {check}",
+            "",
+        ));
+    }
+    for (i, row) in g.rows.iter().enumerate() {
+        lines.push(format!("  {:wide$} {}", row.engine, cells(row)));
+        let more = more(g, i, row);
+        if !more.is_empty() {
+            lines.push(format!("  {:wide$} {}", "", more.join("; ")));
+        }
+    }
+    lines
+}
+
+fn cells(row: &Row) -> String {
+    let f = match &row.verdict {
+        Verdict::Invalid(reason) => return format!("INVALID: {reason}"),
+        Verdict::Valid(f) => f,
+    };
+    let of = |s: &Summary| seconds(s.median);
+    let some = |s: &Option<Summary>| s.as_ref().map_or("-".to_owned(), of);
+    let spread = format!("({} - {})", seconds(f.waited.p10), seconds(f.waited.p90));
+    format!(
+        "{:>9} {:>9} {:>9} {spread:>23} {:>9} {:>9} {:>7.2}  {}",
+        of(&f.built),
+        some(&f.queued),
+        of(&f.waited),
+        some(&f.in_plan),
+        seconds(row.floor.seconds),
+        f.waited.median / row.floor.seconds,
+        check(&f.check),
+    )
+}
+
+/// "ok, error 12 % of what rounding may cause".
+#[must_use]
+pub fn check(c: &Check) -> String {
+    let of = match c.compared < c.of {
+        true => format!(", {} of {} elements", c.compared, c.of),
+        false => String::new(),
+    };
+    match c.by {
+        Judge::Oracle => format!("ok, {:.0} % of rounding{of}", c.worst * 100.0),
+        Judge::Portable => format!("ok, {:.0} % (portable kernels){of}", c.worst * 100.0),
+    }
+}
+
+/// Tokens a second, the ratio to the first row, and what a lazy engine did not do.
+fn more(g: &Group, i: usize, row: &Row) -> Vec<String> {
+    let mut all = vec![];
+    let Some(f) = row.figures() else {
+        return all;
+    };
+    if let Some(tokens) = g.tokens {
+        all.push(format!("{:.0} tokens/s", tokens as f64 / f.waited.median));
+    }
+    if let Some(r) = g.ratio(i) {
+        let first = &g.rows[0].engine;
+        let mut text = format!("{:.3} x {first} ({:.3} - {:.3})", r.middle, r.low, r.high);
+        if let Some(floor) = g.floor_ratio(i).filter(|f| (f - 1.0).abs() > 1e-6) {
+            text += &format!(", floor {floor:.3}");
+        }
+        all.push(text);
+    }
+    if let Some(s) = &f.not_executed {
+        all.push(format!(
+            "timed as people time it: {} (NOT EXECUTED: only the last result was computed)",
+            seconds(s.median)
+        ));
+    }
+    all
+}

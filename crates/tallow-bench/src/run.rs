@@ -1,0 +1,142 @@
+//! A run: the probe, then suite by suite, task by task.
+//! Invariant: what is done is in the report, whenever it is stopped; a task that cannot be made is a row that says why.
+//! Absent on purpose: where it is shown.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tallow::cpu::simd::Isa;
+
+use crate::Result;
+use crate::measure::{Reason, Row, Settings, Verdict, measure};
+use crate::peer::Peer;
+use crate::probe::{Bound, Floor};
+use crate::report::{FORMAT, Group, Machine, Report};
+use crate::suite::{Context, Suite, Task, tasks};
+use crate::work::Wall;
+
+/// What is told while it runs.
+pub enum Event<'a> {
+    /// The machine was probed; nothing is measured yet.
+    Begin(&'a Report),
+    /// Task `index` of `total` begins.
+    Task {
+        /// From 0.
+        index: usize,
+        /// How many there are.
+        total: usize,
+        /// "seed: softmax 4x16x1024".
+        name: &'a str,
+    },
+    /// A task is done.
+    Done(&'a Group),
+}
+
+/// What to run.
+pub struct Plan<'a> {
+    /// Suites, in order.
+    pub suites: &'a [Suite],
+    /// How much is measured.
+    pub settings: Settings,
+    /// What was typed, for the report.
+    pub command: String,
+    /// Who else takes part.
+    pub peers: Vec<Box<dyn Peer>>,
+}
+
+/// Runs it. `stop` is asked often; `tell` hears of every task.
+///
+/// # Errors
+/// A suite whose tasks cannot be listed. What fails later is a row.
+pub fn run(
+    cx: &Context,
+    mut plan: Plan<'_>,
+    isa: Isa,
+    stop: &dyn Fn() -> bool,
+    tell: &mut dyn FnMut(Event<'_>),
+) -> Result<Report> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    let mut report = Report {
+        format: FORMAT,
+        tallow: env!("CARGO_PKG_VERSION").to_owned(),
+        peers: peers(&plan, true),
+        missing: peers(&plan, false),
+        command: plan.command.clone(),
+        unix_s: since.map_or(0, |d| d.as_secs()),
+        machine: Machine::here(isa),
+        threads: cx.threads,
+        dtype: cx.dtype.name().to_owned(),
+        settings: plan.settings,
+        probe: cx.probe.clone(),
+        groups: vec![],
+        stopped: false,
+    };
+    let mut all = vec![];
+    for suite in plan.suites {
+        all.extend(tasks(*suite, cx)?);
+    }
+    tell(Event::Begin(&report));
+    let total = all.len();
+    for (index, task) in all.into_iter().enumerate() {
+        let name = format!("{}: {}", task.suite.name(), task.name);
+        tell(Event::Task {
+            index,
+            total,
+            name: &name,
+        });
+        let Some(group) = one(cx, task, &mut plan, stop) else {
+            report.stopped = true;
+            break;
+        };
+        tell(Event::Done(&group));
+        report.groups.push(group);
+    }
+    Ok(report)
+}
+
+/// Names and versions of the peers that are there, or names of the others and why they are not.
+fn peers(plan: &Plan<'_>, there: bool) -> Vec<(String, String)> {
+    let some = plan.peers.iter().filter(|p| p.is_there() == there);
+    some.map(|p| (p.name().to_owned(), p.version())).collect()
+}
+
+/// One task; `None` if it was stopped.
+fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -> Option<Group> {
+    let mut missing = vec![];
+    let mut contenders = match (task.make)(cx) {
+        Ok(all) => all,
+        Err(e) => {
+            missing.push(absent("tallow", e.to_string()));
+            vec![]
+        }
+    };
+    if let Some(job) = &task.peer {
+        for peer in &mut plan.peers {
+            match peer.contender(job, cx) {
+                Ok(Some(c)) => contenders.push(c),
+                Ok(None) => {}
+                Err(e) => missing.push(absent(peer.name(), e.to_string())),
+            }
+        }
+    }
+    let mut rows = measure(&Wall::new(), &plan.settings, &mut contenders, stop)?;
+    rows.extend(missing);
+    Some(Group {
+        suite: task.suite.name().to_owned(),
+        name: task.name,
+        tokens: task.tokens,
+        rows,
+    })
+}
+
+fn absent(engine: &str, what: String) -> Row {
+    Row {
+        engine: engine.to_owned(),
+        floor: Floor {
+            seconds: 0.0,
+            bytes: 0,
+            flops: 0.0,
+            bound: Bound::Bandwidth,
+        },
+        verdict: Verdict::Invalid(Reason::Failed { what }),
+    }
+}

@@ -1,0 +1,137 @@
+//! What is measured: suites of tasks, each a work with one contender or several that take turns.
+//! Invariant: a task is made when its turn comes and dropped behind it; costs are counted by hand from the definition of
+//! the work, so that a plan that does more than it must does not lower its own floor.
+//! Absent on purpose: how it is measured.
+
+use std::path::PathBuf;
+
+use tallow::{DType, Session};
+
+use crate::measure::Contender;
+use crate::ours::Ours;
+use crate::probe::{Cost, Probe};
+use crate::{Error, Result};
+
+pub mod candidates;
+pub mod layers;
+pub mod models;
+pub mod products;
+pub mod rows;
+pub mod tax;
+
+/// A set of tasks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Suite {
+    /// The products and norms that this project began with.
+    Seed,
+    /// The other layers of a model, forward and backward.
+    Layers,
+    /// A model without and with adapters.
+    Tax,
+    /// A whole model trained.
+    Train,
+    /// A whole model decoding.
+    Decode,
+}
+
+impl Suite {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Seed,
+        Self::Layers,
+        Self::Tax,
+        Self::Train,
+        Self::Decode,
+    ];
+
+    /// Lower-case name, as on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Seed => "seed",
+            Self::Layers => "layers",
+            Self::Tax => "tax",
+            Self::Train => "train",
+            Self::Decode => "decode",
+        }
+    }
+}
+
+/// What all tasks of a run share.
+pub struct Context {
+    /// Where tallow computes. Its weights are kept in `dtype`.
+    pub session: Session,
+    /// Threads of it.
+    pub threads: usize,
+    /// Of weight matrices: f32 or bf16.
+    pub dtype: DType,
+    /// Fewer shapes.
+    pub quick: bool,
+    /// What the machine reaches.
+    pub probe: Probe,
+    /// Models of the suites that need one: what they are called and where they lie.
+    pub models: Vec<(String, PathBuf)>,
+}
+
+impl Context {
+    /// A contender that is tallow itself.
+    ///
+    /// # Errors
+    /// A session that cannot run what it is asked.
+    pub fn ours(&self, engine: &str, work: Ours, cost: &Cost) -> Contender {
+        Contender {
+            engine: engine.to_owned(),
+            work: Box::new(work),
+            floor: self.probe.floor(cost, self.threads),
+            lazy: false,
+        }
+    }
+}
+
+/// The contenders of a task, made when its turn comes.
+pub type Make = Box<dyn FnOnce(&Context) -> Result<Vec<Contender>>>;
+
+/// One work to measure.
+pub struct Task {
+    /// Which suite it is of.
+    pub suite: Suite,
+    /// "LoRA forward 128x2048 @ 2048x2048, rank 8".
+    pub name: String,
+    /// Tokens of one repetition, where there are any.
+    pub tokens: Option<usize>,
+    /// What peers are told to compute, where they can.
+    pub peer: Option<crate::peer::Job>,
+    /// Its contenders; the first is what others are compared with.
+    pub make: Make,
+}
+
+/// The tasks of a suite.
+///
+/// # Errors
+/// A model that cannot be read or does not fit into memory.
+pub fn tasks(suite: Suite, cx: &Context) -> Result<Vec<Task>> {
+    match suite {
+        Suite::Seed => Ok(products::tasks(cx)
+            .into_iter()
+            .chain(rows::tasks())
+            .collect()),
+        Suite::Layers => Ok(layers::tasks(cx)),
+        Suite::Tax => tax::tasks(cx),
+        Suite::Train => models::train(cx),
+        Suite::Decode => models::decode(cx),
+    }
+}
+
+/// A suite by its name.
+impl std::str::FromStr for Suite {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|s| s.name() == name);
+        found.ok_or_else(|| Error::Setting {
+            name: "suite",
+            want: "seed, layers, tax, train or decode",
+            got: name.to_owned(),
+        })
+    }
+}

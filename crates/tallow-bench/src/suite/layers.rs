@@ -1,0 +1,198 @@
+//! The other layers of a model: attention, SwiGLU, rotary embedding, cross entropy, AdamW; forward, and forward with
+//! backward where there is one.
+//! Invariant: a backward task gives back the gradients of `Σ y·dy` for a random `dy`, all of them compared with the oracle.
+
+use tallow::{DType, Mask, Tensor, TensorType, value_and_grad};
+
+use super::{Context, Suite, Task};
+use crate::Result;
+use crate::ours::{Fill, Join, Operands, Ours, Reference, Subject};
+use crate::probe::Cost;
+
+/// Query heads, key and value heads, elements of a head.
+const HEADS: [usize; 3] = [8, 4, 64];
+/// Rows and width of the MLP.
+const MLP: [usize; 2] = [128, 1376];
+/// Rows, channels and vocabulary of the loss.
+const LOSS: [usize; 3] = [128, 256, 4096];
+/// Parameters of the optimizer.
+const PARAMETERS: usize = 1 << 18;
+
+/// The tasks.
+#[must_use]
+pub fn tasks(cx: &Context) -> Vec<Task> {
+    let lengths: &[usize] = if cx.quick { &[128] } else { &[128, 512] };
+    let mut all = vec![];
+    for t in lengths.iter().copied() {
+        for backward in [false, true] {
+            let name = format!(
+                "attention {t} tokens, 8 heads (4 kv) of 64{}",
+                tail(backward)
+            );
+            all.push(task(name, move |cx| attention(cx, t, backward)));
+        }
+    }
+    for backward in [false, true] {
+        let name = format!("SwiGLU 128x1376{}", tail(backward));
+        all.push(task(name, move |cx| swiglu(cx, backward)));
+        let name = format!("cross entropy 128x256 @ 256x4096{}", tail(backward));
+        all.push(task(name, move |cx| cross_entropy(cx, backward)));
+    }
+    all.push(task("rope 128 tokens, 8 heads of 64".to_owned(), rope));
+    all.push(task("AdamW 262144 parameters".to_owned(), adamw));
+    all
+}
+
+fn tail(backward: bool) -> &'static str {
+    if backward { ", forward + backward" } else { "" }
+}
+
+fn task(name: String, make: impl Fn(&Context) -> Result<(Ours, Cost)> + 'static) -> Task {
+    Task {
+        suite: Suite::Layers,
+        name,
+        tokens: None,
+        peer: None,
+        make: Box::new(move |cx| {
+            let (work, cost) = make(cx)?;
+            Ok(vec![cx.ours("tallow", work, &cost)])
+        }),
+    }
+}
+
+type Forward = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+
+/// A layer, alone or with the gradients of what is carried.
+fn layer(
+    mut o: Operands<'_>,
+    carried: Vec<Tensor>,
+    forward: Forward,
+    (backward, join): (bool, Join),
+) -> Result<Ours> {
+    let subject = if backward {
+        let out = forward(&carried)?.ty().clone();
+        let dy = o.data(out, Fill::Signed(1.0))?;
+        Subject {
+            carried,
+            again: Box::new(move |x| {
+                let loss = forward(x)?.mul(&dy)?.sum_all()?;
+                let wrt: Vec<&Tensor> = x.iter().collect();
+                Ok(value_and_grad(&loss, &wrt)?.grads)
+            }),
+            updates: vec![],
+            // Gradients of gradients would fade into denormal numbers, which cost more than others.
+            join: Join::None,
+            reference: Reference::Whole,
+        }
+    } else {
+        Subject {
+            carried,
+            again: Box::new(move |x| Ok(vec![forward(x)?])),
+            updates: vec![],
+            join,
+            reference: Reference::Whole,
+        }
+    };
+    Ours::new(o, subject)
+}
+
+fn attention(cx: &Context, t: usize, backward: bool) -> Result<(Ours, Cost)> {
+    let [h, hk, d] = HEADS;
+    let mut o = Operands::new(&cx.session, 13);
+    let q = o.data(TensorType::f32([1, t, h, d]), Fill::Signed(1.0))?;
+    let k = o.data(TensorType::f32([1, t, hk, d]), Fill::Signed(1.0))?;
+    let v = o.data(TensorType::f32([1, t, hk, d]), Fill::Signed(1.0))?;
+    let pos = o.data(TensorType::u32([1, t]), Fill::Positions)?;
+    let scale = 1.0 / (d as f32).sqrt();
+    // Scores and values of what the causal mask lets through; backward five products more, and the scores again.
+    let one = (h * t * (t + 1) * d) as f64;
+    let io = 4 * (2 * t * h * d + 2 * t * hk * d);
+    let cost = Cost {
+        bytes: io * if backward { 2 } else { 1 },
+        flops: one * if backward { 7.0 } else { 2.0 },
+        dtype: DType::F32,
+    };
+    let mask = Mask::Causal { window: None };
+    let run = move |q: &Tensor, k: &Tensor, v: &Tensor| -> Result<Tensor> {
+        Ok(q.attention(k, v, &pos, scale, mask)?)
+    };
+    let (carried, forward): (Vec<Tensor>, Forward) = match backward {
+        true => (vec![q, k, v], Box::new(move |x| run(&x[0], &x[1], &x[2]))),
+        false => (vec![q], Box::new(move |x| run(&x[0], &k, &v))),
+    };
+    Ok((layer(o, carried, forward, (backward, Join::Feed))?, cost))
+}
+
+fn swiglu(cx: &Context, backward: bool) -> Result<(Ours, Cost)> {
+    let n = MLP[0] * MLP[1];
+    let mut o = Operands::new(&cx.session, 14);
+    let gate = o.data(TensorType::f32(MLP), Fill::Signed(2.0))?;
+    // About 2, so that a chain neither fades into denormal numbers nor leaves those of f32.
+    let up = o.data(TensorType::f32(MLP), Fill::Near(2.0))?;
+    let cost = Cost {
+        bytes: 4 * n * if backward { 5 } else { 3 },
+        flops: 4.0 * n as f64,
+        dtype: DType::F32,
+    };
+    let (carried, forward): (Vec<Tensor>, Forward) = match backward {
+        true => (vec![gate, up], Box::new(|x| Ok(x[0].swiglu(&x[1])?))),
+        false => (vec![gate], Box::new(move |x| Ok(x[0].swiglu(&up)?))),
+    };
+    Ok((layer(o, carried, forward, (backward, Join::Feed))?, cost))
+}
+
+fn cross_entropy(cx: &Context, backward: bool) -> Result<(Ours, Cost)> {
+    let [n, c, v] = LOSS;
+    let mut o = Operands::new(&cx.session, 15);
+    let x = o.data(TensorType::f32([n, c]), Fill::Signed(1.0))?;
+    let w = o.weights(&[v, c], cx.dtype, (3.0 / c as f32).sqrt())?;
+    let target = o.data(TensorType::u32([n]), Fill::Below(v as u32))?;
+    let cost = Cost {
+        bytes: cx.dtype.bytes() * v * c + 4 * (n * c * if backward { 2 } else { 1 } + 2 * n),
+        flops: 2.0 * (n * c * v) as f64 * if backward { 2.0 } else { 1.0 },
+        dtype: cx.dtype,
+    };
+    let forward: Forward = Box::new(move |x| Ok(x[0].cross_entropy(&w, &target)?));
+    Ok((layer(o, vec![x], forward, (backward, Join::Add))?, cost))
+}
+
+fn rope(cx: &Context) -> Result<(Ours, Cost)> {
+    let ([h, _, d], t) = (HEADS, 128);
+    let mut o = Operands::new(&cx.session, 16);
+    let x = o.data(TensorType::f32([1, t, h, d]), Fill::Signed(1.0))?;
+    let pos = o.data(TensorType::u32([1, t]), Fill::Positions)?;
+    let freq = (0..d / 2).map(|i| f64::from(10_000f32.powf(-2.0 * i as f32 / d as f32)));
+    let freq = o.data(TensorType::f32([d / 2]), Fill::Fixed(freq.collect()))?;
+    let cost = Cost {
+        bytes: 4 * 2 * t * h * d,
+        flops: 3.0 * (t * h * d) as f64,
+        dtype: DType::F32,
+    };
+    let forward: Forward = Box::new(move |x| Ok(x[0].rope(&pos, &freq)?));
+    Ok((layer(o, vec![x], forward, (false, Join::Feed))?, cost))
+}
+
+fn adamw(cx: &Context) -> Result<(Ours, Cost)> {
+    let ty = TensorType::f32([PARAMETERS]);
+    let mut o = Operands::new(&cx.session, 17);
+    let p = o.data(ty.clone(), Fill::Signed(1.0))?;
+    let m = o.data(ty.clone(), Fill::Signed(0.1))?;
+    let v = o.data(ty.clone(), Fill::Positive(0.1))?;
+    let g = o.data(ty, Fill::Signed(0.1))?;
+    let hyper = [1e-3, 0.9, 0.999, 1e-8, 0.01, 1.0, 1.0, 1.0];
+    let hyper = hyper.map(|v: f32| f64::from(v)).to_vec();
+    let hyper = o.data(TensorType::f32([8]), Fill::Fixed(hyper))?;
+    let cost = Cost {
+        bytes: 4 * 7 * PARAMETERS,
+        flops: 10.0 * PARAMETERS as f64,
+        dtype: DType::F32,
+    };
+    let subject = Subject {
+        carried: vec![p, m, v],
+        again: Box::new(move |x| Ok(x[0].adamw(&g, &x[1], &x[2], &hyper)?.to_vec())),
+        updates: vec![],
+        join: Join::Feed,
+        reference: Reference::Whole,
+    };
+    Ok((Ours::new(o, subject)?, cost))
+}

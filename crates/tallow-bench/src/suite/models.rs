@@ -1,0 +1,358 @@
+//! Whole models as works: a forward pass, a prompt, a decoded token, a training step; and the suites `train` and `decode`.
+//! Invariant: what runs is what `tallow generate` and `tallow train` run: the same graphs, caches and updates.
+//! Models up to [`ORACLE_MOST`] weights are judged by the f64 oracle; larger ones by the portable kernels on one thread,
+//! which share no arithmetic with the others, and the check says so.
+
+use std::path::Path;
+
+use tallow::cpu::simd::Isa;
+use tallow::cpu::{Cpu, CpuOptions};
+use tallow::llm::{Adapter, AdapterConfig, Cache, ComputeDType, LoadOptions, Model, Targets, peft};
+use tallow::train::{Optimizer, OptimizerKind, StepGraph, Trained};
+use tallow::{DType, Role, Session, TensorType};
+
+use super::{Context, Suite, Task};
+use crate::ours::{Again, Fill, Join, Operands, Ours, Reference, Subject};
+use crate::probe::Cost;
+use crate::{Error, Result};
+
+/// Most weights of a model that the oracle can be asked about.
+pub const ORACLE_MOST: usize = 20_000_000;
+/// Where decoding is timed: the position of the token.
+pub const POSITION: usize = 64;
+/// Tokens of a prompt.
+pub const PROMPT: usize = 128;
+
+/// What a model does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doing {
+    /// Loss of every token of a row.
+    Forward(usize),
+    /// [`PROMPT`] tokens into an empty cache, and the scores of the next.
+    Prefill,
+    /// One token at [`POSITION`].
+    Decode,
+    /// Loss, gradients, AdamW over rows and tokens a row.
+    Train([usize; 2]),
+}
+
+impl Doing {
+    /// Tokens of one repetition.
+    #[must_use]
+    pub fn tokens(self) -> usize {
+        match self {
+            Doing::Forward(t) => t,
+            Doing::Prefill => PROMPT,
+            Doing::Decode => 1,
+            Doing::Train([b, t]) => b * t,
+        }
+    }
+}
+
+impl std::fmt::Display for Doing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Doing::Forward(t) => write!(f, "forward of {t} tokens"),
+            Doing::Prefill => write!(f, "prompt of {PROMPT} tokens"),
+            Doing::Decode => write!(f, "decode of the token at {POSITION}"),
+            Doing::Train([b, t]) => write!(f, "training step of {b}x{t} tokens"),
+        }
+    }
+}
+
+/// An adapter to measure.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Adapted {
+    /// Rank.
+    pub rank: usize,
+    /// Names of projections; empty: all seven.
+    pub names: &'static [&'static str],
+    /// Only the first layer.
+    pub first_layer: bool,
+}
+
+impl Adapted {
+    /// All seven projections of every layer.
+    #[must_use]
+    pub const fn seven(rank: usize) -> Self {
+        Adapted {
+            rank,
+            names: &[],
+            first_layer: false,
+        }
+    }
+
+    fn config(&self) -> AdapterConfig {
+        let targets = match self.names {
+            [] => Targets::AllLinear,
+            names => Targets::Names(names.iter().map(|n| (*n).to_owned()).collect()),
+        };
+        AdapterConfig {
+            layers: self.first_layer.then(|| vec![0]),
+            ..AdapterConfig::new(self.rank, 2.0 * self.rank as f64, targets)
+        }
+    }
+
+    /// One whose `B` is not zero, through its files like any other.
+    fn load(&self, model: &Model, role: Role) -> Result<Adapter> {
+        let mut made = peft::Adapter::init(self.config(), &model.config.projections(), 1)?;
+        let mut rng = fastrand::Rng::with_seed(2);
+        for module in &mut made.modules {
+            module.b.fill_with(|| 0.02 * (2.0 * rng.f32() - 1.0));
+        }
+        let dir = tempfile::tempdir().map_err(|source| Error::Io {
+            path: std::env::temp_dir(),
+            source,
+        })?;
+        made.write(dir.path())?;
+        Ok(Adapter::load(model, dir.path(), role)?.0)
+    }
+}
+
+fn load(session: &Session, dir: &Path, dtype: DType) -> Result<Model> {
+    let dtype = match dtype {
+        DType::BF16 => ComputeDType::BF16,
+        _ => ComputeDType::F32,
+    };
+    Ok(Model::load(session, dir, &LoadOptions { dtype })?)
+}
+
+/// Weights that every token is multiplied with.
+fn weights(model: &Model) -> usize {
+    let c = &model.config;
+    let layers: usize = c.projections().values().map(|p| p.n * p.k).sum();
+    layers + c.vocab * c.hidden
+}
+
+/// A work of the model in `dir`, and its cost.
+///
+/// # Errors
+/// A model that cannot be read; no memory.
+pub fn work(
+    session: &Session,
+    dir: &Path,
+    dtype: DType,
+    doing: Doing,
+    adapted: Option<&Adapted>,
+) -> Result<(Ours, Cost)> {
+    let model = load(session, dir, dtype)?;
+    let role = match doing {
+        Doing::Train(_) => Role::State,
+        _ => Role::Frozen,
+    };
+    let adapter = adapted.map(|a| a.load(&model, role)).transpose()?;
+    let (base, extra) = (weights(&model), adapter.as_ref().map_or(0, Adapter::elems));
+    let mut o = Operands::new(session, 21);
+    let mut subject = match doing {
+        Doing::Forward(t) => forward(&mut o, &model, adapter, t)?,
+        Doing::Prefill => cached(&mut o, &model, adapter, 0, PROMPT)?,
+        Doing::Decode => cached(&mut o, &model, adapter, POSITION, 1)?,
+        Doing::Train(shape) => training(&mut o, &model, adapter, shape)?,
+    };
+    if base > ORACLE_MOST {
+        let (dir, adapted) = (dir.to_owned(), adapted.cloned());
+        subject.reference = Reference::Twin(Box::new(move || {
+            let portable = portable(dtype)?;
+            Ok(self::work(&portable, &dir, dtype, doing, adapted.as_ref())?.0)
+        }));
+    }
+    let cost = cost(&model, dtype, doing, [base, extra]);
+    Ok((Ours::new(o, subject)?, cost))
+}
+
+/// Bytes and arithmetic from the weights alone: attention, norms and caches come on top and are left out.
+fn cost(model: &Model, dtype: DType, doing: Doing, [base, extra]: [usize; 2]) -> Cost {
+    let head = model.config.vocab * model.config.hidden;
+    let t = doing.tokens() as f64;
+    let all = (base + extra) as f64;
+    let flops = match doing {
+        Doing::Forward(_) | Doing::Decode => 2.0 * t * all,
+        // Scores of the last token only.
+        Doing::Prefill => 2.0 * (t * (all - head as f64) + head as f64),
+        // Forward and the gradient of the inputs; of the adapter's weights as well.
+        Doing::Train(_) => 2.0 * t * (2.0 * all + extra as f64),
+    };
+    let parameters = match doing {
+        Doing::Train(_) => 7 * 4 * extra,
+        _ => 4 * extra,
+    };
+    Cost {
+        bytes: base * dtype.bytes() + parameters,
+        flops,
+        dtype,
+    }
+}
+
+fn portable(dtype: DType) -> Result<Session> {
+    let cpu = Cpu::open(&CpuOptions {
+        threads: Some(1),
+        weights: dtype,
+        isa: Some(Isa::Portable),
+    })?;
+    Ok(Session::new(std::sync::Arc::new(cpu)))
+}
+
+fn forward(
+    o: &mut Operands<'_>,
+    model: &Model,
+    adapter: Option<Adapter>,
+    t: usize,
+) -> Result<Subject> {
+    let ids = Fill::Below(model.config.vocab as u32);
+    let x = o.data(TensorType::u32([1, t]), ids.clone())?;
+    let targets = o.data(TensorType::u32([1, t]), ids)?;
+    let pos = o.data(TensorType::u32([1, t]), Fill::Positions)?;
+    let hidden = model.hidden(&x, &pos, adapter.as_ref(), None)?;
+    let nll = model.nll(&hidden.x, &targets)?;
+    Ok(subject(x, Box::new(move |_| Ok(vec![nll.clone()])), vec![]))
+}
+
+/// `rows` tokens from position `from` on, behind a cache that holds random keys and values.
+fn cached(
+    o: &mut Operands<'_>,
+    model: &Model,
+    adapter: Option<Adapter>,
+    from: usize,
+    rows: usize,
+) -> Result<Subject> {
+    let cache = Cache::new(model, from + rows)?;
+    let ids = Fill::Below(model.config.vocab as u32);
+    let x = o.data(TensorType::u32([1, rows]), ids)?;
+    let pos = (from..from + rows).map(|p| p as f64).collect();
+    let pos = o.data(TensorType::u32([1, rows]), Fill::Fixed(pos))?;
+    let hidden = model.hidden(&x, &pos, adapter.as_ref(), Some(&cache))?;
+    for (state, _) in &hidden.updates {
+        o.leaf(state, Fill::Signed(1.0))?;
+    }
+    let last = hidden.x.reshape([rows, model.config.hidden])?;
+    let last = last.slice(0, rows - 1, 1)?;
+    let logits = model.logits_with(&last, adapter.as_ref())?;
+    let again: Again = Box::new(move |_| Ok(vec![logits.clone()]));
+    Ok(subject(x, again, hidden.updates))
+}
+
+fn training(
+    o: &mut Operands<'_>,
+    model: &Model,
+    adapter: Option<Adapter>,
+    [b, t]: [usize; 2],
+) -> Result<Subject> {
+    let adapter = adapter.ok_or_else(|| Error::Setting {
+        name: "training",
+        want: "an adapter",
+        got: "none".to_owned(),
+    })?;
+    let s = &model.session;
+    let optimizer = Optimizer::new(s, &adapter, OptimizerKind::AdamW)?;
+    let trained = Trained {
+        adapter: &adapter,
+        optimizer: &optimizer,
+        clip: Some(1.0),
+    };
+    let g = StepGraph::build(model, &[trained], [b, t])?;
+    let ids = Fill::Below(model.config.vocab as u32);
+    o.leaf(&g.inputs.ids, ids.clone())?;
+    o.leaf(&g.inputs.targets, ids)?;
+    o.leaf(&g.inputs.pos, Fill::Positions)?;
+    o.leaf(&g.inv_counts, Fill::Fixed(vec![1.0 / (b * t) as f64]))?;
+    // Corrections of a step far from the first; the second row changes nothing, for gradients that are not finite.
+    let hyper = [1e-4, 0.9, 0.999, 1e-8, 0.01, 1.0, 1.0, 1.0];
+    let idle = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0];
+    let both = hyper.into_iter().chain(idle);
+    let both = both.map(|v: f32| f64::from(v)).collect();
+    o.leaf(&optimizer.hyper, Fill::Fixed(both))?;
+    o.leaf(&adapter.params, Fill::Signed(0.05))?;
+    o.leaf(&optimizer.m, Fill::Signed(1e-3))?;
+    if let Some(v) = &optimizer.v {
+        o.leaf(v, Fill::Positive(1e-3))?;
+    }
+    let (loss, norm) = (g.losses, g.norms);
+    let again: Again = Box::new(move |_| Ok(vec![loss.clone(), norm.clone()]));
+    Ok(subject(g.inputs.ids, again, g.updates))
+}
+
+fn subject(
+    fed: tallow::Tensor,
+    again: Again,
+    updates: Vec<(tallow::Tensor, tallow::Tensor)>,
+) -> Subject {
+    Subject {
+        carried: vec![fed],
+        again,
+        updates,
+        join: Join::None,
+        reference: Reference::Deep,
+    }
+}
+
+/// Rows and tokens a row of a training step.
+#[must_use]
+pub fn batch(cx: &Context) -> [usize; 2] {
+    if cx.quick { [2, 32] } else { [4, 128] }
+}
+
+/// A training step of every model of the run.
+///
+/// # Errors
+/// None now; a model that cannot be had is a row that says so.
+pub fn train(cx: &Context) -> Result<Vec<Task>> {
+    let doing = Doing::Train(batch(cx));
+    let adapters = [
+        (
+            "q and v, rank 8",
+            Adapted {
+                names: &["q_proj", "v_proj"],
+                ..Adapted::seven(8)
+            },
+        ),
+        ("all seven, rank 8", Adapted::seven(8)),
+    ];
+    let mut all = vec![];
+    for (model, dir) in &cx.models {
+        for (what, adapted) in adapters.clone() {
+            all.push(task(Suite::Train, model, dir, doing, Some((what, adapted))));
+        }
+    }
+    Ok(all)
+}
+
+/// A prompt and a token of every model of the run, without and with an adapter.
+///
+/// # Errors
+/// None now.
+pub fn decode(cx: &Context) -> Result<Vec<Task>> {
+    let mut all = vec![];
+    for (model, dir) in &cx.models {
+        for doing in [Doing::Prefill, Doing::Decode] {
+            all.push(task(Suite::Decode, model, dir, doing, None));
+        }
+        let seven = ("all seven, rank 8", Adapted::seven(8));
+        all.push(task(Suite::Decode, model, dir, Doing::Decode, Some(seven)));
+    }
+    Ok(all)
+}
+
+fn task(
+    suite: Suite,
+    model: &str,
+    dir: &Path,
+    doing: Doing,
+    adapted: Option<(&str, Adapted)>,
+) -> Task {
+    let with = adapted.as_ref().map_or("bare", |a| a.0);
+    let (dir, name) = (dir.to_owned(), format!("{doing}, {model}, {with}"));
+    let adapted = adapted.map(|a| a.1);
+    Task {
+        suite,
+        name,
+        tokens: Some(doing.tokens()),
+        peer: None,
+        make: Box::new(move |cx| {
+            let (work, cost) = work(&cx.session, &dir, cx.dtype, doing, adapted.as_ref())?;
+            Ok(vec![cx.ours("tallow", work, &cost)])
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

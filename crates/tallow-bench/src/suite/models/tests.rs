@@ -1,0 +1,135 @@
+//! Works of whole models against the oracle, and the portable kernels as the judge of what is too large for it.
+
+use super::*;
+use crate::shapes::{ModelShape, SMALL};
+use crate::work::Work as _;
+
+/// Small enough for a debug build.
+const TOY: ModelShape = ModelShape {
+    name: "toy",
+    hidden: 32,
+    layers: 2,
+    heads: [4, 2, 8],
+    mlp: 48,
+    vocab: 101,
+    ..SMALL
+};
+
+fn toy(stored: DType) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    ModelShape { stored, ..TOY }.write(dir.path()).unwrap();
+    dir
+}
+
+const ALL: [Doing; 4] = [
+    Doing::Forward(9),
+    Doing::Prefill,
+    Doing::Decode,
+    Doing::Train([2, 7]),
+];
+
+fn run(work: &mut Ours) -> f32 {
+    work.renew(3).unwrap();
+    work.feed(0.4).unwrap();
+    work.start().unwrap();
+    work.finish().unwrap()
+}
+
+#[test]
+fn every_work_agrees_with_the_oracle() {
+    let dir = toy(DType::F32);
+    let session = tallow::open("cpu").unwrap();
+    for doing in ALL {
+        for adapted in [None, Some(Adapted::seven(4))] {
+            if adapted.is_none() && matches!(doing, Doing::Train(_)) {
+                continue;
+            }
+            let made = work(&session, dir.path(), DType::F32, doing, adapted.as_ref());
+            let mut made = made.unwrap().0;
+            let y = run(&mut made);
+            let check = made.check(y).unwrap();
+            assert!(check.pass(), "{doing}: {check:?}");
+            assert_eq!(check.compared, check.of);
+            assert!(!made.check(y + 0.1).unwrap().pass());
+        }
+    }
+}
+
+#[test]
+fn a_dropped_adapter_is_noticed() {
+    let dir = toy(DType::F32);
+    let session = tallow::open("cpu").unwrap();
+    for doing in [Doing::Forward(9), Doing::Prefill, Doing::Decode] {
+        let make = |adapted: Option<&Adapted>| {
+            work(&session, dir.path(), DType::F32, doing, adapted)
+                .unwrap()
+                .0
+        };
+        let mut with = make(Some(&Adapted::seven(4)));
+        let y = run(&mut with);
+        assert!(with.check(y).unwrap().pass());
+        let mut bare = make(None);
+        run(&mut bare);
+        let y = with.take_results_of(&bare);
+        assert!(!with.check(y).unwrap().pass(), "{doing}");
+    }
+}
+
+#[test]
+fn the_portable_kernels_judge_what_the_oracle_cannot() {
+    let dir = toy(DType::BF16);
+    let session = tallow::open_with(&tallow::OpenOptions {
+        device: "cpu".into(),
+        threads: None,
+        weights: DType::BF16,
+    });
+    let session = session.unwrap();
+    let seven = Adapted::seven(4);
+    for doing in ALL {
+        let twin = |adapted: Adapted| {
+            let dir = dir.path().to_owned();
+            move || {
+                let made = work(
+                    &portable(DType::BF16)?,
+                    &dir,
+                    DType::BF16,
+                    doing,
+                    Some(&adapted),
+                );
+                Ok(made?.0)
+            }
+        };
+        let made = work(&session, dir.path(), DType::BF16, doing, Some(&seven));
+        let mut made = made.unwrap().0;
+        made.judge_by(Reference::Twin(Box::new(twin(seven.clone()))));
+        let y = run(&mut made);
+        let check = made.check(y).unwrap();
+        assert!(
+            check.pass() && check.by == crate::work::Judge::Portable,
+            "{doing}: {check:?}"
+        );
+        // An adapter of other numbers is noticed.
+        if !matches!(doing, Doing::Train(_)) {
+            made.judge_by(Reference::Twin(Box::new(twin(Adapted::seven(3)))));
+            let y = run(&mut made);
+            assert!(!made.check(y).unwrap().pass(), "{doing}");
+        }
+    }
+}
+
+#[test]
+fn the_floor_counts_weights_once_and_adapters_beside_them() {
+    let dir = toy(DType::F32);
+    let session = tallow::open("cpu").unwrap();
+    let cost = |adapted: Option<&Adapted>| {
+        work(&session, dir.path(), DType::F32, Doing::Decode, adapted)
+            .unwrap()
+            .1
+    };
+    let bare = cost(None);
+    let layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48;
+    assert_eq!(bare.bytes, 4 * (2 * layer + 101 * 32));
+    let with = cost(Some(&Adapted::seven(4)));
+    let adapter = 2 * 4 * (2 * (32 + 32) + 2 * (16 + 32) + 3 * (32 + 48));
+    assert_eq!(with.bytes - bare.bytes, 4 * adapter);
+}

@@ -1,0 +1,272 @@
+//! `tallow bench`: times that cannot be fooled, beside the floor of this machine.
+//! Invariant: a task's rows are printed when it is done, so Ctrl-C leaves everything that was measured, on the screen and in
+//! the files; a row that cannot be believed has no figure.
+//! Absent on purpose: the clock; that is `tallow-bench`.
+use crate::{
+    Outcome, interrupt,
+    open::{self, Global},
+    out,
+};
+use anyhow::{Context as _, Result, anyhow};
+use std::{
+    io::IsTerminal as _,
+    path::{Path, PathBuf},
+};
+use tallow::{
+    DType,
+    cpu::{pool, simd::Isa},
+    llm::{ComputeDType, ModelConfig, files},
+};
+use tallow_bench::{
+    compare::{compare, lines},
+    measure::Settings,
+    peer,
+    probe::Probe,
+    report::{Report, html, table},
+    run::{Event, Plan, run as bench},
+    shapes::{ModelShape, SMALL},
+    suite::{Context, Suite},
+    work::Wall,
+};
+
+use super::demo::assets;
+
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+    /// What to measure: seed (products, adapters, norms), layers, tax (with and without adapters), train, decode
+    /// [default: seed].
+    #[arg(value_name = "SUITE", value_parser = suite)]
+    suites: Vec<Suite>,
+    /// Fewer shapes, fewer rounds.
+    #[arg(long)]
+    quick: bool,
+    /// Type of the weight matrices: f32 or bf16.
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = open::dtype)]
+    dtype: ComputeDType,
+    /// Folder of a model for tax, train and decode; may be given several times [default: the built-in model and one
+    /// of hidden size 256].
+    #[arg(long, value_name = "DIR")]
+    model: Vec<PathBuf>,
+    /// A model of this size with random weights: small, 0.5b, 1b or 8b; may be given several times.
+    #[arg(long, value_name = "SIZE", value_parser = shape)]
+    shape: Vec<ModelShape>,
+    /// Other engines to measure beside tallow, separated by commas.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    against: Vec<String>,
+    /// Write everything, every sample, as JSON: a file, or - for stdout.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write one page with drawings.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Two reports that `--json` wrote: ratios with intervals.
+    Compare {
+        /// The run before.
+        before: PathBuf,
+        /// The run after.
+        after: PathBuf,
+    },
+}
+
+fn suite(text: &str) -> Result<Suite, String> {
+    text.parse().map_err(|e: tallow_bench::Error| e.to_string())
+}
+
+fn shape(text: &str) -> Result<ModelShape, String> {
+    ModelShape::named(text).map_err(|e| e.to_string())
+}
+
+pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
+    if let Some(What::Compare { before, after }) = &args.what {
+        let found = compare(&Report::read(before)?, &Report::read(after)?);
+        for line in lines(&found) {
+            out::line(line)?;
+        }
+        return Ok(Outcome::Fine);
+    }
+    for (option, path) in [("--json", &args.json), ("--html", &args.html)] {
+        if let Some(path) = path {
+            writable(option, path)?;
+        }
+    }
+    let polite = interrupt::polite();
+    let suites = match &args.suites[..] {
+        [] => &[Suite::Seed],
+        some => some,
+    };
+    let scratch = tempfile::tempdir().context("cannot make a folder for models")?;
+    let models = models(args, suites, scratch.path())?;
+    let (cx, isa) = context(args, global, models)?;
+    let plan = Plan {
+        suites,
+        settings: if args.quick {
+            Settings::QUICK
+        } else {
+            Settings::FULL
+        },
+        command: command(),
+        peers: peer::open(&args.against, cx.threads)?,
+    };
+    let mut shown = Shown::new(args);
+    let report = bench(&cx, plan, isa, &interrupt::asked, &mut |e| shown.event(&e))?;
+    shown.end()?;
+    write(args, &report)?;
+    drop(polite);
+    if report.stopped {
+        let done = format!("{} tasks were measured", report.groups.len());
+        return Err(interrupt::Interrupted(done).into());
+    }
+    match report.invalid() {
+        0 => Ok(Outcome::Fine),
+        _ => Ok(Outcome::OutOfTolerance),
+    }
+}
+
+fn command() -> String {
+    let args = std::env::args().skip(1);
+    std::iter::once("tallow".to_owned())
+        .chain(args)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Result<(Context, Isa)> {
+    let session = open::session(global, args.dtype)?;
+    let isa = Isa::detect()?;
+    let threads = match global.threads {
+        Some(n) => n,
+        None => pool::threads_from_env()?,
+    };
+    let cx = Context {
+        session,
+        threads,
+        dtype: match args.dtype {
+            ComputeDType::F32 => DType::F32,
+            ComputeDType::BF16 => DType::BF16,
+        },
+        quick: args.quick,
+        probe: Probe::run(&Wall::new(), isa, threads),
+        models,
+    };
+    Ok((cx, isa))
+}
+
+/// The models of the suites that need one: those asked for, or the built-in one and a random one.
+fn models(args: &Args, suites: &[Suite], scratch: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let wanted = |s: &Suite| matches!(s, Suite::Tax | Suite::Train | Suite::Decode);
+    if !suites.iter().any(wanted) {
+        return Ok(vec![]);
+    }
+    let mut all = vec![];
+    for dir in &args.model {
+        ModelConfig::read(dir)?;
+        all.push((dir.display().to_string(), dir.clone()));
+    }
+    let mut shapes = args.shape.clone();
+    if args.model.is_empty() && args.shape.is_empty() {
+        shapes.push(SMALL);
+    }
+    for shape in &shapes {
+        let dir = scratch.join(shape.name);
+        files::prepare_output_dir(&dir)?;
+        tracing::info!("writing random weights of shape {}", shape.name);
+        shape.write(&dir)?;
+        all.push((shape.name.to_owned(), dir));
+    }
+    if args.model.is_empty() && args.shape.is_empty() {
+        let folder = assets::unpack(&scratch.join("built-in"))?;
+        all.push(("built-in".to_owned(), folder.model));
+    }
+    Ok(all)
+}
+
+fn write(args: &Args, report: &Report) -> Result<()> {
+    match &args.json {
+        None => {}
+        Some(path) if path == Path::new("-") => out::line(report.json()?)?,
+        Some(path) => save(path, &report.json()?)?,
+    }
+    match &args.html {
+        None => Ok(()),
+        Some(path) => save(path, &html::page(report)?),
+    }
+}
+
+/// Refuses a file that could not be written, before anything is measured for it.
+fn writable(option: &str, path: &Path) -> Result<()> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let there = parent.is_none_or(Path::is_dir);
+    match there && !path.is_dir() {
+        true => Ok(()),
+        false => Err(anyhow!(
+            "{option}: want a file in a folder that exists, got {}",
+            path.display()
+        )),
+    }
+}
+
+fn save(path: &Path, text: &str) -> Result<()> {
+    files::write_atomic(path, |w| w.write_all(text.as_bytes()))
+        .map_err(|e| anyhow!("cannot write the report: {e}"))
+}
+
+/// The run as the user sees it: tables on stdout, or nothing there where JSON will be; progress on stderr.
+struct Shown {
+    tables: bool,
+    /// On a terminal the line of progress is written over.
+    terminal: bool,
+    failed: Result<()>,
+}
+
+impl Shown {
+    fn new(args: &Args) -> Self {
+        Shown {
+            tables: args.json.as_deref() != Some(Path::new("-")),
+            terminal: std::io::stderr().is_terminal(),
+            failed: Ok(()),
+        }
+    }
+
+    fn event(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Begin(report) => self.lines(&table::head(report)),
+            Event::Task { index, total, name } => {
+                let line = format!("{}/{total} {name}", index + 1);
+                match self.terminal {
+                    true => eprint!("\r\x1b[2K{line}"),
+                    false => eprintln!("{line}"),
+                }
+            }
+            Event::Done(group) => {
+                self.wipe();
+                self.lines(&table::group(group));
+            }
+        }
+    }
+
+    fn wipe(&self) {
+        if self.terminal {
+            eprint!("\r\x1b[2K");
+        }
+    }
+
+    fn lines(&mut self, lines: &[String]) {
+        for line in lines.iter().filter(|_| self.tables) {
+            if self.failed.is_ok() {
+                self.failed = out::line(line);
+            }
+        }
+    }
+
+    fn end(self) -> Result<()> {
+        self.wipe();
+        self.failed
+    }
+}
