@@ -61,44 +61,32 @@ pub(crate) fn waves(steps: &[Reach]) -> Vec<Range<usize>> {
 mod tests {
     use super::*;
 
-    fn step(reads: &[Range<usize>], writes: &[Range<usize>]) -> Reach {
+    fn step(reads: Range<usize>, writes: Range<usize>) -> Reach {
         Reach {
             cost: 1e-6,
             has_workspace: false,
-            reads: reads.to_vec(),
-            writes: writes.to_vec(),
+            reads: vec![reads],
+            writes: vec![writes],
         }
     }
 
     #[test]
     fn what_meets_in_memory_does_not_run_side_by_side() {
-        let free = || step(&[0..8], &[16..24]);
+        let free = || step(0..8, 16..24);
         let after = |other: Reach| waves(&[free(), other]).len();
-        assert_eq!(
-            after(step(&[0..8], &[24..32])),
-            1,
-            "both only read the same"
-        );
-        assert_eq!(
-            after(step(&[20..28], &[32..40])),
-            2,
-            "it reads what was written"
-        );
-        assert_eq!(
-            after(step(&[40..48], &[4..12])),
-            2,
-            "it writes what was read"
-        );
-        assert_eq!(after(step(&[40..48], &[23..30])), 2, "both write the same");
-        assert_eq!(after(step(&[], &[])), 1);
+        assert_eq!(after(step(0..8, 24..32)), 1, "both only read the same");
+        assert_eq!(after(step(20..28, 32..40)), 2, "it reads what was written");
+        assert_eq!(after(step(40..48, 4..12)), 2, "it writes what was read");
+        assert_eq!(after(step(40..48, 23..30)), 2, "both write the same");
+        assert_eq!(after(step(0..0, 0..0)), 1);
         let large = Reach {
             cost: 1e-3,
-            ..step(&[0..8], &[24..32])
+            ..step(0..8, 24..32)
         };
         assert_eq!(after(large), 2);
         let scratch = Reach {
             has_workspace: true,
-            ..step(&[0..8], &[24..32])
+            ..step(0..8, 24..32)
         };
         assert_eq!(after(scratch), 2);
     }
@@ -107,8 +95,8 @@ mod tests {
     fn every_step_is_in_one_wave_and_in_order() {
         // Each third step reads what the one before it wrote.
         let make = |i: usize| match i % 3 {
-            2 => step(&[100 * i - 100..100 * i], &[100 * i..100 * i + 100]),
-            _ => step(&[0..0], &[100 * i..100 * i + 100]),
+            2 => step(100 * i - 100..100 * i, 100 * i..100 * i + 100),
+            _ => step(0..0, 100 * i..100 * i + 100),
         };
         let steps: Vec<Reach> = (1..400).map(make).collect();
         let all = waves(&steps);

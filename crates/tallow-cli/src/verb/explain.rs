@@ -16,7 +16,7 @@ use tallow::{
         tensor::lower,
     },
     llm::{Adapter, Cache, ComputeDType, Model, Targets},
-    train::{Optimizer, OptimizerKind, StepGraph, Trained},
+    train::{Optimizer, OptimizerKind, StepGraph, Trained, sweep::MOST_RUNS},
 };
 
 mod shape;
@@ -32,7 +32,7 @@ pub(crate) struct Args {
     what: Option<What>,
     /// One product instead, as in "128x512 @ 512x8": every kernel for it, predicted and measured. With --rank: of a
     /// LoRA forward.
-    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["what", "model", "adapter", "tokens", "batch", "time"])]
+    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["what", "model", "adapter", "adapters", "tokens", "batch", "time"])]
     shape: Option<String>,
     /// Folder of the model: config.json, tokenizer.json, model.safetensors.
     #[arg(long, value_name = "DIR", required_unless_present = "shape")]
@@ -46,6 +46,9 @@ pub(crate) struct Args {
     /// A fresh adapter of this rank on all projections [training: 8].
     #[arg(long, value_name = "N")]
     rank: Option<usize>,
+    /// Of training: this many adapters side by side, each with its own rows.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    adapters: usize,
     /// Tokens of a row; for decode: room in the cache [default: 128].
     #[arg(long, value_name = "N", default_value_t = 128)]
     tokens: usize,
@@ -115,8 +118,11 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
             format!("{batch} x {}", args.tokens),
         ),
         What::Train => (
-            train(&model, adapter, [batch, args.tokens])?,
-            format!("{batch} x {}", args.tokens),
+            train(&model, adapter, args.adapters, [batch, args.tokens])?,
+            match args.adapters {
+                1 => format!("{batch} x {}", args.tokens),
+                n => format!("{n} x {batch} x {}", args.tokens),
+            },
         ),
         What::Decode => {
             let (subject, room) = decode(&model, adapter, args.tokens)?;
@@ -157,6 +163,12 @@ fn check(args: &Args, what: What, model: &Model, batch: usize) -> Result<()> {
         let got = args.tokens;
         return Err(anyhow!(
             "--tokens: want 1 to {most}, the model's positions, got {got}"
+        ));
+    }
+    let n = args.adapters;
+    if n == 0 || n > MOST_RUNS || (what != What::Train && n > 1) {
+        return Err(anyhow!(
+            "--adapters: want 1 to {MOST_RUNS} (but for training exactly 1), got {n}"
         ));
     }
     if batch == 0 || (what == What::Decode && batch > 1) {
@@ -204,33 +216,42 @@ fn forward(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Resu
     })
 }
 
+/// A step of `count` adapters like `adapter`, over `b` rows of `t` tokens each.
 pub(super) fn train(
     model: &Model,
     adapter: Option<&Adapter>,
+    count: usize,
     [b, t]: [usize; 2],
 ) -> Result<Subject> {
-    let adapter = adapter.ok_or_else(|| anyhow!("training needs an adapter; give --rank"))?;
-    let optimizer = Optimizer::new(&model.session, adapter, OptimizerKind::AdamW)?;
-    let trained = Trained {
+    let first = adapter.ok_or_else(|| anyhow!("training needs an adapter; give --rank"))?;
+    let mut adapters = vec![first.clone()];
+    for seed in 1..count {
+        adapters.push(Adapter::new(model, &first.config, seed as u64)?);
+    }
+    let optimizer = |a| Optimizer::new(&model.session, a, OptimizerKind::AdamW);
+    let optimizers = adapters.iter().map(optimizer);
+    let optimizers = optimizers.collect::<Result<Vec<_>, _>>()?;
+    let trained = adapters.iter().zip(&optimizers);
+    let trained = trained.map(|(adapter, optimizer)| Trained {
         adapter,
-        optimizer: &optimizer,
+        optimizer,
         clip: Some(1.0),
-    };
-    let g = StepGraph::build(model, &[trained], [b, t])?;
+    });
+    let g = StepGraph::build(model, &trained.collect::<Vec<_>>(), [b, t])?;
     // Learning rate 0: timing changes no parameter.
     let hyper = [0.0, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.0316, 1.0].repeat(2);
+    let mut floats = vec![(g.inv_counts, vec![1.0 / (b * t) as f32; count])];
+    floats.extend(optimizers.iter().map(|o| (o.hyper.clone(), hyper.clone())));
+    let rows = count * b;
     Ok(Subject {
         outs: vec![g.losses, g.norms],
         updates: g.updates,
         ints: vec![
-            (g.inputs.ids, some_ids(model, b * t)),
-            (g.inputs.pos, iota([b, t])),
-            (g.inputs.targets, some_ids(model, b * t)),
+            (g.inputs.ids, some_ids(model, rows * t)),
+            (g.inputs.pos, iota([rows, t])),
+            (g.inputs.targets, some_ids(model, rows * t)),
         ],
-        floats: vec![
-            (g.inv_counts, vec![1.0 / (b * t) as f32]),
-            (optimizer.hyper, hyper),
-        ],
+        floats,
     })
 }
 

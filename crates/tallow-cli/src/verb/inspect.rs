@@ -312,7 +312,7 @@ fn predict(
         });
         Ok(())
     };
-    let train = explain::train(&model, Some(&trained), [args.batch, t])?;
+    let train = explain::train(&model, Some(&trained), 1, [args.batch, t])?;
     cost(
         format!("training step, {} x {t} tokens", args.batch),
         &train,
