@@ -1,4 +1,4 @@
-//! Linears with adapters, their gradients, cross entropy over a projection.
+//! Linears with adapters and their gradients.
 //! Invariant: weights are read only in panels packed once from operands that never change; what has
 //! no such weights is not offered here and falls to its decomposition.
 use super::{Io, Offer, row_stride};
@@ -8,7 +8,6 @@ use crate::{
         Adapter, Backward, Block, Forward, Packed, Rows, Source, backward_workspace,
         forward_workspace, head_len, pack_head, pack_kn, pack_nk, pack_tail, packed_len,
     },
-    loss,
     tile::{Element, head_limit},
 };
 use half::{bf16, f16};
@@ -17,6 +16,9 @@ use tallow_core::{
     op::{Bits, Linear, LinearGrad, LinearIns},
     types::DType,
 };
+
+mod cross_entropy;
+pub(super) use cross_entropy::cross_entropy;
 
 const NK_F32: &str = "panels32_f32";
 const NK_BF16: &str = "panels32_bf16";
@@ -514,66 +516,6 @@ pub(super) fn backward(cpu: &Cpu, l: &LinearGrad, spec: &KernelSpec) -> Option<O
     };
     Some(Offer {
         prepare,
-        ..offer.scratch(scratch)
-    })
-}
-
-/// Cross entropy of rows under a projection: f32 weights are read where they lie, others from panels.
-pub(super) fn cross_entropy(cpu: &Cpu, spec: &KernelSpec) -> Option<Offer> {
-    let (x, w) = (&spec.inputs[0], &spec.inputs[1]);
-    let in_place = w.dtype == DType::F32 && w.is_dense();
-    if !in_place {
-        order(w).filter(|_| w.frozen && w.dtype.is_float())?;
-    }
-    let (rows, c, v) = (
-        x.layout.shape.0[0],
-        x.layout.shape.0[1],
-        w.layout.shape.0[0],
-    );
-    let x_row = row_stride(x)?;
-    let dx_row = match &spec.outputs[1] {
-        Some(o) => row_stride(o)?,
-        None => 0,
-    };
-    spec.outputs[0].as_ref().filter(|o| o.is_dense())?;
-    let format = Format {
-        name: NK_F32,
-        bytes: packed_len(v, c) * 4,
-        scale: Bits::from(1.0),
-    };
-    let scratch = loss::CrossEntropy::workspace_elems(rows, c, cpu.threads());
-    let run = move |io: &Io| {
-        let job = loss::CrossEntropy {
-            rows,
-            c,
-            v,
-            x: crate::norm::Rows {
-                ptr: io.read(0),
-                ld: x_row,
-            },
-            w: io.read(1),
-            layout: match in_place {
-                true => loss::WeightLayout::Rows(c),
-                false => loss::WeightLayout::Panels,
-            },
-            targets: io.read(2),
-            nll: io.write(0),
-            dx: crate::norm::Rows {
-                ptr: io.write(1),
-                ld: dx_row,
-            },
-            workspace: io.workspace.0.cast(),
-        };
-        // SAFETY: the plan's spans hold these arrays; results and workspace overlap nothing.
-        unsafe { job.run(io.exec) };
-    };
-    let name = match in_place {
-        true => "cross_entropy_rows_f32",
-        false => "cross_entropy_panels_f32",
-    };
-    let offer = Offer::new(name, run);
-    Some(Offer {
-        prepare: if in_place { vec![] } else { vec![(1, format)] },
         ..offer.scratch(scratch)
     })
 }
