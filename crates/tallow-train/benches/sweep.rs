@@ -1,5 +1,6 @@
 //! Adapters side by side against one adapter, and against one after another: the price of a sweep.
-//! `cargo bench -p tallow-train --bench sweep -- [--rounds N] [--threads N]`, on the built-in model.
+//! `cargo bench -p tallow-train --bench sweep -- [--rounds N] [--threads N] [--model DIR]`, on the built-in model where
+//! no other is given.
 //! Invariant: the three take turns step by step over the same batches; a ratio is the median of its rounds'.
 //! Absent on purpose: absolute claims; times are printed so that ratios can be checked.
 use std::{path::Path, sync::Arc, time::Instant};
@@ -119,10 +120,11 @@ fn show(name: &str, mut values: Vec<f64>) {
 
 fn main() -> Result<(), Failed> {
     let args: Vec<String> = std::env::args().collect();
-    let given = |name: &str| {
+    let text = |name: &str| {
         let at = args.iter().position(|a| a == name)?;
-        args.get(at + 1)?.parse::<usize>().ok()
+        args.get(at + 1)
     };
+    let given = |name: &str| text(name)?.parse::<usize>().ok();
     let options = CpuOptions {
         threads: given("--threads"),
         weights: DType::F32,
@@ -131,7 +133,8 @@ fn main() -> Result<(), Failed> {
     let rounds = given("--rounds").unwrap_or(30);
     let session = Session::new(Arc::new(Cpu::open(&options)?));
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny");
-    let model = Model::load(&session, &tiny, &LoadOptions::default())?;
+    let dir = text("--model").map_or(tiny.as_path(), Path::new);
+    let model = Model::load(&session, dir, &LoadOptions::default())?;
     println!("{}, {rounds} rounds", session.backend().info().name);
     for shape in [[1, 16], [1, 32], [1, 64], [1, 128], [4, 128]] {
         let mut bench = Bench::new(&model, shape)?;
