@@ -280,8 +280,8 @@ fn a_diverging_run_saves_nothing() {
             "there is no checkpoint yet; lower the learning rate",
         ],
     );
-    // What happened stays to be read; no adapter, no settings, no report.
-    assert_eq!(names(&out), ["metrics.jsonl", "tensorboard"]);
+    // What was asked and what happened stay to be read; no adapter, no report.
+    assert_eq!(names(&out), ["metrics.jsonl", "tensorboard", "train.yaml"]);
 }
 
 /// A folder with the built-in model, where these tensors are changed.

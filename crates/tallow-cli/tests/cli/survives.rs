@@ -156,7 +156,8 @@ fn signals_save_a_checkpoint_and_say_how_to_go_on() {
             "{last}"
         );
         let step = last.split(' ').nth(4).unwrap().parse::<u64>().unwrap();
-        assert_eq!(names(&out), ["checkpoints", "metrics.jsonl", "tensorboard"]);
+        let kept = ["checkpoints", "metrics.jsonl", "tensorboard", "train.yaml"];
+        assert_eq!(names(&out), kept);
         assert_eq!(names(&out.join("checkpoints")), [format!("step-{step:06}")]);
         let steps = (step + 3).to_string();
         let done = json(&options(&out, &steps, &["--resume"]));
@@ -169,7 +170,8 @@ fn signals_save_a_checkpoint_and_say_how_to_go_on() {
     assert_eq!(got, Some(130));
     let last = rest.last().unwrap();
     assert!(last.ends_with("; nothing was saved"), "{last}");
-    assert_eq!(names(&out), ["metrics.jsonl", "tensorboard"]);
+    let kept = ["metrics.jsonl", "tensorboard", "train.yaml"];
+    assert_eq!(names(&out), kept);
 }
 
 #[test]
