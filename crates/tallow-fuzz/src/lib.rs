@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tallow_llm::data::{Encoder, Example, Lines, LossOn};
 use tallow_llm::{ModelConfig, Tokenizer, Weights, mlx, peft};
 use tallow_train::checkpoint::Store;
-use tallow_train::{Batch, Feed, FeedSettings, Limits, settings};
+use tallow_train::{Batch, Feed, FeedSettings, Limits, settings, sweep};
 
 /// A reader under attack.
 pub struct Target {
@@ -67,7 +67,7 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "settings",
         run: |data| _ = settings_file(data),
-        seeds: &[YAML],
+        seeds: &[YAML, SWEEP],
     },
     Target {
         name: "checkpoint",
@@ -101,6 +101,7 @@ const INDEX: &[u8] =
     br#"{"metadata":{"total_size":8},"weight_map":{"w":"model-00001-of-00002.safetensors"}}"#;
 const TOKENIZER: &[u8] = br#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"<s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true},"post_processor":null,"decoder":{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true},"model":{"type":"BPE","dropout":null,"unk_token":null,"fuse_unk":false,"byte_fallback":false,"ignore_merges":false,"vocab":{"<s>":0,"a":1,"b":2,"ab":3},"merges":[["a","b"]]}}"#;
 
+const SWEEP: &[u8] = b"model: dir\nsteps: 9\nruns:\n  - {name: a, rank: 4}\n  - {lr: 0.1, dora: true}\ngrid:\n  rank: [2, 8]\n  init: [pissa, uniform]\n";
 /// Behind a byte that says which file it is: the configuration, or the tensors.
 const MLX_CONFIG: &[u8] = br#"0{"fine_tune_type":"lora","model":"base","num_layers":1,"lora_parameters":{"rank":1,"scale":2.0,"dropout":0.1,"keys":["self_attn.q_proj"]}}"#;
 const MLX_WEIGHTS: &[u8] = b"1\x90\0\0\0\0\0\0\0{\"a.lora_a\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[0,8]},\"a.lora_b\":{\"dtype\":\"BF16\",\"shape\":[1,2],\"data_offsets\":[8,12]}}                 \0\0\x80\x3f\0\0\0\x40\x80\x3f\0\x40";
@@ -229,7 +230,8 @@ fn chat(data: &[u8]) -> bool {
 
 fn settings_file(data: &[u8]) -> bool {
     let dir = folder(&[("train.yaml", data)]);
-    settings::read(&dir.join("train.yaml")).is_ok()
+    let path = dir.join("train.yaml");
+    settings::read(&path).is_ok() | sweep::read(&path).is_ok()
 }
 
 /// One of a checkpoint's files; its manifest fits it, unless it is the manifest.
