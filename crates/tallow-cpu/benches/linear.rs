@@ -13,7 +13,8 @@ use half::bf16;
 use tallow_cpu::exec::Exec;
 use tallow_cpu::linear::*;
 use tallow_cpu::pool::Pool;
-use tallow_cpu::simd::{Isa, Kernel, Vector};
+use tallow_cpu::probe::{Product, multiply_adds, read};
+use tallow_cpu::simd::Isa;
 
 /// Samples of each run.
 const ROUNDS: usize = 21;
@@ -31,9 +32,10 @@ fn main() {
     for pool in [&one, &all] {
         let bench = Bench {
             exec: Exec { isa, pool },
-            peak: probe_peak(isa, pool),
+            peak: best(|| multiply_adds(Exec { isa, pool }, Product::F32, 100_000)),
         };
-        let read = probe_read(isa, pool);
+        let data = random(6 << 20, 1);
+        let read = best(|| read(bench.exec, &data, 1) as f64);
         println!(
             "\n{} threads, {}: {:.0} GFLOP/s, reading 24 MiB {:.0} GB/s",
             pool.threads(),
@@ -65,85 +67,14 @@ struct Bench<'a> {
     peak: f64,
 }
 
-/// A chain-free run of multiply-adds: what the multipliers can do at most.
-struct Burn(usize);
-
-impl Kernel for Burn {
-    type Output = f32;
-
-    #[inline(always)]
-    unsafe fn call<V: Vector>(self) -> f32 {
-        // SAFETY: dispatched, so the machine has the instructions.
-        unsafe {
-            let mut sums = [V::splat(black_box(0.5)); 12];
-            let (a, b) = (V::splat(black_box(0.999)), V::splat(black_box(1e-3)));
-            for _ in 0..self.0 {
-                for s in &mut sums {
-                    *s = s.mul_add(a, b);
-                }
-            }
-            sums.into_iter().fold(V::zero(), |x, y| x.add(y)).sum() * V::LANES as f32
-        }
-    }
-}
-
-fn lanes(isa: Isa) -> usize {
-    match isa {
-        Isa::Avx512 => 16,
-        Isa::Neon => 4,
-        _ => 8,
-    }
-}
-
-fn probe_peak(isa: Isa, pool: &Pool) -> f64 {
-    let steps = 100_000;
-    let best = (0..20).map(|_| {
+/// The best of some runs, in work a second.
+fn best(mut run: impl FnMut() -> f64) -> f64 {
+    let rate = |_| {
         let start = Instant::now();
-        pool.run(pool.threads(), &|_, _| {
-            // SAFETY: `isa` was detected.
-            black_box(unsafe { isa.dispatch(Burn(steps)) });
-        });
-        start.elapsed().as_secs_f64()
-    });
-    let flops = 2 * 12 * lanes(isa) * steps * pool.threads();
-    flops as f64 / best.fold(f64::MAX, f64::min)
-}
-
-/// Sums a slice with eight chains.
-struct Read<'a>(&'a [f32]);
-
-impl Kernel for Read<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    unsafe fn call<V: Vector>(self) -> f32 {
-        // SAFETY: dispatched; whole groups of eight vectors stay inside the slice.
-        unsafe {
-            let mut sums = [V::zero(); 8];
-            let group = 8 * V::LANES;
-            for i in 0..self.0.len() / group {
-                for (j, s) in sums.iter_mut().enumerate() {
-                    *s = s.add(V::load(self.0.as_ptr().add(i * group + j * V::LANES)));
-                }
-            }
-            sums.into_iter().fold(V::zero(), |x, y| x.add(y)).sum()
-        }
-    }
-}
-
-fn probe_read(isa: Isa, pool: &Pool) -> f64 {
-    let data = random(6 << 20, 1);
-    let parts = pool.threads() * 16;
-    let per = data.len() / parts;
-    let best = (0..20).map(|_| {
-        let start = Instant::now();
-        pool.run(parts, &|part, _| {
-            // SAFETY: `isa` was detected.
-            black_box(unsafe { isa.dispatch(Read(&data[part * per..][..per])) });
-        });
-        start.elapsed().as_secs_f64()
-    });
-    (data.len() * 4) as f64 / best.fold(f64::MAX, f64::min)
+        let work = run();
+        work / start.elapsed().as_secs_f64()
+    };
+    (0..20).map(rate).fold(0.0, f64::max)
 }
 
 fn random(n: usize, seed: u64) -> Vec<f32> {

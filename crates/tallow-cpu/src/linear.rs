@@ -109,19 +109,40 @@ fn blocks_of<E>(all: &[Block<E>], shares: usize, share: usize) -> &[Block<E>] {
     &all[share * count..(share + 1) * count]
 }
 
-/// The largest rank of each block over the shares, and where its rows begin among those of all blocks.
-fn widest<E>(all: &[Block<E>], shares: usize, block: usize) -> (usize, usize) {
-    let rank = |i: usize| {
-        let each = (0..shares).map(|g| blocks_of(all, shares, g)[i].rank());
-        each.max().unwrap_or(0)
-    };
-    (rank(block), (0..block).map(rank).sum())
+/// `h` or `dh` of a block in a task's scratch: room for a row of its largest rank over the shares.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    at: *mut f32,
+    /// Floats of room for a row; 0 where no share has an adapter.
+    row: usize,
+}
+
+impl Held {
+    /// Of block `i`, where those of all blocks lie one behind the other from `at` on.
+    fn new<E>(at: *mut f32, all: &[Block<E>], shares: usize, i: usize) -> Self {
+        let before: usize = (0..i).map(|i| widest(all, shares, i)).sum();
+        Self {
+            at: at.wrapping_add(split::MAX_ROWS * before),
+            row: widest(all, shares, i),
+        }
+    }
+
+    /// Where the rows of a segment begin; they are as far apart as its own rank.
+    fn of(self, segment: Segment) -> *mut f32 {
+        self.at.wrapping_add(segment.start * self.row)
+    }
+}
+
+/// The largest rank of a block over the shares.
+fn widest<E>(all: &[Block<E>], shares: usize, block: usize) -> usize {
+    let each = (0..shares).map(|g| blocks_of(all, shares, g)[block].rank());
+    each.max().unwrap_or(0)
 }
 
 /// The sum of the blocks' largest ranks, and the largest of all.
 fn ranks<E>(all: &[Block<E>], shares: usize) -> (usize, usize) {
     let count = all.len() / shares;
-    let each = |i: usize| widest(all, shares, i).0;
+    let each = |i: usize| widest(all, shares, i);
     let largest = (0..count).map(each).max().unwrap_or(0);
     ((0..count).map(each).sum(), largest)
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::product::{PIECE, Product, Tails, copy_len};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
-use super::{Block, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks, widest};
+use super::{Block, Held, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks};
 use crate::exec::Exec;
 use crate::tile::{self, Element, Head, NR, Tail, Tile};
 
@@ -132,11 +132,10 @@ impl<E: Element> Part<'_, E> {
         Shares::new(self.job.m, self.job.shares).cut(self.row, self.m)
     }
 
-    /// Where `dh` of a block begins in scratch for some rows; they are as far apart as their own rank.
-    fn place(&self, i: usize, rows: Segment) -> *mut f32 {
-        let (row, before) = widest(self.job.blocks, self.job.shares, i);
-        let at = 1 + MAX_ROWS * before + rows.start * row;
-        self.scratch.wrapping_add(at)
+    /// `dh` of a block, behind the key.
+    fn held(&self, i: usize) -> Held {
+        let at = self.scratch.wrapping_add(1);
+        Held::new(at, self.job.blocks, self.job.shares, i)
     }
 
     /// `dh` of these rows in scratch, computed unless this worker has it; written out if `keep`.
@@ -154,7 +153,7 @@ impl<E: Element> Part<'_, E> {
                 let first = self.row + segment.start - segment.share * share_rows;
                 for (i, block) in self.blocks(segment.share).iter().enumerate() {
                     if let Some(adapter) = block.adapter {
-                        let dh = self.place(i, segment);
+                        let dh = self.held(i).of(segment);
                         if !fresh {
                             self.down(block, segment, column, dh);
                         }
@@ -232,8 +231,9 @@ impl<E: Element> Part<'_, E> {
                 head: Head::NONE,
                 shares: (Shares::new(job.m, job.shares), self.row),
             };
-            let each = |rows: Segment, p: usize| self.tail(i, rows, p);
-            let tails = match widest(job.blocks, job.shares, i).0 {
+            let dh = self.held(i);
+            let each = |rows: Segment, p: usize| self.tail(i, rows, p, dh);
+            let tails = match dh.row {
                 0 => Tails::None,
                 _ => Tails::Each(&each),
             };
@@ -253,14 +253,14 @@ impl<E: Element> Part<'_, E> {
     }
 
     /// The adapter's part of panel `p` of `dx` for some rows: columns of `A`, of the last panel a padded copy.
-    fn tail(&self, i: usize, rows: Segment, p: usize) -> Tail {
+    fn tail(&self, i: usize, rows: Segment, p: usize, dh: Held) -> Tail {
         let Some(adapter) = self.blocks(rows.share)[i].adapter else {
             return Tail::NONE;
         };
         let (k, r) = (self.job.k, adapter.rank);
         let mut tail = Tail {
             k: r,
-            x: self.place(i, rows),
+            x: dh.of(rows),
             x_row: r,
             x_col: 1,
             panel: adapter.a.wrapping_add(p * NR),

@@ -8,7 +8,7 @@ use super::dots::{self, Dots};
 use super::pack::tail_panel;
 use super::product::{Product, Tails, copy_len};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
-use super::{Block, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks, widest};
+use super::{Block, Held, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks};
 use crate::exec::Exec;
 use crate::tile::{Element, HEAD_PAD, Head, NR, Tail};
 
@@ -107,17 +107,8 @@ pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspac
 
 /// `h` of a block, and how it is made if it is not there yet.
 struct Hidden {
-    at: *mut f32,
-    /// Room for a row.
-    row: usize,
+    held: Held,
     head: Head,
-}
-
-impl Hidden {
-    /// Where the rows of a segment begin; they are as far apart as its own rank.
-    fn of(&self, segment: Segment) -> *mut f32 {
-        self.at.wrapping_add(segment.start * self.row)
-    }
 }
 
 /// Rows `row..row + m` of a job on one worker.
@@ -173,13 +164,12 @@ impl<E: Element> Part<'_, E> {
     /// # Safety
     /// As for [`Part::run`]. If there is a head, the block's panels are computed next.
     unsafe fn hidden(&self, i: usize) -> Hidden {
-        let (row, before) = widest(self.job.blocks, self.job.shares, i);
+        let at = self.scratch.wrapping_add(self.at.h);
         let mut found = Hidden {
-            at: self.scratch.wrapping_add(self.at.h + MAX_ROWS * before),
-            row,
+            held: Held::new(at, self.job.blocks, self.job.shares, i),
             head: Head::NONE,
         };
-        if row == 0 {
+        if found.held.row == 0 {
             return found;
         }
         let job = self.job;
@@ -191,7 +181,7 @@ impl<E: Element> Part<'_, E> {
                     let Some(adapter) = self.blocks(segment.share)[i].adapter else {
                         continue;
                     };
-                    let h = found.of(segment);
+                    let h = found.held.of(segment);
                     if self.m == 1 && !adapter.turned.is_null() && !adapter.tail.is_null() {
                         found.head = Head {
                             a: adapter.turned,
@@ -233,7 +223,7 @@ impl<E: Element> Part<'_, E> {
                 continue;
             }
             let before: usize = blocks[..i].iter().map(Block::rank).sum();
-            let from = hidden.of(segment);
+            let from = hidden.held.of(segment);
             let first = self.row + segment.start - segment.share * share_rows;
             for row in 0..segment.end - segment.start {
                 // SAFETY: the scratch holds these rows of `r`, and `to` those from `first` on.
@@ -274,10 +264,10 @@ impl<E: Element> Part<'_, E> {
         let cols = block.n.min(panels.end * NR) - first;
         let each = |rows: Segment, p: usize| self.tail(i, rows, p, hidden);
         let tails = match block.adapter {
-            _ if hidden.row == 0 => Tails::None,
+            _ if hidden.held.row == 0 => Tails::None,
             Some(a) if job.shares == 1 && !a.tail.is_null() => Tails::Packed {
                 k: a.rank,
-                x: hidden.at,
+                x: hidden.held.at,
                 panels: a.tail,
             },
             _ => Tails::Each(&each),
@@ -313,7 +303,7 @@ impl<E: Element> Part<'_, E> {
         unsafe { tail_panel(adapter.b.add(p * NR * r), cols, r, adapter.scale, panel) };
         Tail {
             k: r,
-            x: hidden.of(rows),
+            x: hidden.held.of(rows),
             x_row: r,
             x_col: 1,
             panel,
