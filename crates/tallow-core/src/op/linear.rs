@@ -148,10 +148,7 @@ fn hidden_types(blocks: &[Block], rows: &Shape) -> Vec<TensorType> {
         TensorType::f32(shape)
     };
     let with = ranks(blocks).into_iter().filter(|r| *r > 0);
-    match shares(blocks) {
-        1 => with.map(|r| TensorType::f32(rows.with_last(r))).collect(),
-        _ => with.map(one).collect(),
-    }
+    with.map(one).collect()
 }
 
 fn outputs(blocks: &[Block]) -> usize {

@@ -47,3 +47,17 @@ pub fn values_and_grads(losses: &Tensor, wrt: &[&Tensor]) -> Result<Grads> {
         grads,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_loss_is_one_number() {
+        let x = Tensor::scalar(2.0).broadcast([3]).unwrap();
+        let losses = x.mul(&x).unwrap();
+        let error = value_and_grad(&losses, &[&x]).err().unwrap().to_string();
+        assert!(error.contains("the loss must be one float"), "{error}");
+        assert_eq!(values_and_grads(&losses, &[&x]).unwrap().grads.len(), 1);
+    }
+}
