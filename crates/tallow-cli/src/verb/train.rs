@@ -309,7 +309,6 @@ struct Ready {
 impl Ready {
     fn new(args: &Args, model: &Model, threads: usize) -> Result<Self> {
         let config = args.config();
-        config.validate()?;
         let mut adapter_config = args.adapter_config()?;
         args.variant.apply(&mut adapter_config, &model.config)?;
         let adapter = Adapter::new(model, &adapter_config, args.seed)?;

@@ -174,9 +174,4 @@ impl Board {
             each.join("  ")
         ));
     }
-
-    /// No more is shown.
-    pub(super) fn close(&mut self) {
-        self.shown = false;
-    }
 }

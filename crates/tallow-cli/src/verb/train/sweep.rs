@@ -74,6 +74,9 @@ fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 pub(super) fn run(args: &Args, file: &Path, global: &Global) -> Result<Outcome> {
     let runs = sweep::read(file)?.runs;
     let all = each(&runs, args)?;
+    for own in &all {
+        own.config().validate()?;
+    }
     let threads = args.threads(&all[0].out, global)?;
     let global = &Global {
         threads: Some(threads),
@@ -120,7 +123,6 @@ pub(super) fn run(args: &Args, file: &Path, global: &Global) -> Result<Outcome> 
         let both = each.map(|(job, lane)| (job, lane as &mut dyn Observer));
         train_all(both.collect()).map_err(stopped)?
     };
-    lock(&board).close();
     let done = Done {
         args,
         runs: &runs,
@@ -205,7 +207,7 @@ impl Done<'_> {
         }
         match self.args.json {
             true => out::json(&table)?,
-            false => self.print(best)?,
+            false => self.print(best, &table)?,
         }
         Ok(Outcome::Fine)
     }
@@ -262,7 +264,7 @@ impl Done<'_> {
         Ok(())
     }
 
-    fn print(&self, best: usize) -> Result<()> {
+    fn print(&self, best: usize, table: &Value) -> Result<()> {
         let mut order: Vec<usize> = (0..self.runs.len()).collect();
         let score = |i: &usize| {
             let now = self.records[*i].standing();
@@ -298,7 +300,6 @@ impl Done<'_> {
                 figure(now.valid),
             ))?;
         }
-        let table = self.table(Some(best));
         let number = |key: &str| table[key].as_f64().unwrap_or(0.0);
         out::line(format!(
             "{:.0} tokens/s over all runs in {}, {} of memory",
