@@ -82,6 +82,7 @@ fn the_portable_kernels_judge_what_the_oracle_cannot() {
         device: "cpu".into(),
         threads: None,
         weights: DType::BF16,
+        choose: tallow::Choose::Estimate,
     });
     let session = session.unwrap();
     let seven = Adapted::seven(4);
