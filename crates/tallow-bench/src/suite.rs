@@ -13,6 +13,7 @@ use crate::probe::{Cost, Probe};
 use crate::{Error, Result};
 
 pub mod candidates;
+mod in_turn;
 pub mod layers;
 pub mod models;
 pub mod products;
