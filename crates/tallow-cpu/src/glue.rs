@@ -137,7 +137,12 @@ fn offers(cpu: &Cpu, spec: &KernelSpec) -> Vec<Offer> {
     let one = |o: Option<Offer>| o.into_iter().collect();
     match &spec.body {
         Body::Composite(c) => match c {
-            Composite::Linear(l) => one(linear::forward(cpu, l, spec)),
+            Composite::Linear(l) => {
+                let thin = linear::thin(l, spec);
+                thin.into_iter()
+                    .chain(linear::forward(cpu, l, spec))
+                    .collect()
+            }
             Composite::LinearGrad(l) => one(linear::backward(cpu, l, spec)),
             Composite::CrossEntropy(_) => one(linear::cross_entropy(cpu, spec)),
             Composite::Dropout(d) => one(dropout::offer(d, spec)),

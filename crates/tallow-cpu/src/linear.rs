@@ -23,12 +23,14 @@ mod outer;
 mod pack;
 mod product;
 mod split;
+mod thin;
 
 pub use backward::{Backward, backward, backward_workspace};
 pub use forward::{Forward, forward, forward_workspace};
 pub use gemm::{Gemm, Strided, gemm, gemm_workspace};
 pub use outer::{Outer, outer};
 pub use pack::{Packed, Source, head_len, pack_head, pack_kn, pack_nk, pack_tail, packed_len};
+pub use thin::{THIN, Thin, thin};
 
 /// An adapter of one block. Matrices are row-major and dense.
 #[derive(Clone, Copy, Debug)]

@@ -18,7 +18,9 @@ use tallow_core::{
 };
 
 mod cross_entropy;
+mod thin;
 pub(super) use cross_entropy::cross_entropy;
+pub(super) use thin::thin;
 
 const NK_F32: &str = "panels32_f32";
 const NK_BF16: &str = "panels32_bf16";
@@ -95,6 +97,7 @@ pub(super) unsafe fn prepare(
             KN_F32 => pack_any::<f32>(cpu, from, op, true, to, f.bytes / 4),
             NK_BF16 => pack_any::<bf16>(cpu, from, op, false, to, f.bytes / 2),
             KN_BF16 => pack_any::<bf16>(cpu, from, op, true, to, f.bytes / 2),
+            thin::ROWS_F32 => thin::widen(from, op, to.cast(), f.bytes / 4),
             _ => return false,
         }
     }

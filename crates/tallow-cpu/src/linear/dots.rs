@@ -34,9 +34,11 @@ pub(crate) unsafe fn run(isa: Isa, dots: &Dots) {
         Isa::Neon => (5, 4),
         Isa::Portable => (2, 2),
     };
+    let blocks = dots.m.div_ceil(rows);
     let mut i = 0;
-    while i < dots.m {
-        let r = rows.min(dots.m - i);
+    for done in 0..blocks {
+        // Even blocks: a lone last row would leave the multipliers waiting.
+        let r = (dots.m - i).div_ceil(blocks - done);
         let mut j = 0;
         while j < dots.n {
             let c = columns.min(dots.n - j);
@@ -112,8 +114,14 @@ impl<const R: usize, const C: usize> Kernel for Block<'_, R, C> {
                 }
             }
             for (i, sums) in sums.into_iter().enumerate() {
+                let y = d.y.add((self.i + i) * d.y_row + self.j);
+                if C == 4 {
+                    let four = std::array::from_fn(|j| sums[j % C]);
+                    y.cast::<[f32; 4]>().write_unaligned(V::sum_each(four));
+                    continue;
+                }
                 for (j, sum) in sums.into_iter().enumerate() {
-                    *d.y.add((self.i + i) * d.y_row + self.j + j) = sum.sum();
+                    *y.add(j) = sum.sum();
                 }
             }
         }

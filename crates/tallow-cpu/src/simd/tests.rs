@@ -29,6 +29,11 @@ impl Kernel for Probe {
         // SAFETY: dispatched, so the machine has the instructions; buffers hold `LANES` elements.
         unsafe {
             let (x, y) = (V::load(a.as_ptr()), V::load(b.as_ptr()));
+            let four = [x, y, x.mul(y), x.sub(y)];
+            let each = four.map(|v| v.sum().to_bits());
+            if V::sum_each(four).map(f32::to_bits) != each {
+                return Err("sum_each: other bits than sum".into());
+            }
             check("zero", V::zero(), &|_| 0.0)?;
             check("splat", V::splat(3.0), &|_| 3.0)?;
             check("add", x.add(y), &|i| a[i] + b[i])?;

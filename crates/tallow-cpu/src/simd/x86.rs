@@ -154,6 +154,33 @@ unsafe impl Vector for __m512 {
         }
     }
     #[inline(always)]
+    unsafe fn sum_each(all: [Self; 4]) -> [f32; 4] {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            // Halves of two vectors at once, then quarters of four, then within each quarter.
+            let [a, b, c, d] = all;
+            let halves = |a, b| {
+                let (lo, hi) = (
+                    _mm512_shuffle_f32x4::<0x44>(a, b),
+                    _mm512_shuffle_f32x4::<0xee>(a, b),
+                );
+                _mm512_add_ps(lo, hi)
+            };
+            let (ab, cd) = (halves(a, b), halves(c, d));
+            let (lo, hi) = (
+                _mm512_shuffle_f32x4::<0x88>(ab, cd),
+                _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+            );
+            let q = _mm512_add_ps(lo, hi);
+            let q = _mm512_add_ps(q, _mm512_permute_ps::<0b11_10_11_10>(q));
+            let q = _mm512_add_ps(q, _mm512_movehdup_ps(q));
+            let firsts = _mm512_maskz_compress_ps(0x1111, q);
+            let mut sums = [0.0; 4];
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm512_castps512_ps128(firsts));
+            sums
+        }
+    }
+    #[inline(always)]
     unsafe fn max_lane(self) -> f32 {
         // SAFETY: the caller has the instructions and gives the elements.
         unsafe { _mm512_reduce_max_ps(self) }
@@ -296,6 +323,24 @@ unsafe impl Vector for __m256 {
             );
             let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
             _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum_each(all: [Self; 4]) -> [f32; 4] {
+        // SAFETY: the caller has the instructions; the array is as large as the vector.
+        unsafe {
+            let half = |v: Self| {
+                let (lo, hi) = (_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+                _mm_add_ps(lo, hi)
+            };
+            let [a, b, c, d] = all.map(half);
+            let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+            let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+            let even = _mm_shuffle_ps::<0b10_00_10_00>(ab, cd);
+            let odd = _mm_shuffle_ps::<0b11_01_11_01>(ab, cd);
+            let mut sums = [0.0; 4];
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(even, odd));
+            sums
         }
     }
     #[inline(always)]

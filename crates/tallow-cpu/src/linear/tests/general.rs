@@ -54,6 +54,44 @@ fn outer_is_the_sum_it_says() {
     });
 }
 
+#[test]
+fn thin_is_the_sum_it_says() {
+    let (mut rng, pools) = (Rng::fresh(), pools());
+    each_isa(&mut |isa, name| {
+        for m in &SIZES[1..] {
+            for n in [1, 2, 3, 4, 5, 7, 8, 9, 16, 31] {
+                let k = [1, 2, 15, 16, 17, 64, 127, 1031][rng.next_u64() as usize % 8];
+                let (x, w) = (Matrix::random(&mut rng, *m, k), rng.vec(n * k));
+                let bias = (rng.next_u64() % 2 == 0).then(|| rng.vec(n));
+                let run = |pool: &Pool| {
+                    let mut y = Matrix::poisoned(*m, n);
+                    let job = Thin {
+                        m: *m,
+                        k,
+                        n,
+                        x: x.input(),
+                        w: w.as_ptr(),
+                        bias: bias.as_ref().map_or(std::ptr::null(), |b| b.as_ptr()),
+                        y: y.output(),
+                    };
+                    // SAFETY: the matrices have these sizes.
+                    unsafe { thin(Exec { isa, pool }, &job) };
+                    y
+                };
+                let y = run(&pools[0]);
+                y.check(&format!("{name} thin {m} {n} {k}"), &|i, j| {
+                    let terms = (0..k).map(|l| product(x.at(i, l), w[j * k + l]));
+                    let bias = bias.as_ref().map(|b| f64::from(b[j]));
+                    terms.chain(bias).collect()
+                });
+                for pool in &pools[1..] {
+                    assert_eq!(run(pool).bits(), y.bits(), "{name} thin {m} {n} {k}");
+                }
+            }
+        }
+    });
+}
+
 /// The sizes of a general product and which factors are stored transposed.
 #[derive(Clone, Copy, Debug)]
 struct Case {
