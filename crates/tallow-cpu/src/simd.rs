@@ -197,6 +197,16 @@ pub unsafe trait Vector: Copy {
     unsafe fn round(self) -> Self;
     /// Two to the power of `self`, an integer from -126 to 127.
     unsafe fn exp2i(self) -> Self;
+    /// `self * 2^n` for an integer `n` from -252 to 254; a result below the normal numbers may be
+    /// rounded twice.
+    #[inline(always)]
+    unsafe fn scale2(self, n: Self) -> Self {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            let half = n.mul(Self::splat(0.5)).round();
+            self.mul(half.exp2i()).mul(n.sub(half).exp2i())
+        }
+    }
     /// `x` in the lanes where `self < b`, `y` elsewhere (also where one is NaN).
     unsafe fn lt_select(self, b: Self, x: Self, y: Self) -> Self;
     /// The sum of all lanes, as a balanced tree: halves are added until one lane is left.
