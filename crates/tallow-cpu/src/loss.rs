@@ -13,7 +13,7 @@ use crate::exec::{Exec, RowKernel, spans};
 use crate::lanes::{LANES, Row, Softmax, transpose};
 use crate::norm::Rows;
 use crate::simd::{Isa, Vector};
-use crate::tile::{self, NR, Tile};
+use crate::tile::{self, NR, Next, Tile};
 use crate::vecmath::log_lane;
 
 /// Classes of a piece.
@@ -265,6 +265,7 @@ impl Chunks<'_> {
                     y_row: LANES,
                     cols,
                     accumulate: false,
+                    next: Next::NONE,
                 };
                 tile::run(self.isa, &tile);
             }
@@ -300,6 +301,7 @@ impl Chunks<'_> {
                     y_row: LANES,
                     cols,
                     accumulate: first > 0,
+                    next: Next::NONE,
                 };
                 tile::run(self.isa, &tile);
             }
@@ -336,6 +338,7 @@ impl Chunks<'_> {
                     y_row: a.c.next_multiple_of(NR),
                     cols,
                     accumulate: classes.start > 0,
+                    next: Next::NONE,
                 };
                 tile::run(self.isa, &tile);
             }

@@ -2,11 +2,12 @@
 //! Invariant: `run` returns only when every task has finished, and it never waits for a worker that
 //! has not taken a task; it allocates nothing. Which worker runs a task is left to chance, so a
 //! kernel must give the same bits whoever runs it.
-//! Absent on purpose: priorities, stealing, futures, pinning. Tasks come from one counter.
+//! Absent on purpose: priorities, futures, pinning. Tasks come from one range.
 //!
-//! A job is published in one word: an epoch and the number of tasks not yet taken. To take a task
-//! is to lower that number by compare-and-swap. If that succeeds the job of that epoch cannot have
-//! finished, so only then does a worker look at the job's pointer. A late worker finds no tasks.
+//! A job is published in one word: an epoch and the range of tasks not yet taken. To take a task is to
+//! shorten that range by compare-and-swap: even workers take the first, odd ones the last, so that
+//! neighbouring tasks (and what they share) mostly meet the same worker. If that succeeds the job of that epoch
+//! cannot have finished, so only then does a worker look at the job's pointer. A late worker finds no tasks.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -25,9 +26,55 @@ pub const MAX_THREADS: usize = 1024;
 /// about half of this.
 pub const DEFAULT_SPIN: Duration = Duration::from_micros(80);
 
-/// Tasks not yet taken live in the low bits of the word, the epoch in the others.
-const LEFT_BITS: u32 = 24;
-const LEFT_MASK: u64 = (1 << LEFT_BITS) - 1;
+/// The most tasks of a job: the word holds two numbers up to this.
+const MAX_TASKS: u64 = (1 << TASK_BITS) - 1;
+const TASK_BITS: u32 = 20;
+
+/// What the word says: the tasks `first..end` of a job are not yet taken.
+#[derive(Clone, Copy)]
+struct Left {
+    epoch: u64,
+    first: u64,
+    end: u64,
+}
+
+impl Left {
+    fn of(word: u64) -> Self {
+        Self {
+            epoch: word >> (2 * TASK_BITS),
+            first: word >> TASK_BITS & MAX_TASKS,
+            end: word & MAX_TASKS,
+        }
+    }
+
+    fn word(self) -> u64 {
+        self.epoch << (2 * TASK_BITS) | self.first << TASK_BITS | self.end
+    }
+
+    fn is_empty(self) -> bool {
+        self.first == self.end
+    }
+
+    /// The task that `worker` takes, and what is left then. There is one.
+    fn take(self, worker: usize) -> (u64, Self) {
+        match worker % 2 {
+            0 => (
+                self.first,
+                Self {
+                    first: self.first + 1,
+                    ..self
+                },
+            ),
+            _ => (
+                self.end - 1,
+                Self {
+                    end: self.end - 1,
+                    ..self
+                },
+            ),
+        }
+    }
+}
 
 /// A task body: task index, worker index.
 type Body<'a> = &'a (dyn Fn(usize, usize) + Sync);
@@ -144,10 +191,10 @@ impl Pool {
             return;
         }
         let mut panic = None;
-        if tasks as u64 <= LEFT_MASK {
+        if tasks as u64 <= MAX_TASKS {
             panic = self.shared.lead(&Job { body, tasks }, self.handles.len());
         } else {
-            let per = tasks.div_ceil(LEFT_MASK as usize);
+            let per = tasks.div_ceil(MAX_TASKS as usize);
             let many = |group: usize, worker: usize| {
                 for task in group * per..tasks.min((group + 1) * per) {
                     body(task, worker);
@@ -193,16 +240,19 @@ impl Shared {
             .store(job_ptr.cast::<Job<'static>>().cast_mut(), Ordering::Relaxed);
         self.finished.0.store(0, Ordering::Relaxed);
         // Only leaders change the epoch, and there is one leader at a time.
-        let epoch = (self.word.0.load(Ordering::Relaxed) >> LEFT_BITS).wrapping_add(1);
-        self.word
-            .0
-            .store((epoch << LEFT_BITS) | job.tasks as u64, Ordering::Release);
+        let before = Left::of(self.word.0.load(Ordering::Relaxed));
+        let left = Left {
+            epoch: before.epoch.wrapping_add(1) & (u64::MAX >> (2 * TASK_BITS)),
+            first: 0,
+            end: job.tasks as u64,
+        };
+        self.word.0.store(left.word(), Ordering::Release);
         // Pairs with the fence in `sleep`: either the worker sees the job or we see it parked.
         fence(Ordering::SeqCst);
         for bed in self.beds.iter().take(workers.min(job.tasks - 1)) {
             bed.wake();
         }
-        let mine = self.take_all(epoch, 0);
+        let mine = self.take_all(left.epoch, 0);
         self.wait_for(job.tasks - mine);
         self.job.store(ptr::null_mut(), Ordering::Relaxed);
         self.panic
@@ -215,15 +265,20 @@ impl Shared {
     fn take_all(&self, epoch: u64, worker: usize) -> usize {
         let mut ran = 0;
         let mut word = self.word.0.load(Ordering::Acquire);
-        while word >> LEFT_BITS == epoch & (u64::MAX >> LEFT_BITS) && word & LEFT_MASK != 0 {
-            let next = word - 1;
-            match self
-                .word
-                .0
-                .compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Acquire)
-            {
+        loop {
+            let left = Left::of(word);
+            if left.epoch != epoch || left.is_empty() {
+                return ran;
+            }
+            let (task, next) = left.take(worker);
+            match self.word.0.compare_exchange_weak(
+                word,
+                next.word(),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
                 Ok(_) => {
-                    self.run_one((next & LEFT_MASK) as usize, worker);
+                    self.run_one(task as usize, worker);
                     ran += 1;
                     if worker != 0 {
                         self.finished.0.fetch_add(1, Ordering::Release);
@@ -233,15 +288,13 @@ impl Shared {
                 Err(now) => word = now,
             }
         }
-        ran
     }
 
-    /// Runs the task taken when `left` others were left. Keeps the first panic.
-    fn run_one(&self, left: usize, worker: usize) {
+    /// Runs a task that was taken. Keeps the first panic.
+    fn run_one(&self, task: usize, worker: usize) {
         // SAFETY: a task of the current job was taken and is not yet counted as finished, so
         // `lead` has not returned and the job on its stack is alive.
         let job = unsafe { &*self.job.load(Ordering::Relaxed) };
-        let task = job.tasks - 1 - left;
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.body)(task, worker))) {
             let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
             first.get_or_insert(panic);
@@ -269,9 +322,9 @@ impl Shared {
         let mut since = Instant::now();
         let mut polls = 0u32;
         while !self.stop.load(Ordering::Relaxed) {
-            let word = self.word.0.load(Ordering::Acquire);
-            if word & LEFT_MASK != 0 {
-                self.take_all(word >> LEFT_BITS, worker);
+            let left = Left::of(self.word.0.load(Ordering::Acquire));
+            if !left.is_empty() {
+                self.take_all(left.epoch, worker);
                 since = Instant::now();
                 polls = 0;
                 continue;
@@ -293,7 +346,7 @@ impl Shared {
         bed.parked.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         while bed.parked.load(Ordering::Acquire)
-            && self.word.0.load(Ordering::Acquire) & LEFT_MASK == 0
+            && Left::of(self.word.0.load(Ordering::Acquire)).is_empty()
             && !self.stop.load(Ordering::SeqCst)
         {
             thread::park();

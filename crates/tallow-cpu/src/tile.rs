@@ -7,12 +7,12 @@
 mod pairs;
 mod strip;
 
-pub use pairs::{PairStrip, PairTile, Pairs, narrow, run_pair_strip, run_pairs};
+pub use pairs::{PairStrip, PairTile, Pairs, interleave, narrow, run_pair_strip, run_pairs};
 pub use strip::{HEAD_PAD, Head, Strip, head_limit, run_strip};
 
 use half::bf16;
 
-use crate::simd::{Isa, Kernel, Vector, prefetch};
+use crate::simd::{Isa, Kernel, Vector, prefetch, prefetch_far};
 
 /// Columns of a panel, the same for every instruction set.
 pub const NR: usize = 32;
@@ -49,6 +49,29 @@ pub struct Tile<E = f32> {
     pub cols: usize,
     /// Adds to `y` instead of setting it.
     pub accumulate: bool,
+    /// What to ask memory for on the way.
+    pub next: Next<E>,
+}
+
+/// A panel that is worked on after this one, `[k, 32]` like it. Each term of each register block asks for a little of it,
+/// so that memory is as busy as the multipliers and neither waits for the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Next<E> {
+    /// Its first element; null for nothing.
+    pub at: *const E,
+    /// The tile's first row among those that ask for a part each.
+    pub row: usize,
+    /// How many rows ask.
+    pub rows: usize,
+}
+
+impl<E> Next<E> {
+    /// Nothing.
+    pub const NONE: Self = Self {
+        at: std::ptr::null(),
+        row: 0,
+        rows: 1,
+    };
 }
 
 /// More terms for the sums of a tile: `sum_l x[i, l] * panel[l, j]` with an `x` and panel of its own.
@@ -310,6 +333,7 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
                 panel: t.panel,
                 panel_row: t.panel_row,
                 cols: t.cols,
+                next: self.next(),
             };
             terms.add::<V, R, FAST, MASK, W>(&mut sums);
             if tail.k > 0 {
@@ -321,11 +345,32 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
                     panel: tail.panel,
                     panel_row: tail.panel_row,
                     cols: t.cols,
+                    next: (tail.panel, 0),
                 };
                 terms.add::<V, R, FAST, MASK, W>(&mut sums);
             }
             write::<V, R, W>(&sums, y, t.y_row, t.cols, t.accumulate);
         }
+    }
+}
+
+impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: usize>
+    Rows<'_, E, R, FAST, MASK, W>
+{
+    /// Where this block's part of the next panel begins, and how much of it each term asks for. Without a next panel it is
+    /// the start of this one again and again, for a branch in the loop would cost more.
+    fn next(&self) -> (*const E, usize) {
+        let Block { tile, row, .. } = self.0;
+        let Next {
+            at,
+            row: first,
+            rows,
+        } = tile.next;
+        if at.is_null() {
+            return (tile.panel, 0);
+        }
+        let part = tile.k * NR * (first + row) / rows;
+        (at.wrapping_add(part), (NR * R).div_ceil(rows))
     }
 }
 
@@ -338,6 +383,8 @@ struct Terms<E> {
     panel: *const E,
     panel_row: usize,
     cols: usize,
+    /// What the first term asks memory for, and how much further the next one looks.
+    next: (*const E, usize),
 }
 
 impl<E: Element> Terms<E> {
@@ -353,10 +400,13 @@ impl<E: Element> Terms<E> {
         let x_row = if FAST { 1 } else { self.x_row };
         let mut x = self.x;
         let mut p = self.panel;
+        let (mut next, step) = self.next;
         // SAFETY: `l` stays below `k`; vectors beyond `cols` are fully masked.
         unsafe {
             let masks = masks::<V>(self.cols);
             for _ in 0..self.k {
+                prefetch_far(next);
+                next = next.wrapping_add(step);
                 if V::LANES == 16 || W < NR {
                     // Registers for the panel's vectors; elements of `x` are broadcast operands.
                     let w = self.row::<V, MASK, W>(p, &masks);

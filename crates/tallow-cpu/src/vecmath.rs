@@ -9,6 +9,8 @@ const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// ln 2 in two parts; the first has few enough bits for `n * LN2_HI` to be exact.
 const LN2_HI: f32 = 0.693_359_4;
 const LN2_LO: f32 = -2.121_944_4e-4;
+/// The linear term of `2^f` in a polynomial of five: three ulp below ln 2.
+const SLOPE: f32 = f32::from_bits(std::f32::consts::LN_2.to_bits() - 3);
 /// Below this, `e^x` is no longer a normal number.
 const EXP_NORMAL: f32 = -87.336_54;
 
@@ -68,7 +70,7 @@ pub unsafe fn exp_nonpos<V: Vector>(x: V) -> V {
         let p = p.mul_add(f, V::splat(9.671_515e-3));
         let p = p.mul_add(f, V::splat(5.550_734e-2));
         let p = p.mul_add(f, V::splat(2.402_224_2e-1));
-        let p = p.mul_add(f, V::splat(6.931_47e-1));
+        let p = p.mul_add(f, V::splat(SLOPE));
         let p = p.mul_add(f, V::splat(1.0));
         // n reaches from -126 to 0.
         let e = match V::LANES {

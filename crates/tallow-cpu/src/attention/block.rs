@@ -8,7 +8,7 @@ use super::{Heads, Queries, Shape};
 use crate::exec::spans;
 use crate::lanes::{LANES, Row};
 use crate::simd::{Isa, Vector};
-use crate::tile::{self, NR, Tile};
+use crate::tile::{self, NR, Next, Tile};
 
 /// The 32 lanes: row `first + i` of `[t, group]`, flattened.
 pub(super) struct Block<'a> {
@@ -166,6 +166,7 @@ impl<'a> Block<'a> {
             y_row: LANES,
             cols: LANES,
             accumulate: false,
+            next: Next::NONE,
         };
         // SAFETY: the caller's promise; every panel row has 32 lanes.
         unsafe { tile::run(isa, &tile) }
@@ -202,6 +203,7 @@ impl<'a> Block<'a> {
                     y_row: self.shape.padded_d(),
                     cols,
                     accumulate,
+                    next: Next::NONE,
                 };
                 tile::run(isa, &tile);
             }
@@ -237,6 +239,7 @@ impl<'a> Block<'a> {
                     y_row: dst.token,
                     cols: NR.min(d - col),
                     accumulate: true,
+                    next: Next::NONE,
                 };
                 tile::run(isa, &tile);
             }

@@ -8,7 +8,7 @@ use super::product::{PIECE, Product, Tails, copy_len, forget};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
 use super::{Block, Held, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks};
 use crate::exec::Exec;
-use crate::tile::{self, Element, Head, NR, Tail, Tile};
+use crate::tile::{self, Element, Head, NR, Next, Tail, Tile};
 
 /// A backward product. `n` is the sum of the blocks' outputs, `r` that of their ranks in a share.
 #[derive(Clone, Copy, Debug)]
@@ -100,6 +100,7 @@ pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, worksp
             at,
             row: rows.start,
             m: rows.len(),
+            descending: worker % 2 == 1,
         };
         // SAFETY: the caller's promise; each task writes rows and columns of its own (`dh` the first
         // task of a row block), and each worker scratch of its own, `per` floats long.
@@ -120,6 +121,7 @@ struct Part<'a, E> {
     at: Scratch,
     row: usize,
     m: usize,
+    descending: bool,
 }
 
 impl<E: Element> Part<'_, E> {
@@ -199,6 +201,7 @@ impl<E: Element> Part<'_, E> {
                         y_row: r,
                         cols: (r - j).min(NR),
                         accumulate: i > 0,
+                        next: Next::NONE,
                     };
                     tile::run(self.exec.isa, &tile);
                 }
@@ -231,6 +234,7 @@ impl<E: Element> Part<'_, E> {
                 scratch: self.scratch.wrapping_add(self.at.copy),
                 head: Head::NONE,
                 shares: (Shares::new(job.m, job.shares), self.row),
+                descending: self.descending,
             };
             let dh = self.held(i);
             let each = |rows: Segment, p: usize| self.tail(i, rows, p, dh);

@@ -99,6 +99,7 @@ pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspac
             key: key as u32,
             row: rows.start,
             m: rows.len(),
+            descending: worker % 2 == 1,
         };
         // SAFETY: the caller's promise; each task writes rows and columns of its own, and each
         // worker scratch of its own.
@@ -121,6 +122,7 @@ struct Part<'a, E> {
     key: u32,
     row: usize,
     m: usize,
+    descending: bool,
 }
 
 impl<E: Element> Part<'_, E> {
@@ -257,6 +259,7 @@ impl<E: Element> Part<'_, E> {
             scratch: self.scratch.wrapping_add(self.at.copy),
             head: hidden.head,
             shares: (Shares::new(job.m, job.shares), self.row),
+            descending: self.descending,
         };
         let y = Rows {
             at: product.y.wrapping_add(first),

@@ -10,7 +10,7 @@ use super::pack::turn;
 use super::split::Split;
 use super::{Raw, Rows};
 use crate::exec::Exec;
-use crate::tile::{self, MR, NR, Tile};
+use crate::tile::{self, MR, NR, Next, Tile};
 
 /// Terms of a sum that are worked on at a time: a panel of `b` packed for them is 32 KiB.
 const PIECE: usize = 256;
@@ -255,6 +255,7 @@ impl Part<'_> {
             y_row: job.c.row,
             cols,
             accumulate: l.start > 0,
+            next: Next::NONE,
         };
         // SAFETY: the caller's promise.
         unsafe { tile::run(self.exec.isa, &tile) };

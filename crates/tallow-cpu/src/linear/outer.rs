@@ -6,7 +6,7 @@
 use super::{Raw, Rows};
 use crate::exec::Exec;
 use crate::simd::{Isa, prefetch_far};
-use crate::tile::{self, MR, NR, Tile};
+use crate::tile::{self, MR, NR, Next, Tile};
 
 /// Rows summed before going on to the next columns: their part of `a` and `b` stays near.
 const PIECE: usize = 128;
@@ -96,6 +96,7 @@ impl Part {
                     y_row: NR,
                     cols: (job.n - column).min(NR),
                     accumulate: t > 0,
+                    next: Next::NONE,
                 };
                 self.ahead(t, p);
                 // SAFETY: rows `t..`, columns `i..` and `column..` are inside; `sums` has `MR` rows

@@ -5,8 +5,8 @@
 use std::ops::Range;
 
 use super::{Segment, Shares, split::MAX_ROWS};
-use crate::simd::{Isa, prefetch_far};
-use crate::tile::{Element, Head, MR, NR, Strip, Tail, Tile, run_strip, run_with_tail};
+use crate::simd::Isa;
+use crate::tile::{Element, Head, MR, NR, Next, Strip, Tail, Tile, run_strip, run_with_tail};
 
 /// The longest piece of a sum: a panel's piece and that of [`MAX_ROWS`] rows fit the second-level
 /// cache, and rounding errors grow slower than in one chain.
@@ -19,8 +19,6 @@ const APART: usize = 16;
 
 /// Weights up to this size stay in the second-level cache by themselves.
 const NEAR_BYTES: usize = 512 << 10;
-/// Rows between two looks ahead.
-const CHUNK_ROWS: usize = 2 * MR;
 
 mod pairs;
 pub(super) use pairs::forget;
@@ -49,6 +47,9 @@ pub(super) struct Product<E> {
     pub(super) head: Head,
     /// Whose tail each row has, counted from this row on.
     pub(super) shares: (Shares, usize),
+    /// The last panel first: for a worker whose next task is the one before this (see [`crate::pool`]), so that the panel it
+    /// asks memory for ahead is the one it will use.
+    pub(super) descending: bool,
 }
 
 /// The tail of the panels of a product.
@@ -125,40 +126,42 @@ impl<E: Element> Product<E> {
     unsafe fn tiles(&self, panels: Range<usize>, piece: &Piece, tails: &Tails<'_>) {
         // SAFETY: the caller's promise.
         let (x, x_row) = unsafe { self.near(piece) };
-        let far = self.k * self.n * size_of::<E>() > NEAR_BYTES;
+        // With fewer rows the panel itself is what memory is asked for.
+        let far = self.m > 2 * MR && self.k * self.n * size_of::<E>() > NEAR_BYTES;
         let (shares, first) = self.shares;
-        for p in panels {
+        for i in 0..panels.len() {
+            let (p, next) = match self.descending {
+                true => (panels.end - 1 - i, (panels.end - 1 - i).checked_sub(1)),
+                false => (panels.start + i, Some(panels.start + i + 1)),
+            };
+            let next = match next {
+                Some(next) if far => self.panel(next, piece),
+                _ => std::ptr::null(),
+            };
             for segment in shares.cut(first, self.m) {
                 let tail = tails.of(segment, p);
-                let rows = segment.end - segment.start;
-                let chunks = rows.div_ceil(CHUNK_ROWS);
-                let cut = |chunk: usize| segment.start + chunk * rows / chunks;
-                for chunk in 0..chunks {
-                    let (row, end) = (cut(chunk), cut(chunk + 1));
-                    if far && self.m > CHUNK_ROWS {
-                        // The next panel arrives while this one is worked on.
-                        let at = |row: usize| row * piece.len / self.m;
-                        ahead(self.panel(p + 1, piece), at(row)..at(end));
-                    }
-                    let tile = Tile {
-                        m: end - row,
-                        k: piece.len,
-                        x: x.wrapping_add(row * x_row),
-                        x_row,
-                        x_col: 1,
-                        panel: self.panel(p, piece),
-                        panel_row: NR,
-                        padded: true,
-                        y: self.y.wrapping_add(row * self.y_row + p * NR),
-                        y_row: self.y_row,
-                        cols: (self.n - p * NR).min(NR),
-                        accumulate: piece.accumulate,
-                    };
-                    let skip = (row - segment.start) * tail.x_row;
-                    let x = tail.x.wrapping_add(skip);
-                    // SAFETY: the caller's promise.
-                    unsafe { run_with_tail(self.isa, &tile, &Tail { x, ..tail }) };
-                }
+                let row = segment.start;
+                let tile = Tile {
+                    m: segment.end - row,
+                    k: piece.len,
+                    x: x.wrapping_add(row * x_row),
+                    x_row,
+                    x_col: 1,
+                    panel: self.panel(p, piece),
+                    panel_row: NR,
+                    padded: true,
+                    y: self.y.wrapping_add(row * self.y_row + p * NR),
+                    y_row: self.y_row,
+                    cols: (self.n - p * NR).min(NR),
+                    accumulate: piece.accumulate,
+                    next: Next {
+                        at: next,
+                        row,
+                        rows: self.m,
+                    },
+                };
+                // SAFETY: the caller's promise.
+                unsafe { run_with_tail(self.isa, &tile, &tail) };
             }
         }
     }
@@ -223,14 +226,6 @@ impl<E: Element> Product<E> {
         };
         // SAFETY: the caller's promise; packed tails are as the strip wants them.
         unsafe { run_strip(self.isa, &strip) };
-    }
-}
-
-/// Asks for some rows of a panel.
-fn ahead<E>(panel: *const E, rows: Range<usize>) {
-    let line = 64 / size_of::<E>();
-    for at in (rows.start * NR..rows.end * NR).step_by(line) {
-        prefetch_far(panel.wrapping_add(at));
     }
 }
 

@@ -16,7 +16,7 @@ const MIN_CYCLES: usize = 6000;
 const LOAD: usize = 5;
 const COLD_LOAD: usize = 16;
 /// Tasks a thread, so that a thread that comes late leaves its share to others.
-const PER_THREAD: usize = 4;
+const PER_THREAD: usize = 8;
 
 /// Panels that one row is multiplied with at once (see `tile::Strip`).
 const STRIP: usize = 4;

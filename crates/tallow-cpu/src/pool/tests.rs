@@ -105,7 +105,7 @@ fn nested_and_concurrent_runs_complete() {
 #[test]
 fn more_tasks_than_the_word_holds() {
     let pool = Pool::new(2);
-    let tasks = (LEFT_MASK as usize) * 2 + 3;
+    let tasks = (MAX_TASKS as usize) * 2 + 3;
     let sum = [const { AtomicU64::new(0) }; 2];
     pool.run(tasks, &|task, worker| {
         sum[worker].fetch_add(task as u64, Relaxed);

@@ -44,10 +44,12 @@ pub struct PairTile {
     pub m: usize,
     /// Pairs in the sums.
     pub pairs: usize,
-    /// Pairs of bf16; those of a row are neighbours (see [`narrow`]).
+    /// Pairs of bf16 (see [`narrow`]): pair `l` of row `i` is at `x + i * x_row + l * x_col`.
     pub x: *const u32,
     /// Distance between rows of `x`, in pairs.
     pub x_row: usize,
+    /// Distance between the pairs of a row of `x`: 1 where [`narrow`] made them.
+    pub x_col: usize,
     /// `[pairs][32][2]`
     pub panel: *const Pairs,
     /// Element `(i, j)` is at `y + i * y_row + j`.
@@ -109,6 +111,21 @@ pub unsafe fn narrow(isa: Isa, x: *const f32, n: usize, to: *mut u32) {
     // SAFETY: the caller's promise.
     unsafe {
         x86::narrow(x, n, to);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (x, n, to);
+}
+
+/// Rounds `x: [n, 32]` to pairs of rows: `[n / 2][32]`; an odd last row is beside zeros.
+///
+/// # Safety
+/// The machine has [`Isa::Avx512Bf16`]; the elements are readable and the pairs writable.
+pub unsafe fn interleave(isa: Isa, x: *const f32, n: usize, to: *mut u32) {
+    check(isa);
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        x86::interleave(x, n, to);
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (x, n, to);

@@ -59,6 +59,7 @@ fn check(isa: Isa, case: Case, rng: &mut Rng) -> Vec<f32> {
         y_row,
         cols,
         accumulate,
+        next: Next::NONE,
     };
     let more = Tail {
         k: tail,
@@ -166,6 +167,7 @@ fn bits_do_not_depend_on_rows_strides_or_padding() {
                     y_row: cols,
                     cols,
                     accumulate: false,
+                    next: Next::NONE,
                 };
                 // SAFETY: rows from `row` on are inside the buffers.
                 unsafe { run(isa, &tile) };
@@ -226,6 +228,7 @@ fn padded_product<E: Element>(
         y_row: cols,
         cols,
         accumulate: false,
+        next: Next::NONE,
     };
     // SAFETY: `x` is `[m, k]`, the panel `[k, 32]`, `y` `[m, cols]`.
     unsafe { run(isa, &tile) };

@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use super::{CHUNK_ROWS, NEAR_BYTES, PIECE, Product, Tails};
+use super::{NEAR_BYTES, PIECE, Product, Tails};
 use crate::linear::Segment;
-use crate::tile::{Head, NR, PairStrip, PairTile, Pairs, Tail, narrow, run_pair_strip, run_pairs};
+use crate::tile::{Head, MR, NR, PairStrip, PairTile, Pairs, narrow, run_pair_strip, run_pairs};
 
 /// What a rounded row is longer than its piece, in pairs: rows then do not fight for cache lines.
 const APART: usize = 8;
@@ -54,6 +54,7 @@ impl<E> Product<E> {
             scratch: self.scratch,
             head: self.head,
             shares: self.shares,
+            descending: self.descending,
         }
     }
 }
@@ -68,7 +69,8 @@ impl Product<Pairs> {
     /// # Safety
     /// As for [`Product::run`].
     pub(super) unsafe fn run_pairs(&self, panels: Range<usize>, tails: &Tails<'_>) {
-        let pieces = self.pairs().div_ceil(PIECE / 2).max(1);
+        // Twice as many terms as of f32 in the same room.
+        let pieces = self.pairs().div_ceil(PIECE).max(1);
         let mut from = 0;
         for piece in 0..pieces {
             let len = (self.pairs() - from).div_ceil(pieces - piece);
@@ -105,7 +107,7 @@ impl Product<Pairs> {
         };
         let at = self.scratch.wrapping_add(KEY).cast::<u32>();
         // SAFETY: the scratch has `copy_len(k)` floats, `MAX_ROWS (min(k, PIECE) + 16)`: enough for the
-        // key and `m` rows of `len + APART`, where `len` is half of the other, rounded up.
+        // key and `m` rows of `len + APART`, for `len` is at most `PIECE` and at most `k`.
         unsafe {
             let held = self.scratch.cast::<Key>();
             if held.read_unaligned() != key {
@@ -128,38 +130,37 @@ impl Product<Pairs> {
         x: *const u32,
         tails: &Tails<'_>,
     ) {
-        let far = self.pairs() * self.n * size_of::<u32>() > NEAR_BYTES;
+        // With fewer rows the panel itself is what memory is asked for.
+        let far = self.m > 2 * MR && self.pairs() * self.n * size_of::<u32>() > NEAR_BYTES;
         let (shares, first) = self.shares;
         let x_row = piece.len + APART;
-        for p in panels {
+        for i in 0..panels.len() {
+            let (p, next) = match self.descending {
+                true => (panels.end - 1 - i, (panels.end - 1 - i).checked_sub(1)),
+                false => (panels.start + i, Some(panels.start + i + 1)),
+            };
+            let next = next.filter(|_| far).map(|p| self.pair_panel(p, piece));
             for segment in shares.cut(first, self.m) {
                 let tail = tails.of(segment, p);
-                let rows = segment.end - segment.start;
-                let chunks = rows.div_ceil(CHUNK_ROWS);
-                let cut = |chunk: usize| segment.start + chunk * rows / chunks;
-                for chunk in 0..chunks {
-                    let (row, end) = (cut(chunk), cut(chunk + 1));
-                    // The next panel arrives while this one is worked on.
-                    let line = |row: usize| row * 2 * piece.len / self.m;
-                    let lines = if far { line(row)..line(end) } else { 0..0 };
-                    let tile = PairTile {
-                        m: end - row,
-                        pairs: piece.len,
-                        x: x.wrapping_add(row * x_row),
-                        x_row,
-                        panel: self.pair_panel(p, piece),
-                        y: self.y.wrapping_add(row * self.y_row + p * NR),
-                        y_row: self.y_row,
-                        cols: (self.n - p * NR).min(NR),
-                        accumulate: piece.accumulate,
-                        ahead: self.pair_panel(p + 1, piece).wrapping_add(lines.start * NR),
-                        ahead_lines: lines.len(),
-                    };
-                    let skip = (row - segment.start) * tail.x_row;
-                    let x = tail.x.wrapping_add(skip);
-                    // SAFETY: the caller's promise.
-                    unsafe { run_pairs(self.isa, &tile, &Tail { x, ..tail }) };
-                }
+                let row = segment.start;
+                // Each row asks for its part of the next panel, two cache lines a pair.
+                let line = |row: usize| row * 2 * piece.len / self.m;
+                let tile = PairTile {
+                    m: segment.end - row,
+                    pairs: piece.len,
+                    x: x.wrapping_add(row * x_row),
+                    x_row,
+                    x_col: 1,
+                    panel: self.pair_panel(p, piece),
+                    y: self.y.wrapping_add(row * self.y_row + p * NR),
+                    y_row: self.y_row,
+                    cols: (self.n - p * NR).min(NR),
+                    accumulate: piece.accumulate,
+                    ahead: next.map_or(std::ptr::null(), |at| at.wrapping_add(line(row) * NR)),
+                    ahead_lines: next.map_or(0, |_| line(segment.end) - line(row)),
+                };
+                // SAFETY: the caller's promise.
+                unsafe { run_pairs(self.isa, &tile, &tail) };
             }
         }
     }

@@ -92,6 +92,7 @@ fn check(rng: &mut Rng, (m, k, cols): (usize, usize, usize), r: usize, accumulat
         pairs,
         x: xp.as_ptr(),
         x_row,
+        x_col: 1,
         panel: panel.as_ptr(),
         y: y.as_mut_ptr(),
         y_row,

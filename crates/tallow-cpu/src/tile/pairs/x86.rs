@@ -66,6 +66,36 @@ pub(super) unsafe fn narrow(x: *const f32, n: usize, to: *mut u32) {
     }
 }
 
+/// # Safety
+/// As for [`super::interleave`].
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+pub(super) unsafe fn interleave(x: *const f32, n: usize, to: *mut u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in (0..n).step_by(PAIR) {
+            for j in (0..NR).step_by(16) {
+                let low = wide(_mm512_loadu_ps(x.add(i * NR + j)));
+                let both = if i + 1 < n {
+                    let high = wide(_mm512_loadu_ps(x.add((i + 1) * NR + j)));
+                    _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
+                } else {
+                    low
+                };
+                _mm512_storeu_si512(to.add(i / PAIR * NR + j).cast(), both);
+            }
+        }
+    }
+}
+
+/// 16 elements rounded to bf16, each in the low half of a lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+fn wide(x: __m512) -> __m512i {
+    // SAFETY: vectors of one size, every bit pattern of which is a value of either type.
+    let half = unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)) };
+    _mm512_cvtepu16_epi32(half)
+}
+
 /// The first `n` lanes of sixteen.
 #[inline(always)]
 fn first(n: usize) -> __mmask16 {
@@ -128,7 +158,7 @@ unsafe fn rows_of<const R: usize>(t: &PairTile, tail: &Tail, row: usize, ahead: 
                 row[0] = dot(row[0], a, w[0]);
                 row[1] = dot(row[1], a, w[1]);
             }
-            x = x.wrapping_add(1);
+            x = x.wrapping_add(t.x_col);
             p = p.wrapping_add(STEP);
         }
         if tail.k > 0 {
@@ -140,6 +170,7 @@ unsafe fn rows_of<const R: usize>(t: &PairTile, tail: &Tail, row: usize, ahead: 
                 panel: tail.panel,
                 panel_row: tail.panel_row,
                 cols: t.cols,
+                next: (tail.panel, 0),
             };
             terms.add::<__m512, R, false, false, NR>(&mut sums);
         }
