@@ -128,6 +128,13 @@ pub(super) unsafe fn prepare(
             KN_BF16 => pack_any::<bf16>(cpu, from, op, true, to, f.bytes / 2),
             NK_PAIRS => pack_any::<Pairs>(cpu, from, op, false, to, f.bytes / 2),
             KN_PAIRS => pack_any::<Pairs>(cpu, from, op, true, to, f.bytes / 2),
+            cross_entropy::BOTH_PAIRS => {
+                let (v, c) = (op.layout.shape.0[0], op.layout.shape.0[1]);
+                let (forward, backward) = cross_entropy::both(v, c);
+                let behind = to.add(forward * size_of::<Pairs>());
+                pack_any::<Pairs>(cpu, from, op, false, to, forward);
+                pack_any::<Pairs>(cpu, from, op, true, behind, backward);
+            }
             _ => return false,
         }
     }
