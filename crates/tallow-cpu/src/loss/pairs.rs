@@ -75,8 +75,9 @@ impl Chunks<'_> {
                 y_row: LANES,
                 cols,
                 accumulate: false,
-                ahead: std::ptr::null(),
-                ahead_lines: 0,
+                // The next classes.
+                ahead: w.forward.wrapping_add((first + NR) * 2 * pairs),
+                ahead_lines: 2 * pairs,
             };
             // SAFETY: up to 32 classes from `first` on are a panel of weights and rows of `logits`.
             unsafe { run_pairs(self.isa, &tile, &Tail::NONE) };
@@ -100,19 +101,21 @@ impl Chunks<'_> {
         unsafe { interleave(self.isa, e, classes.len(), pairs) };
         let len = Pairs::rows(a.v) * NR;
         for col in (0..a.c).step_by(NR) {
+            let panel = w.backward.wrapping_add(col / NR * len + classes.start * NR);
             let tile = PairTile {
                 m: rows,
                 pairs: classes.len().div_ceil(2),
                 x: pairs,
                 x_row: 1,
                 x_col: LANES,
-                panel: w.backward.wrapping_add(col / NR * len + classes.start * NR),
+                panel,
                 y: gradient.wrapping_add(col),
                 y_row: a.c.next_multiple_of(NR),
                 cols: NR.min(a.c - col),
                 accumulate: classes.start > 0,
-                ahead: std::ptr::null(),
-                ahead_lines: 0,
+                // The next classes.
+                ahead: panel.wrapping_add(classes.len() * NR),
+                ahead_lines: classes.len(),
             };
             // SAFETY: the classes are rows of the panel, `rows` at most 32.
             unsafe { run_pairs(self.isa, &tile, &Tail::NONE) };

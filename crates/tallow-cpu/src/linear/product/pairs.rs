@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{NEAR_BYTES, PIECE, Product, Tails};
+use super::{PIECE, Product, Tails};
 use crate::linear::Segment;
 use crate::tile::{Head, MR, NR, PairStrip, PairTile, Pairs, narrow, run_pair_strip, run_pairs};
 
@@ -130,8 +130,9 @@ impl Product<Pairs> {
         x: *const u32,
         tails: &Tails<'_>,
     ) {
-        // With fewer rows the panel itself is what memory is asked for.
-        let far = self.m > 2 * MR && self.pairs() * self.n * size_of::<u32>() > NEAR_BYTES;
+        // With fewer rows the panel itself is what memory is asked for. Small weights too come from afar, for a model
+        // has many of them; asking for what is near costs next to nothing.
+        let far = self.m > 2 * MR;
         let (shares, first) = self.shares;
         let x_row = piece.len + APART;
         for i in 0..panels.len() {
