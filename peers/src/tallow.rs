@@ -145,6 +145,7 @@ impl TallowLora {
             device: "cpu".to_owned(),
             threads: Some(threads),
             weights: DType::F32,
+            choose: ::tallow::Choose::Estimate,
         })?;
         let frozen = |v: &[f32], shape: [usize; 2]| session.tensor(v, shape, Role::Frozen);
         let x = session.zeros(TensorType::f32([m, k]), Role::Data)?;

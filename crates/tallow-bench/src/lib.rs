@@ -9,6 +9,7 @@
 
 pub mod compare;
 pub mod error;
+pub mod load;
 pub mod measure;
 pub mod ours;
 pub mod peer;

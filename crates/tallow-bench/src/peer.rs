@@ -73,6 +73,17 @@ pub fn known() -> Vec<&'static str> {
     python.collect()
 }
 
+/// The variable that must hold the number of threads when a program with one of these engines starts, if there is one.
+#[must_use]
+pub fn wants(names: &[String]) -> Option<&'static str> {
+    #[cfg(feature = "peers")]
+    if names.iter().any(|n| local::ENGINES.contains(&&**n)) {
+        return Some(local::THREADS);
+    }
+    let _ = names;
+    None
+}
+
 /// The engines of these names, each with as many threads as tallow. One that is not there takes part in nothing; its
 /// version says why, and what installs it.
 ///

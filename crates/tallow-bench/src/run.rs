@@ -101,6 +101,7 @@ fn peers(plan: &Plan<'_>, there: bool) -> Vec<(String, String)> {
 
 /// One task; `None` if it was stopped.
 fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -> Option<Group> {
+    let settings = task.suite.settings(plan.settings);
     let mut missing = vec![];
     let mut contenders = match (task.make)(cx) {
         Ok(all) => all,
@@ -118,7 +119,7 @@ fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -
             }
         }
     }
-    let mut rows = measure(&Wall::new(), &plan.settings, &mut contenders, stop)?;
+    let mut rows = measure(&Wall::new(), &settings, &mut contenders, stop)?;
     rows.extend(missing);
     Some(Group {
         suite: task.suite.name().to_owned(),

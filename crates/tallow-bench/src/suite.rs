@@ -3,16 +3,19 @@
 //! the work, so that a plan that does more than it must does not lower its own floor.
 //! Absent on purpose: how it is measured.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use tallow::{DType, Session};
 
-use crate::measure::Contender;
+use crate::measure::{Contender, Settings};
 use crate::ours::Ours;
 use crate::probe::{Cost, Probe};
 use crate::{Error, Result};
 
+pub mod busy;
 pub mod candidates;
+mod in_turn;
 pub mod layers;
 pub mod models;
 pub mod products;
@@ -32,16 +35,19 @@ pub enum Suite {
     Train,
     /// A whole model decoding.
     Decode,
+    /// Works beside a program that keeps every core busy.
+    Busy,
 }
 
 impl Suite {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Seed,
         Self::Layers,
         Self::Tax,
         Self::Train,
         Self::Decode,
+        Self::Busy,
     ];
 
     /// Lower-case name, as on the command line.
@@ -53,6 +59,21 @@ impl Suite {
             Self::Tax => "tax",
             Self::Train => "train",
             Self::Decode => "decode",
+            Self::Busy => "busy",
+        }
+    }
+
+    /// How much of it is measured where `usual` is asked for: beside another program a loop must be longer than the time
+    /// that the system gives to one of them in one go.
+    #[must_use]
+    pub fn settings(self, usual: Settings) -> Settings {
+        match self {
+            Self::Busy => Settings {
+                rounds: usual.rounds.min(9),
+                loop_s: (usual.loop_s * 40.0).max(0.04),
+                ..usual
+            },
+            _ => usual,
         }
     }
 }
@@ -71,6 +92,8 @@ pub struct Context {
     pub probe: Probe,
     /// Models of the suites that need one: what they are called and where they lie.
     pub models: Vec<(String, PathBuf)>,
+    /// A command that keeps every core busy, as [`crate::load::spin`] does; for the suite that wants it.
+    pub spinner: Option<Vec<OsString>>,
 }
 
 impl Context {
@@ -119,6 +142,7 @@ pub fn tasks(suite: Suite, cx: &Context) -> Result<Vec<Task>> {
         Suite::Tax => tax::tasks(cx),
         Suite::Train => models::train(cx),
         Suite::Decode => models::decode(cx),
+        Suite::Busy => busy::tasks(cx),
     }
 }
 
@@ -130,7 +154,7 @@ impl std::str::FromStr for Suite {
         let found = Self::ALL.into_iter().find(|s| s.name() == name);
         found.ok_or_else(|| Error::Setting {
             name: "suite",
-            want: "seed, layers, tax, train or decode",
+            want: "seed, layers, tax, train, decode or busy",
             got: name.to_owned(),
         })
     }

@@ -5,8 +5,9 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use tallow::{
-    DType, OpenOptions, Role, Session,
+    Choose, DType, OpenOptions, Role, Session,
     llm::{Adapter, AdapterConfig, ComputeDType, LoadOptions, Model, Targets, Tokenizer},
+    tune,
 };
 
 /// Options of every verb.
@@ -18,6 +19,9 @@ pub(crate) struct Global {
     /// CPU threads [default: TALLOW_THREADS, or the physical cores].
     #[arg(long, global = true, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+    /// Choose kernels by estimates alone: measure none, and read no table of measured ones [default: TALLOW_NO_TUNE].
+    #[arg(long, global = true)]
+    pub no_tune: bool,
     /// Say more on stderr; twice for still more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -83,8 +87,26 @@ impl ModelArgs {
     }
 }
 
+/// How kernels are chosen: measured, unless the command line or the environment forbids it.
+fn choose(global: &Global) -> Choose {
+    let forbidden = std::env::var_os("TALLOW_NO_TUNE").is_some_and(|v| !v.is_empty());
+    match global.no_tune || forbidden {
+        true => Choose::Estimate,
+        false => Choose::Measure(tune::Options::usual(|line| eprintln!("{line}"))),
+    }
+}
+
 /// A session on the device that was asked for.
 pub(crate) fn session(global: &Global, dtype: ComputeDType) -> Result<Session> {
+    session_that(global, dtype, choose(global))
+}
+
+/// A session whose kernels are chosen as told.
+pub(crate) fn session_that(
+    global: &Global,
+    dtype: ComputeDType,
+    choose: Choose,
+) -> Result<Session> {
     let options = OpenOptions {
         device: global.device.clone(),
         threads: global.threads,
@@ -92,6 +114,7 @@ pub(crate) fn session(global: &Global, dtype: ComputeDType) -> Result<Session> {
             ComputeDType::F32 => DType::F32,
             ComputeDType::BF16 => DType::BF16,
         },
+        choose,
     };
     let session = tallow::open_with(&options)?;
     if options.device == "auto" {

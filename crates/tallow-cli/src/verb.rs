@@ -18,6 +18,7 @@ mod inspect;
 mod logits;
 mod merge;
 mod train;
+mod tune;
 mod verify;
 
 /// What to do.
@@ -48,6 +49,8 @@ pub(crate) enum Verb {
     Explain(explain::Args),
     /// Times that cannot be fooled, beside the floor of this machine.
     Bench(Box<bench::Args>),
+    /// Measure ahead which kernels are the fastest for a model here, and keep it.
+    Tune(tune::Args),
     /// Devices, CPU features, threads, caches, and a self-test of two seconds.
     Doctor(doctor::Args),
 }
@@ -72,6 +75,7 @@ impl Verb {
             Verb::Verify(a) => verify::run(a, global),
             Verb::Explain(a) => explain::run(a, global),
             Verb::Bench(a) => bench::run(a, global),
+            Verb::Tune(a) => tune::run(a, global),
             Verb::Doctor(a) => doctor::run(a, global),
         }
     }

@@ -19,6 +19,8 @@ mod refused;
 mod survives;
 #[path = "cli/sweep.rs"]
 mod sweep;
+#[path = "cli/tune.rs"]
+mod tune;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -46,6 +48,7 @@ fn valid() -> String {
 fn tallow(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_tallow"))
         .args(args)
+        .env("TALLOW_NO_TUNE", "1")
         .stdin(Stdio::null())
         .output()
         .unwrap()
@@ -303,6 +306,7 @@ fn weights_in_bf16_are_close_to_f32_and_it_is_said() {
 fn a_reader_that_leaves_is_no_error() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_tallow"))
         .args(["explain", "train", "--model", &tiny(), "--tokens", "32"])
+        .env("TALLOW_NO_TUNE", "1")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

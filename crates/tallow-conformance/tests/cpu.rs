@@ -1,15 +1,41 @@
-//! The suite on the CPU backend, once for each instruction set this machine has.
-use tallow_core::{session::Session, types::DType};
+//! The suite on the CPU backend, once for each instruction set this machine has, and with the kernels that estimates
+//! would not choose.
+use tallow_core::{
+    backend::Chooser,
+    kernel::{Candidate, KernelSpec},
+    session::Session,
+    types::DType,
+};
 use tallow_cpu::{Cpu, CpuOptions, simd::Isa};
 
-fn session(isa: Isa, threads: usize) -> Session {
+fn cpu(isa: Isa, threads: usize) -> std::sync::Arc<Cpu> {
     let options = CpuOptions {
         threads: Some(threads),
         weights: DType::F32,
         isa: Some(isa),
     };
-    let cpu = Cpu::open(&options).expect("the CPU opens");
-    Session::new(std::sync::Arc::new(cpu))
+    std::sync::Arc::new(Cpu::open(&options).expect("the CPU opens"))
+}
+
+fn session(isa: Isa, threads: usize) -> Session {
+    Session::new(cpu(isa, threads))
+}
+
+/// The dearest candidate: what is offered but seldom chosen is tested too.
+struct Dearest;
+impl Chooser for Dearest {
+    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> (usize, String) {
+        let dearest = (0..c.len()).max_by(|a, b| c[*a].cost.total_cmp(&c[*b].cost));
+        (dearest.unwrap_or(0), "dearest".into())
+    }
+}
+
+mod dearest {
+    use super::*;
+    tallow_conformance::suite!(Session::with_chooser(
+        cpu(Isa::best(), 2),
+        Box::new(Dearest)
+    ));
 }
 
 mod best {

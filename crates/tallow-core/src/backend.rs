@@ -6,7 +6,7 @@ use crate::{
     kernel::{Candidate, Format, KernelSpec, Operand},
     plan::Plan,
 };
-use std::{any::Any, ops::Range, sync::Arc};
+use std::{any::Any, collections::HashMap, ops::Range, sync::Arc};
 
 /// Device memory. `raw` means something only to the backend that made it; dropping the last clone frees it.
 #[derive(Clone)]
@@ -48,6 +48,11 @@ pub struct DeviceInfo {
 pub trait Backend: Send + Sync {
     /// Name and rules.
     fn info(&self) -> &DeviceInfo;
+    /// All that the speed of its kernels depends on: hardware, driver, threads. What was measured under one
+    /// identity says nothing about another.
+    fn identity(&self) -> String {
+        self.info().name.clone()
+    }
     /// Zeroed memory.
     fn alloc(&self, bytes: usize) -> Result<Buffer>;
     /// Memory with the contents of `host[range]`: shared where the device can read it in place
@@ -107,6 +112,8 @@ pub trait Recording: Send {
 pub trait Chooser: Send + Sync {
     /// Index of the winner and why it won.
     fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> (usize, String);
+    /// A plan is complete: the time to write down and to tell what was found for it.
+    fn planned(&self) {}
 }
 
 /// The cheapest by the backend's own estimate.
@@ -121,5 +128,22 @@ impl Chooser for ByCost {
             n => format!("lowest estimate of {n}"),
         };
         (best, why)
+    }
+}
+
+/// Takes the kernels that were chosen before, by [`KernelSpec::key`] and name; asks another chooser where there was none.
+pub(crate) struct Pinned<'a> {
+    pub(crate) choices: &'a HashMap<String, String>,
+    pub(crate) otherwise: &'a dyn Chooser,
+}
+impl Chooser for Pinned<'_> {
+    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> (usize, String) {
+        if c.len() > 1
+            && let Some(name) = self.choices.get(&spec.key())
+            && let Some(i) = c.iter().position(|c| c.name == name)
+        {
+            return (i, "as before".into());
+        }
+        self.otherwise.choose(spec, c)
     }
 }

@@ -177,6 +177,15 @@ impl KernelSpec {
             Body::Copy | Body::Fill(_) | Body::Gather | Body::Iota(_) | Body::Random(_) => 0.0,
         }
     }
+    /// What tells this spec from every other, on one line, the same in every process: name, operand types, and a number
+    /// made of all the rest (strides, factors, what never changes).
+    pub fn key(&self) -> String {
+        // FNV-1a: the standard library's hashes may change with its version.
+        let all = format!("{self:?}");
+        let step = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
+        let number = all.bytes().fold(0xcbf2_9ce4_8422_2325, step);
+        format!("{} {} #{number:016x}", self.name(), self.signature())
+    }
     /// Operand types for messages: `f32[4, 8], bf16[8, 8] -> f32[4, 8]`.
     pub fn signature(&self) -> String {
         let show = |o: &Operand| {

@@ -107,6 +107,14 @@ pub struct Plan {
     pub outputs: Vec<usize>,
 }
 
+impl Plan {
+    /// The kernels that won over others, by [`KernelSpec::key`] and name: for [`Session::pin`](crate::session::Session::pin).
+    pub fn choices(&self) -> impl Iterator<Item = (String, String)> {
+        let contested = self.steps.iter().filter(|s| !s.rejected.is_empty());
+        contested.map(|s| (s.spec.key(), s.kernel_name.to_owned()))
+    }
+}
+
 /// A launch whose operands are still views of roots.
 pub(crate) struct Draft {
     spec: KernelSpec,

@@ -42,6 +42,8 @@ struct Shared {
     chooser: Box<dyn Chooser>,
     plans: Mutex<PlanCache>,
     prepared: Mutex<PreparedOperands>,
+    /// Kernels that are not chosen anew, by spec.
+    pins: Mutex<HashMap<String, String>>,
 }
 
 /// Most recently used plans; older ones are dropped.
@@ -74,11 +76,19 @@ impl Session {
             chooser,
             plans: Mutex::default(),
             prepared: Mutex::default(),
+            pins: Mutex::default(),
         }))
     }
     /// The device.
     pub fn backend(&self) -> &Arc<dyn Backend> {
         &self.0.backend
+    }
+    /// From now on takes these kernels, by [`KernelSpec::key`] and name, where a plan has the choice: a run that goes
+    /// on adds in the order it began with. Plans made before are dropped.
+    pub fn pin(&self, choices: impl IntoIterator<Item = (String, String)>) {
+        let mut pins = self.0.pins.lock().unwrap_or_else(|e| e.into_inner());
+        pins.extend(choices);
+        self.lock_plans().plans.clear();
     }
     /// Number of plans kept.
     pub fn cached_plans(&self) -> usize {
@@ -192,7 +202,15 @@ impl Session {
         };
         let expanded = expand::expand(&canon, keep)?;
         let fused = fuse::fuse(&expanded)?;
-        let plan = Arc::new(plan::plan(fused, be, &*self.0.chooser)?);
+        let plan = {
+            let pins = self.0.pins.lock().unwrap_or_else(|e| e.into_inner());
+            let chooser = Pinned {
+                choices: &pins,
+                otherwise: &*self.0.chooser,
+            };
+            Arc::new(plan::plan(fused, be, &chooser)?)
+        };
+        self.0.chooser.planned();
         let outputs = g.outputs.iter().map(|o| g.ty(*o).clone()).collect();
         let c = Compiled {
             plan,

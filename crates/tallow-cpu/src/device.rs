@@ -120,6 +120,15 @@ impl Backend for Cpu {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
+    fn identity(&self) -> String {
+        let facts = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = facts.lines().find(|l| l.starts_with("model name"));
+        let model = model.and_then(|l| l.split_once(": ")).map(|(_, name)| name);
+        let model = model.unwrap_or(std::env::consts::ARCH);
+        let (isa, threads) = (self.isa.name(), self.threads());
+        let version = env!("CARGO_PKG_VERSION");
+        format!("cpu {model}, {isa}, threads {threads}, tallow {version}")
+    }
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
         let n = bytes.div_ceil(64).max(1);
         let mut v: Vec<Line> = Vec::new();

@@ -60,6 +60,8 @@ pub(crate) struct Offer {
     /// Scratch in floats.
     pub(crate) scratch: usize,
     pub(crate) prepare: Vec<(usize, Format)>,
+    /// How many times as long as others it is thought to take.
+    pub(crate) dearer: f64,
     pub(crate) run: Arc<KernelFn>,
 }
 
@@ -69,12 +71,19 @@ impl Offer {
             name,
             scratch: 0,
             prepare: vec![],
+            dearer: 1.0,
             run: Arc::new(run),
         }
     }
     pub(crate) fn scratch(self, floats: usize) -> Self {
         Offer {
             scratch: floats,
+            ..self
+        }
+    }
+    pub(crate) fn dearer(self, times: f64) -> Self {
+        Offer {
+            dearer: times,
             ..self
         }
     }
@@ -105,7 +114,7 @@ pub(crate) fn candidates(cpu: &Cpu, spec: &KernelSpec) -> Vec<Candidate> {
             kernel: KernelId(table.kernels.len() as u32),
             name: offer.name,
             workspace: offer.scratch * 4,
-            cost: estimate(cpu, spec),
+            cost: estimate(cpu, spec) * offer.dearer,
             prepare: offer.prepare,
         });
         table.kernels.push(offer.run);

@@ -174,6 +174,26 @@ impl Backend for Cuda {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
+    fn identity(&self) -> String {
+        let ordinal = self
+            .info
+            .name
+            .rsplit(':')
+            .next()
+            .and_then(|n| n.parse().ok());
+        let card = ordinal.and_then(|n| driver::facts(n).ok());
+        let card = card.map_or(String::new(), |(_, f)| {
+            format!(
+                " {} sm_{}{}, {} processors",
+                f.name, f.capability.0, f.capability.1, f.processors
+            )
+        });
+        let driver = driver::version().unwrap_or_default();
+        format!(
+            "cuda{card}, driver {driver}, tallow {}",
+            env!("CARGO_PKG_VERSION")
+        )
+    }
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
         self.buffer(bytes)
     }

@@ -73,6 +73,14 @@ pub(crate) fn missing() -> Error {
     }
 }
 
+/// The driver's version, where there is one: 13000 is 13.0.
+pub(crate) fn version() -> Option<i32> {
+    let mut version = 0;
+    // SAFETY: the library is there, and the pointer is to an integer of ours.
+    let code = present().then(|| unsafe { sys::cuDriverGetVersion(&mut version) })?;
+    (code == sys::CUresult::CUDA_SUCCESS).then_some(version)
+}
+
 /// Number of cards, with the driver started.
 pub(crate) fn count() -> Result<usize> {
     if !present() {

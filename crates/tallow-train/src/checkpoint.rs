@@ -49,6 +49,9 @@ pub struct About {
     pub threads: Option<usize>,
     /// Kernels of the plan of each batch shape, in order.
     pub kernels: BTreeMap<String, Vec<String>>,
+    /// Those of them that won over others, by spec: a run that goes on takes them again.
+    #[serde(default)]
+    pub choices: BTreeMap<String, String>,
     /// Targets counted.
     pub tokens: u64,
     /// Time in steps, in seconds.

@@ -17,6 +17,7 @@ pub use tallow_cpu as cpu;
 pub use tallow_cuda as cuda;
 pub use tallow_llm as llm;
 pub use tallow_train as train;
+pub use tallow_tune as tune;
 
 /// The README's examples, compiled and run.
 #[cfg(doctest)]
@@ -39,9 +40,20 @@ pub struct OpenOptions {
     pub threads: Option<usize>,
     /// What packed weights are stored as: f32 or bf16. On a card, what they are multiplied as.
     pub weights: DType,
+    /// How kernels are chosen.
+    pub choose: Choose,
 }
 
-/// A session on a device, by name: `open("cpu")`.
+/// How kernels are chosen where there is a choice.
+#[derive(Clone, Debug)]
+pub enum Choose {
+    /// By the device's estimates: the same on every run.
+    Estimate,
+    /// By measuring them once; the table is kept.
+    Measure(tune::Options),
+}
+
+/// A session on a device, by name: `open("cpu")`. Kernels are chosen by estimate.
 ///
 /// # Errors
 /// If the device is unknown or cannot be opened.
@@ -50,6 +62,7 @@ pub fn open(device: &str) -> Result<Session> {
         device: device.into(),
         threads: None,
         weights: DType::F32,
+        choose: Choose::Estimate,
     })
 }
 
@@ -72,7 +85,13 @@ pub fn open_with(options: &OpenOptions) -> Result<Session> {
             });
         }
     };
-    Ok(Session::new(backend))
+    Ok(match options.choose.clone() {
+        Choose::Estimate => Session::new(backend),
+        Choose::Measure(how) => {
+            let tuner = tune::Tuner::new(backend.clone(), how);
+            Session::with_chooser(backend, Box::new(tuner))
+        }
+    })
 }
 
 /// The number in `cuda:N`; `cuda` is the first card.

@@ -31,6 +31,11 @@ const LAYERS: &[Layer] = &[
         tests_need: &["tallow-conformance"],
     },
     Layer {
+        name: "tallow-tune",
+        needs: &["tallow-core"],
+        tests_need: &["tallow-cpu"],
+    },
+    Layer {
         name: "tallow-conformance",
         needs: &["tallow-core"],
         tests_need: &["tallow-cpu"],
@@ -58,6 +63,7 @@ const LAYERS: &[Layer] = &[
             "tallow-cuda",
             "tallow-llm",
             "tallow-train",
+            "tallow-tune",
         ],
         tests_need: &[],
     },

@@ -21,7 +21,7 @@ use crate::{Error, Result};
 pub const ENGINES: [&str; 3] = ["candle", "gemm", "faer"];
 
 /// Without it candle counts the cores in `/proc/cpuinfo` again for every product, which is not its arithmetic.
-const THREADS: &str = "RAYON_NUM_THREADS";
+pub const THREADS: &str = "RAYON_NUM_THREADS";
 
 /// A peer of this process.
 pub struct Local(&'static str);
@@ -369,6 +369,7 @@ mod tests {
             quick: true,
             probe: Probe::default(),
             models: vec![],
+            spinner: None,
         };
         let shape = LoraShape {
             m: 17,

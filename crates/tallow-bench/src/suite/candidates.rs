@@ -121,6 +121,7 @@ mod tests {
             quick: true,
             probe: Probe::default(),
             models: vec![],
+            spinner: None,
         };
         let shape = parse("5x24 @ 24x16", 0).unwrap();
         let (offers, contenders) = candidates(&cx, shape).unwrap();

@@ -26,14 +26,16 @@ pub const PROMPT: usize = 128;
 /// What a model does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Doing {
-    /// Loss of every token of a row.
-    Forward(usize),
+    /// Loss of every token, over rows and tokens a row.
+    Forward([usize; 2]),
     /// [`PROMPT`] tokens into an empty cache, and the scores of the next.
     Prefill,
     /// One token at [`POSITION`].
     Decode,
     /// Loss, gradients, AdamW over rows and tokens a row.
     Train([usize; 2]),
+    /// The same, with layers computed again on the way back.
+    TrainAgain([usize; 2]),
 }
 
 impl Doing {
@@ -41,10 +43,9 @@ impl Doing {
     #[must_use]
     pub fn tokens(self) -> usize {
         match self {
-            Doing::Forward(t) => t,
             Doing::Prefill => PROMPT,
             Doing::Decode => 1,
-            Doing::Train([b, t]) => b * t,
+            Doing::Forward([b, t]) | Doing::Train([b, t]) | Doing::TrainAgain([b, t]) => b * t,
         }
     }
 }
@@ -52,10 +53,13 @@ impl Doing {
 impl std::fmt::Display for Doing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Doing::Forward(t) => write!(f, "forward of {t} tokens"),
+            Doing::Forward([b, t]) => write!(f, "forward of {b}x{t} tokens"),
             Doing::Prefill => write!(f, "prompt of {PROMPT} tokens"),
             Doing::Decode => write!(f, "decode of the token at {POSITION}"),
             Doing::Train([b, t]) => write!(f, "training step of {b}x{t} tokens"),
+            Doing::TrainAgain([b, t]) => {
+                write!(f, "training step of {b}x{t} tokens, layers computed again")
+            }
         }
     }
 }
@@ -69,6 +73,10 @@ pub struct Adapted {
     pub names: &'static [&'static str],
     /// Only the first layer.
     pub first_layer: bool,
+    /// So many adapters side by side, each with an equal part of the rows.
+    pub count: usize,
+    /// Weight-decomposed.
+    pub dora: bool,
 }
 
 impl Adapted {
@@ -79,6 +87,8 @@ impl Adapted {
             rank,
             names: &[],
             first_layer: false,
+            count: 1,
+            dora: false,
         }
     }
 
@@ -89,14 +99,23 @@ impl Adapted {
         };
         AdapterConfig {
             layers: self.first_layer.then(|| vec![0]),
+            use_dora: self.dora,
             ..AdapterConfig::new(self.rank, 2.0 * self.rank as f64, targets)
         }
     }
 
-    /// One whose `B` is not zero, through its files like any other.
-    fn load(&self, model: &Model, role: Role) -> Result<Adapter> {
-        let mut made = peft::Adapter::init(self.config(), &model.config.projections(), 1)?;
-        let mut rng = fastrand::Rng::with_seed(2);
+    /// All of them: fresh ones to train; to run, ones whose `B` is not zero, through their files like any other.
+    fn load(&self, model: &Model, role: Role) -> Result<Vec<Adapter>> {
+        let one = |seed: u64| match role {
+            Role::State => Ok(Adapter::new(model, &self.config(), seed)?),
+            _ => self.read(model, seed),
+        };
+        (1..=self.count as u64).map(one).collect()
+    }
+
+    fn read(&self, model: &Model, seed: u64) -> Result<Adapter> {
+        let mut made = peft::Adapter::init(self.config(), &model.config.projections(), seed)?;
+        let mut rng = fastrand::Rng::with_seed(seed + 1);
         for module in &mut made.modules {
             module.b.fill_with(|| 0.02 * (2.0 * rng.f32() - 1.0));
         }
@@ -105,7 +124,7 @@ impl Adapted {
             source,
         })?;
         made.write(dir.path())?;
-        Ok(Adapter::load(model, dir.path(), role)?.0)
+        Ok(Adapter::load(model, dir.path(), Role::Frozen)?.0)
     }
 }
 
@@ -135,19 +154,31 @@ pub fn work(
     doing: Doing,
     adapted: Option<&Adapted>,
 ) -> Result<(Ours, Cost)> {
-    let model = load(session, dir, dtype)?;
+    let mut model = load(session, dir, dtype)?;
+    model.recompute = matches!(doing, Doing::TrainAgain(_));
     let role = match doing {
-        Doing::Train(_) => Role::State,
+        Doing::Train(_) | Doing::TrainAgain(_) => Role::State,
         _ => Role::Frozen,
     };
-    let adapter = adapted.map(|a| a.load(&model, role)).transpose()?;
-    let (base, extra) = (weights(&model), adapter.as_ref().map_or(0, Adapter::elems));
+    let adapters = match adapted {
+        Some(a) => a.load(&model, role)?,
+        None => vec![],
+    };
+    let extra = adapters.iter().map(Adapter::elems).sum();
+    let size = Size {
+        base: weights(&model),
+        extra,
+        count: adapters.len().max(1),
+    };
+    let base = size.base;
     let mut o = Operands::new(session, 21);
     let mut subject = match doing {
-        Doing::Forward(t) => forward(&mut o, &model, adapter, t)?,
-        Doing::Prefill => cached(&mut o, &model, adapter, 0, PROMPT)?,
-        Doing::Decode => cached(&mut o, &model, adapter, POSITION, 1)?,
-        Doing::Train(shape) => training(&mut o, &model, adapter, shape)?,
+        Doing::Forward(shape) => forward(&mut o, &model, &adapters, shape)?,
+        Doing::Prefill => cached(&mut o, &model, alone(adapters)?, 0, PROMPT)?,
+        Doing::Decode => cached(&mut o, &model, alone(adapters)?, POSITION, 1)?,
+        Doing::Train(shape) | Doing::TrainAgain(shape) => {
+            training(&mut o, &model, &adapters, shape)?
+        }
     };
     if base > ORACLE_MOST {
         let (dir, adapted) = (dir.to_owned(), adapted.cloned());
@@ -156,24 +187,48 @@ pub fn work(
             Ok(self::work(&portable, &dir, dtype, doing, adapted.as_ref())?.0)
         }));
     }
-    let cost = cost(&model, dtype, doing, [base, extra]);
+    let cost = cost(&model, dtype, doing, &size);
     Ok((Ours::new(o, subject)?, cost))
 }
 
+/// The adapter of a cache, which has one sequence.
+fn alone(mut adapters: Vec<Adapter>) -> Result<Option<Adapter>> {
+    match adapters.len() {
+        0 | 1 => Ok(adapters.pop()),
+        n => Err(Error::Setting {
+            name: "adapters behind a cache",
+            want: "at most one",
+            got: n.to_string(),
+        }),
+    }
+}
+
+/// Weights that every token meets, parameters of all adapters, and how many adapters share the rows.
+struct Size {
+    base: usize,
+    extra: usize,
+    count: usize,
+}
+
 /// Bytes and arithmetic from the weights alone: attention, norms and caches come on top and are left out.
-fn cost(model: &Model, dtype: DType, doing: Doing, [base, extra]: [usize; 2]) -> Cost {
+fn cost(model: &Model, dtype: DType, doing: Doing, size: &Size) -> Cost {
+    let Size { base, extra, count } = *size;
     let head = model.config.vocab * model.config.hidden;
     let t = doing.tokens() as f64;
-    let all = (base + extra) as f64;
+    // A token meets one adapter.
+    let own = extra as f64 / count as f64;
+    let all = base as f64 + own;
     let flops = match doing {
         Doing::Forward(_) | Doing::Decode => 2.0 * t * all,
         // Scores of the last token only.
         Doing::Prefill => 2.0 * (t * (all - head as f64) + head as f64),
         // Forward and the gradient of the inputs; of the adapter's weights as well.
-        Doing::Train(_) => 2.0 * t * (2.0 * all + extra as f64),
+        Doing::Train(_) => 2.0 * t * (2.0 * all + own),
+        // All but the output projection once more.
+        Doing::TrainAgain(_) => 2.0 * t * (3.0 * all + own - head as f64),
     };
     let parameters = match doing {
-        Doing::Train(_) => 7 * 4 * extra,
+        Doing::Train(_) | Doing::TrainAgain(_) => 7 * 4 * extra,
         _ => 4 * extra,
     };
     Cost {
@@ -195,14 +250,14 @@ fn portable(dtype: DType) -> Result<Session> {
 fn forward(
     o: &mut Operands<'_>,
     model: &Model,
-    adapter: Option<Adapter>,
-    t: usize,
+    adapters: &[Adapter],
+    shape: [usize; 2],
 ) -> Result<Subject> {
     let ids = Fill::Below(model.config.vocab as u32);
-    let x = o.data(TensorType::u32([1, t]), ids.clone())?;
-    let targets = o.data(TensorType::u32([1, t]), ids)?;
-    let pos = o.data(TensorType::u32([1, t]), Fill::Positions)?;
-    let hidden = model.hidden(&x, &pos, adapter.as_ref(), None)?;
+    let x = o.data(TensorType::u32(shape), ids.clone())?;
+    let targets = o.data(TensorType::u32(shape), ids)?;
+    let pos = o.data(TensorType::u32(shape), Fill::Positions)?;
+    let hidden = model.hidden(&x, &pos, adapters, None)?;
     let nll = model.nll(&hidden.x, &targets)?;
     Ok(subject(x, Box::new(move |_| Ok(vec![nll.clone()])), vec![]))
 }
@@ -231,40 +286,51 @@ fn cached(
     Ok(subject(x, again, hidden.updates))
 }
 
+/// A step of all adapters, each over an equal part of the `b` rows.
 fn training(
     o: &mut Operands<'_>,
     model: &Model,
-    adapter: Option<Adapter>,
+    adapters: &[Adapter],
     [b, t]: [usize; 2],
 ) -> Result<Subject> {
-    let adapter = adapter.ok_or_else(|| Error::Setting {
-        name: "training",
-        want: "an adapter",
-        got: "none".to_owned(),
-    })?;
+    let n = adapters.len();
+    if n == 0 || !b.is_multiple_of(n) {
+        return Err(Error::Setting {
+            name: "training",
+            want: "an adapter, or several that share the rows evenly",
+            got: format!("{n} for {b} rows"),
+        });
+    }
     let s = &model.session;
-    let optimizer = Optimizer::new(s, &adapter, OptimizerKind::AdamW)?;
-    let trained = Trained {
-        adapter: &adapter,
-        optimizer: &optimizer,
+    let optimizers = adapters
+        .iter()
+        .map(|a| Ok(Optimizer::new(s, a, OptimizerKind::AdamW)?));
+    let optimizers = optimizers.collect::<Result<Vec<_>>>()?;
+    let trained = adapters.iter().zip(&optimizers);
+    let trained = trained.map(|(adapter, optimizer)| Trained {
+        adapter,
+        optimizer,
         clip: Some(1.0),
-    };
-    let g = StepGraph::build(model, &[trained], [b, t])?;
+    });
+    let g = StepGraph::build(model, &trained.collect::<Vec<_>>(), [b / n, t])?;
     let ids = Fill::Below(model.config.vocab as u32);
     o.leaf(&g.inputs.ids, ids.clone())?;
     o.leaf(&g.inputs.targets, ids)?;
     o.leaf(&g.inputs.pos, Fill::Positions)?;
-    o.leaf(&g.inv_counts, Fill::Fixed(vec![1.0 / (b * t) as f64]))?;
+    let inv = 1.0 / (b / n * t) as f64;
+    o.leaf(&g.inv_counts, Fill::Fixed(vec![inv; n]))?;
     // Corrections of a step far from the first; the second row changes nothing, for gradients that are not finite.
     let hyper = [1e-4, 0.9, 0.999, 1e-8, 0.01, 1.0, 1.0, 1.0];
     let idle = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0];
     let both = hyper.into_iter().chain(idle);
-    let both = both.map(|v: f32| f64::from(v)).collect();
-    o.leaf(&optimizer.hyper, Fill::Fixed(both))?;
-    o.leaf(&adapter.params, Fill::Signed(0.05))?;
-    o.leaf(&optimizer.m, Fill::Signed(1e-3))?;
-    if let Some(v) = &optimizer.v {
-        o.leaf(v, Fill::Positive(1e-3))?;
+    let both: Vec<f64> = both.map(|v: f32| f64::from(v)).collect();
+    for (adapter, optimizer) in adapters.iter().zip(&optimizers) {
+        o.leaf(&optimizer.hyper, Fill::Fixed(both.clone()))?;
+        o.leaf(&adapter.params, Fill::Signed(0.05))?;
+        o.leaf(&optimizer.m, Fill::Signed(1e-3))?;
+        if let Some(v) = &optimizer.v {
+            o.leaf(v, Fill::Positive(1e-3))?;
+        }
     }
     let (loss, norm) = (g.losses, g.norms);
     let again: Again = Box::new(move |_| Ok(vec![loss.clone(), norm.clone()]));

@@ -1,68 +1,177 @@
-//! The adapter tax: the same work without and with an adapter, in turns, as a ratio.
-//! Invariant: the sides of a task differ in the adapter only, ratios are taken inside a round, and each side passes its
+//! The adapter tax: the same work without and with adapters, in turns, as a ratio: by rank, by modules, and by number of
+//! adapters side by side; what DoRA and layers computed again add to a training step.
+//! Invariant: the sides of a task differ in one thing only, ratios are taken inside a round, and each side passes its
 //! own check, which an adapter that changes nothing would not.
 
+use super::in_turn::InTurn;
 use super::models::{Adapted, Doing, batch, work};
 use super::{Context, Suite, Task};
 use crate::Result;
 use crate::measure::Contender;
+use crate::ours::Ours;
+use crate::probe::Cost;
 
 const QV: &[&str] = &["q_proj", "v_proj"];
+const ONE: &[&str] = &["down_proj"];
+/// Adapters side by side, the most of them.
+const MOST: usize = 8;
 
-/// Each work of the first model of the run, by rank and by modules.
+/// A row of a task: what it is called, and what it does.
+type Side = (String, Made);
+
+/// How the contender of a row is made.
+enum Made {
+    /// One recording.
+    Once(Doing, Option<Adapted>),
+    /// So many recordings, one after another.
+    Turns(usize, Doing, Adapted),
+}
+
+/// Each work of the first model of the run.
 ///
 /// # Errors
 /// None now.
 pub fn tasks(cx: &Context) -> Result<Vec<Task>> {
     let length = if cx.quick { 128 } else { 512 };
-    let all = [
-        Doing::Forward(length),
+    let works = [
+        Doing::Forward([1, length]),
         Doing::Prefill,
         Doing::Decode,
         Doing::Train(batch(cx)),
     ];
-    Ok(all.into_iter().flat_map(|d| task(cx, d)).collect())
+    let mut all = vec![];
+    for doing in works {
+        all.extend(task(cx, doing.to_string(), doing, sides(cx, doing)));
+    }
+    let tokens: &[usize] = if cx.quick { &[16] } else { &[16, 64, 128] };
+    for t in tokens {
+        let doing = Doing::Train([MOST, *t]);
+        let name = format!("adapters side by side, {doing}");
+        all.extend(task(cx, name, doing, side_by_side(*t)));
+    }
+    let doing = Doing::Forward([MOST, tokens[tokens.len() - 1]]);
+    let name = format!("adapters side by side, {doing}");
+    all.extend(task(cx, name, doing, shared(doing)));
+    let doing = Doing::Train(batch(cx));
+    all.extend(task(cx, format!("DoRA, {doing}"), doing, dora(doing)));
+    let again = Doing::TrainAgain(batch(cx));
+    all.extend(task(cx, again.to_string(), doing, kept(doing, again)));
+    Ok(all)
 }
 
-/// The adapters compared: by name.
-fn sides(cx: &Context) -> Vec<(String, Adapted)> {
-    let ranks: &[usize] = if cx.quick { &[8] } else { &[4, 8, 16, 64] };
-    let seven = |r: &usize| (format!("all seven, rank {r}"), Adapted::seven(*r));
-    let mut all: Vec<_> = ranks.iter().map(seven).collect();
-    let qv = Adapted {
-        names: QV,
-        ..Adapted::seven(8)
+fn seven(rank: usize) -> Adapted {
+    Adapted::seven(rank)
+}
+
+/// One adapter: by rank and by modules.
+fn sides(cx: &Context, doing: Doing) -> Vec<Side> {
+    let first = match doing {
+        // Training goes back through the whole model in any case; this trains next to nothing.
+        Doing::Train(_) | Doing::TrainAgain(_) => {
+            let least = Adapted {
+                names: &["q_proj"],
+                first_layer: true,
+                ..seven(1)
+            };
+            ("forward and input gradients", Some(least))
+        }
+        _ => ("bare", None),
     };
-    all.push(("q and v, rank 8".to_owned(), qv));
+    let mut all = vec![(first.0.to_owned(), Made::Once(doing, first.1))];
+    let mut add = |name: String, a: Adapted| all.push((name, Made::Once(doing, Some(a))));
+    let ranks: &[usize] = if cx.quick { &[8] } else { &[4, 8, 16, 64] };
+    for r in ranks {
+        add(format!("all seven, rank {r}"), seven(*r));
+    }
+    let some = [("q and v, rank 8", QV), ("down, rank 8", ONE)];
+    for (name, names) in some.into_iter().take(if cx.quick { 1 } else { 2 }) {
+        let some = Adapted { names, ..seven(8) };
+        add(name.to_owned(), some);
+    }
     all
 }
 
-fn task(cx: &Context, doing: Doing) -> Option<Task> {
+/// Several adapters in one step, each with its own rows, against one over all rows; and one after another.
+fn side_by_side(t: usize) -> Vec<Side> {
+    let doing = Doing::Train([MOST, t]);
+    let mut all = vec![(
+        "one over all rows".to_owned(),
+        Made::Once(doing, Some(seven(8))),
+    )];
+    for count in [2, 4, MOST] {
+        let some = Adapted { count, ..seven(8) };
+        all.push((format!("{count} adapters"), Made::Once(doing, Some(some))));
+    }
+    let alone = Made::Turns(MOST, Doing::Train([1, t]), seven(8));
+    all.push((format!("{MOST}, one after another"), alone));
+    all
+}
+
+fn shared(doing: Doing) -> Vec<Side> {
+    let mut all = vec![("bare".to_owned(), Made::Once(doing, None))];
+    for count in [1, 2, 4, MOST] {
+        let some = Adapted { count, ..seven(8) };
+        let name = if count == 1 { "adapter" } else { "adapters" };
+        all.push((format!("{count} {name}"), Made::Once(doing, Some(some))));
+    }
+    all
+}
+
+fn dora(doing: Doing) -> Vec<Side> {
+    let with = Adapted {
+        dora: true,
+        ..seven(8)
+    };
+    vec![
+        ("LoRA".to_owned(), Made::Once(doing, Some(seven(8)))),
+        ("DoRA".to_owned(), Made::Once(doing, Some(with))),
+    ]
+}
+
+fn kept(doing: Doing, again: Doing) -> Vec<Side> {
+    vec![
+        ("layers kept".to_owned(), Made::Once(doing, Some(seven(8)))),
+        (
+            "layers computed again".to_owned(),
+            Made::Once(again, Some(seven(8))),
+        ),
+    ]
+}
+
+fn task(cx: &Context, name: String, doing: Doing, sides: Vec<Side>) -> Option<Task> {
     let (model, dir) = cx.models.first()?.clone();
     Some(Task {
         suite: Suite::Tax,
-        name: format!("{doing}, {model}"),
+        name: format!("{name}, {model}"),
         tokens: Some(doing.tokens()),
         peer: None,
         make: Box::new(move |cx| {
-            let one = |name: &str, adapted: Option<&Adapted>| -> Result<Contender> {
-                let (work, cost) = work(&cx.session, &dir, cx.dtype, doing, adapted)?;
-                Ok(cx.ours(name, work, &cost))
+            let one = |doing, adapted: Option<&Adapted>| -> Result<(Ours, Cost)> {
+                work(&cx.session, &dir, cx.dtype, doing, adapted)
             };
-            let mut all = vec![match doing {
-                // Training goes back through the whole model in any case; this trains next to nothing.
-                Doing::Train(_) => {
-                    let least = Adapted {
-                        rank: 1,
-                        names: &["q_proj"],
-                        first_layer: true,
-                    };
-                    one("forward and input gradients", Some(&least))?
-                }
-                _ => one("bare", None)?,
-            }];
-            for (name, adapted) in sides(cx) {
-                all.push(one(&name, Some(&adapted))?);
+            let mut all = vec![];
+            for (name, made) in sides {
+                all.push(match made {
+                    Made::Once(doing, adapted) => {
+                        let (work, cost) = one(doing, adapted.as_ref())?;
+                        cx.ours(&name, work, &cost)
+                    }
+                    Made::Turns(n, doing, adapted) => {
+                        let each = (0..n).map(|_| one(doing, Some(&adapted)));
+                        let each = each.collect::<Result<Vec<_>>>()?;
+                        let mut floor = cx.probe.floor(&each[0].1, cx.threads);
+                        floor.seconds *= n as f64;
+                        floor.bytes *= n;
+                        floor.flops *= n as f64;
+                        let works = each.into_iter().map(|(w, _)| w).collect();
+                        Contender {
+                            engine: name,
+                            work: Box::new(InTurn::new(works)),
+                            floor,
+                            lazy: false,
+                        }
+                    }
+                });
             }
             Ok(all)
         }),

@@ -9,6 +9,7 @@ use crate::{
 };
 use anyhow::{Context as _, Result, anyhow};
 use std::{
+    ffi::OsString,
     io::IsTerminal as _,
     path::{Path, PathBuf},
 };
@@ -19,6 +20,7 @@ use tallow::{
 };
 use tallow_bench::{
     compare::{compare, lines},
+    load::spin,
     measure::Settings,
     peer,
     probe::Probe,
@@ -36,8 +38,8 @@ use super::demo::assets;
 pub(crate) struct Args {
     #[command(subcommand)]
     what: Option<What>,
-    /// What to measure: seed (products, adapters, norms), layers, tax (with and without adapters), train, decode
-    /// [default: seed].
+    /// What to measure: seed (products, adapters, norms), layers, tax (with and without adapters), train, decode,
+    /// busy (alone and beside a program that keeps every core busy) [default: seed].
     #[arg(value_name = "SUITE", value_parser = suite)]
     suites: Vec<Suite>,
     /// Fewer shapes, fewer rounds.
@@ -73,6 +75,9 @@ enum What {
         /// The run after.
         after: PathBuf,
     },
+    /// Keeps every core busy while told to on stdin: the other program of the suite busy.
+    #[command(hide = true)]
+    Spin,
 }
 
 fn suite(text: &str) -> Result<Suite, String> {
@@ -84,18 +89,27 @@ fn shape(text: &str) -> Result<ModelShape, String> {
 }
 
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
-    if let Some(What::Compare { before, after }) = &args.what {
-        let found = compare(&Report::read(before)?, &Report::read(after)?);
-        for line in lines(&found) {
-            out::line(line)?;
+    match &args.what {
+        Some(What::Compare { before, after }) => {
+            let found = compare(&Report::read(before)?, &Report::read(after)?);
+            for line in lines(&found) {
+                out::line(line)?;
+            }
+            return Ok(Outcome::Fine);
         }
-        return Ok(Outcome::Fine);
+        Some(What::Spin) => {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            spin(cores, std::io::stdin().lock(), std::io::stdout())?;
+            return Ok(Outcome::Fine);
+        }
+        None => {}
     }
     for (option, path) in [("--json", &args.json), ("--html", &args.html)] {
         if let Some(path) = path {
             writable(option, path)?;
         }
     }
+    threads_of_peers(args, global)?;
     let polite = interrupt::polite();
     let suites = match &args.suites[..] {
         [] => &[Suite::Seed],
@@ -129,6 +143,40 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     }
 }
 
+/// Engines of this process read how many threads they have when they start, so it is started again with the number that
+/// tallow has.
+#[cfg(unix)]
+fn threads_of_peers(args: &Args, global: &Global) -> Result<()> {
+    use std::os::unix::process::CommandExt as _;
+    let threads = threads(global)?.to_string();
+    let Some(variable) = peer::wants(&args.against) else {
+        return Ok(());
+    };
+    if std::env::var(variable).is_ok_and(|n| n == threads) {
+        return Ok(());
+    }
+    let program = std::env::current_exe().context("cannot tell where this program lies")?;
+    let args = std::env::args_os().skip(1);
+    let e = std::process::Command::new(program)
+        .args(args)
+        .env(variable, threads)
+        .exec();
+    Err(anyhow!("cannot start again with {variable} set: {e}"))
+}
+
+/// Where a program cannot start itself anew, it says which variable to set.
+#[cfg(not(unix))]
+fn threads_of_peers(_: &Args, _: &Global) -> Result<()> {
+    Ok(())
+}
+
+fn threads(global: &Global) -> Result<usize> {
+    Ok(match global.threads {
+        Some(n) => n,
+        None => pool::threads_from_env()?,
+    })
+}
+
 fn command() -> String {
     let args = std::env::args().skip(1);
     std::iter::once("tallow".to_owned())
@@ -137,13 +185,17 @@ fn command() -> String {
         .join(" ")
 }
 
+/// This program again, as one that keeps every core busy.
+fn spinner() -> Result<Option<Vec<OsString>>> {
+    let program = std::env::current_exe().context("cannot tell where this program lies")?;
+    let args = ["bench".into(), "spin".into()];
+    Ok(Some(std::iter::once(program.into()).chain(args).collect()))
+}
+
 fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Result<(Context, Isa)> {
     let session = open::session(global, args.dtype)?;
     let isa = Isa::detect()?;
-    let threads = match global.threads {
-        Some(n) => n,
-        None => pool::threads_from_env()?,
-    };
+    let threads = threads(global)?;
     let cx = Context {
         session,
         threads,
@@ -154,13 +206,14 @@ fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Resu
         quick: args.quick,
         probe: Probe::run(&Wall::new(), isa, threads),
         models,
+        spinner: spinner()?,
     };
     Ok((cx, isa))
 }
 
 /// The models of the suites that need one: those asked for, or the built-in one and a random one.
 fn models(args: &Args, suites: &[Suite], scratch: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let wanted = |s: &Suite| matches!(s, Suite::Tax | Suite::Train | Suite::Decode);
+    let wanted = |s: &Suite| matches!(s, Suite::Tax | Suite::Train | Suite::Decode | Suite::Busy);
     if !suites.iter().any(wanted) {
         return Ok(vec![]);
     }

@@ -204,7 +204,11 @@ fn some_ids(model: &Model, n: usize) -> Vec<u32> {
     (0..n as u64).map(|i| (i * 7919 % vocab) as u32).collect()
 }
 
-fn forward(model: &Model, adapter: Option<&Adapter>, [b, t]: [usize; 2]) -> Result<Subject> {
+pub(super) fn forward(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    [b, t]: [usize; 2],
+) -> Result<Subject> {
     let leaf = || model.session.zeros(TensorType::u32([b, t]), Role::Data);
     let (ids, pos) = (leaf()?, leaf()?);
     let x = model.hidden(&ids, &pos, adapter, None)?.x;

@@ -12,17 +12,28 @@ use tallow_core::{
 
 /// Products over the two innermost axes, with any strides.
 pub(super) fn matmul(cpu: &Cpu, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Vec<Offer> {
-    let mut all = vec![];
-    all.extend(adapter_gradient(ta, tb, alpha, spec));
-    if all.is_empty() {
-        all.extend(general(cpu, ta, tb, alpha, spec));
+    const DEARER: f64 = 1.5;
+    let packed = general(cpu, ta, tb, alpha, spec);
+    let narrow = adapter_gradient(ta, tb, alpha, spec);
+    match narrow {
+        Some((narrow, few)) if few <= FEW => {
+            let packed = packed.map(|p| p.dearer(DEARER));
+            [narrow].into_iter().chain(packed).collect()
+        }
+        narrow => {
+            let narrow = narrow.map(|(n, _)| n.dearer(DEARER));
+            packed.into_iter().chain(narrow).collect()
+        }
     }
-    all
 }
 
-/// `dA = dhᵀ x` and `dB = s dyᵀ h`: few columns on one side, a long sum over rows.
-fn adapter_gradient(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
-    const FEW: usize = 64;
+/// Up to so many columns the narrow kernel is thought to be the faster one.
+const FEW: usize = 64;
+/// Beyond so many it is not worth trying.
+const MOST: usize = 256;
+
+/// `dA = dhᵀ x` and `dB = s dyᵀ h`: few columns on one side (how many is in the answer), a long sum over rows.
+fn adapter_gradient(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<(Offer, usize)> {
     let (a, b, c) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
     let f32s = [a, b, c].iter().all(|o| o.dtype == DType::F32);
     if !(ta && !tb && f32s && a.layout.shape.rank() == 2) {
@@ -35,10 +46,11 @@ fn adapter_gradient(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option
     );
     let (a_row, b_row, c_row) = (row_stride(a)?, row_stride(b)?, row_stride(c)?);
     let transposed = p > q;
-    if p.min(q) > FEW {
+    let r = p.min(q);
+    if r > MOST {
         return None;
     }
-    Some(Offer::new("matmul_tn_outer_f32", move |io| {
+    let offer = Offer::new("matmul_tn_outer_f32", move |io| {
         let (first, second) = (rows_of(io, 0, a_row), rows_of(io, 1, b_row));
         let (few, many) = if transposed {
             (second, first)
@@ -47,7 +59,7 @@ fn adapter_gradient(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option
         };
         let job = Outer {
             m,
-            r: p.min(q),
+            r,
             n: p.max(q),
             scale: alpha,
             a: few,
@@ -57,7 +69,8 @@ fn adapter_gradient(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option
         };
         // SAFETY: the plan's spans hold these matrices, and the result overlaps neither operand.
         unsafe { outer(io.exec, &job) };
-    }))
+    });
+    Some((offer, r))
 }
 
 fn general(cpu: &Cpu, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {

@@ -160,6 +160,8 @@ impl Lane<'_> {
                 "begun on {was} threads, going on with {now}: last digits may differ"
             ));
         }
+        let chosen = about.choices.clone();
+        trainer.session().pin(chosen);
         remarks.extend(self.other_kernels(trainer, found)?);
         Ok(remarks)
     }

@@ -333,6 +333,7 @@ impl Lane<'_> {
             feed: self.feed.state(),
             threads: self.job.threads,
             kernels: kernels(trainer),
+            choices: choices(trainer),
             tokens: self.summary.tokens,
             train_seconds: self.summary.train_seconds,
             skipped: self.summary.skipped,
@@ -415,6 +416,12 @@ fn kernels(trainer: &Trainer) -> BTreeMap<String, Vec<String>> {
         (format!("{b}x{t}"), all.collect())
     });
     names.collect()
+}
+
+/// Kernels of all plans that won over others.
+fn choices(trainer: &Trainer) -> BTreeMap<String, String> {
+    let plans = trainer.plans().into_iter();
+    plans.flat_map(|(_, c)| c.plan.choices()).collect()
 }
 
 /// The lines a failed step is about: of its first batch with a loss that is not finite, else of all.

@@ -127,6 +127,11 @@ impl Trainer {
         BatchShape { dims, packed }
     }
 
+    /// Where it computes.
+    pub fn session(&self) -> &Session {
+        &self.model.session
+    }
+
     /// The plan for batches of `[b, t]` of each adapter, without allocating what it needs.
     ///
     /// # Errors

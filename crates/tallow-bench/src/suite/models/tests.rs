@@ -21,11 +21,12 @@ fn toy(stored: DType) -> tempfile::TempDir {
     dir
 }
 
-const ALL: [Doing; 4] = [
-    Doing::Forward(9),
+const ALL: [Doing; 5] = [
+    Doing::Forward([1, 9]),
     Doing::Prefill,
     Doing::Decode,
     Doing::Train([2, 7]),
+    Doing::TrainAgain([2, 7]),
 ];
 
 fn run(work: &mut Ours) -> f32 {
@@ -41,7 +42,7 @@ fn every_work_agrees_with_the_oracle() {
     let session = tallow::open("cpu").unwrap();
     for doing in ALL {
         for adapted in [None, Some(Adapted::seven(4))] {
-            if adapted.is_none() && matches!(doing, Doing::Train(_)) {
+            if adapted.is_none() && matches!(doing, Doing::Train(_) | Doing::TrainAgain(_)) {
                 continue;
             }
             let made = work(&session, dir.path(), DType::F32, doing, adapted.as_ref());
@@ -56,10 +57,56 @@ fn every_work_agrees_with_the_oracle() {
 }
 
 #[test]
+fn several_adapters_and_dora_agree_with_the_oracle() {
+    let dir = toy(DType::F32);
+    let session = tallow::open("cpu").unwrap();
+    let two = Adapted {
+        count: 2,
+        ..Adapted::seven(4)
+    };
+    let dora = Adapted {
+        dora: true,
+        ..Adapted::seven(4)
+    };
+    for (doing, adapted) in [
+        (Doing::Forward([2, 9]), &two),
+        (Doing::Train([2, 7]), &two),
+        (Doing::Train([2, 7]), &dora),
+    ] {
+        let made = || {
+            work(&session, dir.path(), DType::F32, doing, Some(adapted))
+                .unwrap()
+                .0
+        };
+        let mut one = made();
+        let y = run(&mut one);
+        let check = one.check(y).unwrap();
+        assert!(
+            check.pass() && check.compared == check.of,
+            "{doing}: {check:?}"
+        );
+        let mut turns = crate::suite::in_turn::InTurn::new(vec![made(), made()]);
+        turns.renew(3).unwrap();
+        turns.feed(0.4).unwrap();
+        turns.start().unwrap();
+        let y = turns.finish().unwrap();
+        let both = turns.check(y).unwrap();
+        assert!(
+            both.pass() && both.compared == 2 * check.compared,
+            "{doing}: {both:?}"
+        );
+        assert!(!turns.check(y + 0.1).unwrap().pass());
+    }
+    for bad in [Doing::Decode, Doing::Train([3, 7])] {
+        assert!(work(&session, dir.path(), DType::F32, bad, Some(&two)).is_err());
+    }
+}
+
+#[test]
 fn a_dropped_adapter_is_noticed() {
     let dir = toy(DType::F32);
     let session = tallow::open("cpu").unwrap();
-    for doing in [Doing::Forward(9), Doing::Prefill, Doing::Decode] {
+    for doing in [Doing::Forward([1, 9]), Doing::Prefill, Doing::Decode] {
         let make = |adapted: Option<&Adapted>| {
             work(&session, dir.path(), DType::F32, doing, adapted)
                 .unwrap()
@@ -82,6 +129,7 @@ fn the_portable_kernels_judge_what_the_oracle_cannot() {
         device: "cpu".into(),
         threads: None,
         weights: DType::BF16,
+        choose: tallow::Choose::Estimate,
     });
     let session = session.unwrap();
     let seven = Adapted::seven(4);
@@ -109,7 +157,7 @@ fn the_portable_kernels_judge_what_the_oracle_cannot() {
             "{doing}: {check:?}"
         );
         // An adapter of other numbers is noticed.
-        if !matches!(doing, Doing::Train(_)) {
+        if !matches!(doing, Doing::Train(_) | Doing::TrainAgain(_)) {
             made.judge_by(Reference::Twin(Box::new(twin(Adapted::seven(3)))));
             let y = run(&mut made);
             assert!(!made.check(y).unwrap().pass(), "{doing}");

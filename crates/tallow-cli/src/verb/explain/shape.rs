@@ -41,6 +41,7 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
         quick: true,
         probe: Probe::run(&Wall::new(), Isa::detect()?, threads),
         models: vec![],
+        spinner: None,
     };
     let (offers, mut contenders) = candidates(&cx, shape)?;
     let rows = measure(
