@@ -59,3 +59,39 @@ fn every_instruction_set_between_best_and_portable() {
         tallow_conformance::check_all(&s, tallow_conformance::training());
     }
 }
+
+/// In bf16 frozen weights are rounded, and where the processor multiplies bf16 the other operand too: within two
+/// percent of the oracle in norm, and never exact by accident of another path.
+#[test]
+fn products_in_bf16_are_near_the_oracle() {
+    let rounded_ops = ["linear", "lora_linear", "lora_linear_grad", "linear_grad"];
+    for isa in Isa::available() {
+        let options = CpuOptions {
+            threads: Some(2),
+            weights: DType::BF16,
+            isa: Some(isa),
+        };
+        let s = Session::new(std::sync::Arc::new(Cpu::open(&options).expect("opens")));
+        let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
+        for case in tallow_conformance::composites() {
+            let op = case.name.split(' ').next().unwrap_or_default();
+            // Only weights that never change are rounded.
+            if !rounded_ops.contains(&op) || !case.name.contains("Frozen") {
+                continue;
+            }
+            for d in tallow_conformance::distance(&s, &case).expect("runs") {
+                count += 1;
+                rounded += usize::from(d > 1e-5);
+                if d.is_nan() || d > 2e-2 {
+                    bad.push(format!("{}: {d:.2e}", case.name));
+                }
+            }
+        }
+        assert!(bad.is_empty(), "{}: {}", isa.name(), bad.join("\n"));
+        assert!(
+            rounded * 4 > count,
+            "{}: only {rounded} of {count} results were rounded: bf16 did not run",
+            isa.name()
+        );
+    }
+}

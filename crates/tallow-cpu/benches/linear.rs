@@ -15,6 +15,7 @@ use tallow_cpu::linear::*;
 use tallow_cpu::pool::Pool;
 use tallow_cpu::probe::{Product, multiply_adds, read};
 use tallow_cpu::simd::Isa;
+use tallow_cpu::tile::Pairs;
 
 /// Samples of each run.
 const ROUNDS: usize = 21;
@@ -43,10 +44,11 @@ fn main() {
             bench.peak / 1e9,
             read / 1e9
         );
-        let tables: [(&str, Table); 5] = [
+        let tables: [(&str, Table); 6] = [
             ("forward", forward_table),
             ("backward", backward_table),
             ("decode", decode_table),
+            ("pairs", pairs_table),
             ("outer", outer_table),
             ("gemm", gemm_table),
         ];
@@ -138,9 +140,9 @@ impl<E: Packed> World<E> {
     fn new(pool: &Pool, (m, k, n): (usize, usize, usize), r: usize, forward: bool) -> Self {
         let w = random(n * k, 1);
         let panels = if forward {
-            packed_len(n, k)
+            packed_len(n, E::rows(k))
         } else {
-            packed_len(k, n)
+            packed_len(k, E::rows(n))
         };
         let mut panels = vec![E::narrow(0.0); panels];
         match forward {
@@ -236,6 +238,13 @@ impl<E: Packed> World<E> {
         black_box(&self.y);
     }
 
+    fn call(&mut self, exec: Exec<'_>, forward: bool) {
+        match forward {
+            true => self.forward(exec, true),
+            false => self.backward(exec),
+        }
+    }
+
     fn backward(&mut self, exec: Exec<'_>) {
         let blocks = [self.block(false)];
         let job = Backward {
@@ -305,6 +314,55 @@ fn forward_table(bench: &Bench<'_>) {
 
 fn backward_table(bench: &Bench<'_>) {
     product_table(bench, false);
+}
+
+/// Products of bf16 weights: widened to f32, and, where the machine can, by pairs.
+fn pairs_table(bench: &Bench<'_>) {
+    let exec = bench.exec;
+    if exec.isa != Isa::Avx512Bf16 {
+        println!("this machine has no products of bf16, or TALLOW_ISA masks them");
+        return;
+    }
+    let peak = best(|| multiply_adds(exec, Product::BF16, 100_000));
+    println!("peak of pairs {:.0} GFLOP/s", peak / 1e9);
+    println!("    m     k     n          |  widened us | pairs us  % of peak |   r=8 us   tax");
+    for (m, k, n) in [
+        (1, 256, 256),
+        (1, 1024, 1024),
+        (1, 2048, 2048),
+        (1, 4096, 4096),
+        (2, 1024, 1024),
+        (8, 1024, 1024),
+        (128, 512, 512),
+        (128, 1024, 1024),
+        (128, 2048, 2048),
+        (128, 4096, 4096),
+        (512, 256, 256),
+        (512, 256, 688),
+        (512, 688, 256),
+        (512, 896, 4864),
+    ] {
+        for forward in [true, false] {
+            let sizes = (m, k, n);
+            let mut wide = World::<bf16>::new(exec.pool, sizes, 0, forward);
+            let mut bare = World::<Pairs>::new(exec.pool, sizes, 0, forward);
+            let mut with = World::<Pairs>::new(exec.pool, sizes, 8, forward);
+            let t = medians(&mut [
+                &mut || wide.call(exec, forward),
+                &mut || bare.call(exec, forward),
+                &mut || with.call(exec, forward),
+            ]);
+            println!(
+                "{m:5} {k:5} {n:5} {} |    {:8.1} | {:8.1}    {:5.1} % | {:8.1} {:5.3}",
+                if forward { "forward " } else { "backward" },
+                t[0] * 1e6,
+                t[1] * 1e6,
+                (2 * m * k * n) as f64 / t[1] / peak * 100.0,
+                t[2] * 1e6,
+                t[2] / t[1],
+            );
+        }
+    }
 }
 
 fn decode_table(bench: &Bench<'_>) {

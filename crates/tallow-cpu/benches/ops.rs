@@ -273,6 +273,14 @@ fn rows_ops(exec: Exec<'_>, rows: usize, c: usize) {
         // SAFETY: all matrices are `[rows, c]`.
         unsafe { norm.run(exec) }
     });
+    let norm = RmsNorm {
+        residual: None,
+        ..norm
+    };
+    time(&format!("rms norm {rows}x{c}"), 0.0, bytes(2), || {
+        // SAFETY: as above.
+        unsafe { norm.run(exec) }
+    });
     let norm = RmsNormBackward {
         rows,
         c,
@@ -413,6 +421,15 @@ fn adamw(exec: Exec<'_>, n: usize) {
     });
 }
 
+/// What it costs to have each thread do nothing.
+fn handover(pool: &Pool) {
+    time("hand-over", 0.0, 0.0, || {
+        pool.run(pool.threads(), &|task, _| {
+            std::hint::black_box(task);
+        });
+    });
+}
+
 fn main() {
     let pool = Pool::from_env().expect("TALLOW_THREADS");
     let isa = Isa::detect().expect("TALLOW_ISA");
@@ -426,6 +443,8 @@ fn main() {
     decode(exec, 512, 14, 2, 64);
     loss(exec, 512, 256, 4096);
     loss(exec, 256, 896, 8192);
+    handover(&pool);
+    rows_ops(exec, 64, 1024);
     rows_ops(exec, 512, 256);
     rows_ops(exec, 512, 688);
     rope(exec, 4, 128, 8, 32);

@@ -9,9 +9,9 @@ use crate::pool::Pool;
 use crate::simd::{Isa, Kernel, Vector};
 
 /// Below this much estimated work a kernel stays on the calling thread.
-const INLINE_NS: usize = 10_000;
+const INLINE_NS: usize = 5_000;
 /// The least estimated work of one task.
-const TASK_NS: usize = 4_000;
+const TASK_NS: usize = 3_000;
 
 /// The instruction set and the threads that a kernel uses.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +83,9 @@ impl Exec<'_> {
         let tasks = if total < INLINE_NS || threads == 1 {
             1
         } else {
-            rows.min(total / TASK_NS).min(threads * 4).max(1)
+            let tasks = rows.min(total / TASK_NS).min(threads * 4).max(1);
+            // As many for each thread, or one would wait for another.
+            tasks - tasks % threads.min(tasks)
         };
         // SAFETY: the caller's promise.
         unsafe { self.tasks(rows, tasks, kernel) }
@@ -117,6 +119,8 @@ pub(crate) trait Span<V: Vector>: Copy {
     /// # Safety
     /// The machine has the instructions; the lanes of the span are writable at `p`.
     unsafe fn store(self, v: V, p: *mut f32);
+    /// Are these all lanes?
+    fn is_whole(self) -> bool;
 }
 
 /// All lanes.
@@ -138,6 +142,10 @@ impl<V: Vector> Span<V> for Whole<V> {
     unsafe fn store(self, v: V, p: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { v.store(p) }
+    }
+    #[inline(always)]
+    fn is_whole(self) -> bool {
+        true
     }
 }
 
@@ -161,6 +169,10 @@ impl<V: Vector> Span<V> for Tail<V> {
         // SAFETY: the caller's promise.
         unsafe { v.store_mask(p, self.0) }
     }
+    #[inline(always)]
+    fn is_whole(self) -> bool {
+        false
+    }
 }
 
 /// `spans!(V, n, i, s => body)`: `body` once for each vector of `0..n`, with `i` its first element
@@ -183,3 +195,36 @@ macro_rules! spans {
     }};
 }
 pub(crate) use spans;
+
+/// Chains of [`chains!`].
+pub(crate) const CHAINS: usize = 4;
+
+/// `chains!(V, n, i, chain, s => body)`: as [`spans!`], with the number of the chain that a vector
+/// belongs to, so that what is summed in one chain need not wait for another. Must stand in an unsafe
+/// block.
+macro_rules! chains {
+    ($V:ident, $n:expr, $i:ident, $chain:ident, $s:ident => $body:block) => {{
+        #[allow(unused_imports, reason = "a body may use neither load nor store")]
+        use $crate::exec::Span as _;
+        let n: usize = $n;
+        let mut $i = 0usize;
+        while $i + $crate::exec::CHAINS * $V::LANES <= n {
+            let $s = $crate::exec::Whole::<$V>(std::marker::PhantomData);
+            for $chain in 0..$crate::exec::CHAINS {
+                $body
+                $i += $V::LANES;
+            }
+        }
+        let $chain = 0usize;
+        while $i + $V::LANES <= n {
+            let $s = $crate::exec::Whole::<$V>(std::marker::PhantomData);
+            $body
+            $i += $V::LANES;
+        }
+        if $i < n {
+            let $s = $crate::exec::Tail::<$V>($V::mask(n - $i));
+            $body
+        }
+    }};
+}
+pub(crate) use chains;

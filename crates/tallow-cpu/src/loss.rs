@@ -1,11 +1,12 @@
 //! Cross entropy over a projection: `nll = logsumexp(x Wᵀ) - (x Wᵀ)[target]` and its gradient by `x`.
 //! Invariant: a worker holds 128 logits of 32 rows at a time and reads `W` once for those rows;
 //! rows that are not counted cost nothing; a row's bits depend on that row and `W` alone.
-//! Absent on purpose: gradients of `W`, and a second layout of `W` for the second product.
+//! Absent on purpose: gradients of `W`, and, in f32, a second layout of `W` for the second product.
 //!
 //! Rows are lanes: logits are made as `[128, 32]` with `W` as the left side of the product, read in
 //! whatever layout it has. So softmax, with a running maximum, needs no sums across lanes. The
-//! gradient, `Wᵀ p` over panels and `pᵀ W` over rows, reads each piece of `W` right after that.
+//! gradient, `Wᵀ p` over panels and `pᵀ W` over rows, reads each piece of `W` right after that (in pairs of bf16
+//! another copy of it, see [`PairWeights`]).
 
 use std::ops::Range;
 
@@ -15,6 +16,9 @@ use crate::norm::Rows;
 use crate::simd::{Isa, Vector};
 use crate::tile::{self, NR, Next, Tile};
 use crate::vecmath::log_lane;
+
+mod pairs;
+pub use pairs::PairWeights;
 
 /// Classes of a piece.
 const PIECE: usize = 4 * NR;
@@ -26,6 +30,8 @@ pub enum WeightLayout {
     Rows(usize),
     /// Panels `[v / 32][c][32]`, zero beyond `v`: as packed for the forward product.
     Panels,
+    /// Pairs of bf16, for [`Isa::Avx512Bf16`]. `w` is not read.
+    Pairs(PairWeights),
 }
 
 /// Arguments of cross entropy.
@@ -61,8 +67,8 @@ impl CrossEntropy {
     }
 
     fn worker_elems(c: usize) -> usize {
-        // Rows (then their gradient), rows as lanes, logits.
-        2 * LANES * c.next_multiple_of(NR) + LANES * PIECE
+        // Rows (then their gradient), rows as lanes, logits, those in pairs.
+        2 * LANES * c.next_multiple_of(NR) + LANES * PIECE + pairs::PAIR_ELEMS
     }
 
     /// Computes `nll` and `dx`.
@@ -121,7 +127,7 @@ impl CrossEntropy {
     fn strides(&self) -> (usize, usize, usize) {
         match self.layout {
             WeightLayout::Rows(ld) => (NR * ld, ld, 1),
-            WeightLayout::Panels => (NR * self.c, 1, NR),
+            WeightLayout::Panels | WeightLayout::Pairs(_) => (NR * self.c, 1, NR),
         }
     }
 }
@@ -161,6 +167,33 @@ impl Chunks<'_> {
                 .add(a.rows.next_multiple_of(16) + worker * CrossEntropy::worker_elems(a.c));
             let lanes = scratch.add(LANES * padded);
             let logits = lanes.add(LANES * padded);
+            if let WeightLayout::Pairs(_) = a.layout {
+                self.lanes_of_pairs(rows, scratch, lanes);
+            } else {
+                self.rows_as_lanes::<V>(rows, scratch, lanes);
+            }
+            // The rows are not needed any more: their place takes the gradient.
+            let (softmax, picked) = self.pieces::<V>(rows, lanes, logits, scratch);
+            for (i, row) in rows.iter().enumerate() {
+                let (max, sum) = (softmax.max.0[i], softmax.sum.0[i]);
+                *a.nll.add(*row as usize) = (max - picked.0[i]) + log_lane(sum);
+                if !a.dx.ptr.is_null() {
+                    self.write_gradient(*row as usize, scratch, i, 1.0 / sum);
+                }
+            }
+        }
+    }
+
+    /// `rows` as lanes, `[c, 32]`, those that are not there as zeros.
+    ///
+    /// # Safety
+    /// As for [`Chunks::chunk`]; `scratch` and `lanes` have `32 * c` elements, `c` rounded up to 32.
+    #[inline(always)]
+    unsafe fn rows_as_lanes<V: Vector>(&self, rows: &[u32], scratch: *mut f32, lanes: *mut f32) {
+        let a = self.args;
+        let padded = a.c.next_multiple_of(NR);
+        // SAFETY: the caller's promise.
+        unsafe {
             for i in 0..LANES {
                 let to = scratch.add(i * padded);
                 match rows.get(i) {
@@ -173,15 +206,6 @@ impl Chunks<'_> {
                 }
             }
             transpose(scratch, padded, lanes);
-            // The rows are not needed any more: their place takes the gradient.
-            let (softmax, picked) = self.pieces::<V>(rows, lanes, logits, scratch);
-            for (i, row) in rows.iter().enumerate() {
-                let (max, sum) = (softmax.max.0[i], softmax.sum.0[i]);
-                *a.nll.add(*row as usize) = (max - picked.0[i]) + log_lane(sum);
-                if !a.dx.ptr.is_null() {
-                    self.write_gradient(*row as usize, scratch, i, 1.0 / sum);
-                }
-            }
         }
     }
 
@@ -206,7 +230,12 @@ impl Chunks<'_> {
             let classes = start..a.v.min(start + PIECE);
             // SAFETY: the caller's promise.
             unsafe {
-                self.logits(&classes, lanes, logits, cols);
+                match a.layout {
+                    WeightLayout::Pairs(w) => {
+                        self.logits_of_pairs(w, &classes, lanes, logits, cols);
+                    }
+                    _ => self.logits(&classes, lanes, logits, cols),
+                }
                 for (i, row) in rows.iter().enumerate() {
                     let target = *a.targets.add(*row as usize) as usize;
                     if classes.contains(&target) {
@@ -229,6 +258,14 @@ impl Chunks<'_> {
                             softmax.fade_rows::<V>(gradient, a.c.next_multiple_of(NR));
                         }
                         self.add_rows(&classes, logits, gradient, cols, ld);
+                    }
+                    WeightLayout::Pairs(w) => {
+                        if start > 0 {
+                            softmax.fade_rows::<V>(gradient, a.c.next_multiple_of(NR));
+                        }
+                        let pairs = logits.add(LANES * PIECE).cast();
+                        let at = (pairs, gradient);
+                        self.add_pairs(w, &classes, logits, rows.len(), at);
                     }
                 }
             }
@@ -354,13 +391,20 @@ impl Chunks<'_> {
         let (panel, class, column) = a.strides();
         let (start, step) = match a.layout {
             WeightLayout::Panels => (lane, LANES),
-            WeightLayout::Rows(_) => (lane * a.c.next_multiple_of(NR), 1),
+            WeightLayout::Rows(_) | WeightLayout::Pairs(_) => (lane * a.c.next_multiple_of(NR), 1),
         };
         // SAFETY: the target of a counted row is below `v`.
         unsafe {
             let target = *a.targets.add(row) as usize;
-            let w = a.w.add(target / NR * panel + target % NR * class);
             let dx = a.dx.at(row);
+            if let WeightLayout::Pairs(w) = a.layout {
+                for l in 0..a.c {
+                    let w = pairs::weight(w, a.c, target, l);
+                    *dx.add(l) = *gradient.add(start + l * step) * factor - w;
+                }
+                return;
+            }
+            let w = a.w.add(target / NR * panel + target % NR * class);
             for l in 0..a.c {
                 *dx.add(l) = *gradient.add(start + l * step) * factor - *w.add(l * column);
             }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::exec::{Exec, RowKernel, spans};
+use crate::exec::{CHAINS, Exec, RowKernel, chains, spans};
 use crate::simd::Vector;
 
 /// Rows whose part of `dw` is summed in one go.
@@ -123,18 +123,12 @@ unsafe fn inverse_rms<V: Vector>(x: *const f32, c: usize, eps: f32) -> f32 {
 pub(crate) unsafe fn dot<V: Vector>(a: *const f32, b: *const f32, n: usize) -> f32 {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [V::zero(); 4];
-        let mut i = 0;
-        while i + 4 * V::LANES <= n {
-            for (k, sum) in sums.iter_mut().enumerate() {
-                let at = i + k * V::LANES;
-                *sum = V::load(a.add(at)).mul_add(V::load(b.add(at)), *sum);
-            }
-            i += 4 * V::LANES;
-        }
-        let (a, b) = (a.add(i), b.add(i));
-        spans!(V, n - i, l, s => { sums[0] = s.load(a.add(l)).mul_add(s.load(b.add(l)), sums[0]) });
-        sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
+        let mut sums = [V::zero(); CHAINS];
+        chains!(V, n, l, chain, s => {
+            sums[chain] = s.load(a.add(l)).mul_add(s.load(b.add(l)), sums[chain]);
+        });
+        let [a, b, c, d] = sums;
+        a.add(b).add(c.add(d)).sum()
     }
 }
 

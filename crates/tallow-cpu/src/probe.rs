@@ -25,11 +25,11 @@ pub enum Product {
 /// If this machine lacks `exec.isa`.
 pub fn multiply_adds(exec: Exec<'_>, product: Product, steps: usize) -> f64 {
     let isa = checked(exec.isa);
-    let pairs = product == Product::BF16 && isa == Isa::Avx512 && has_bf16_pairs();
+    let pairs = product == Product::BF16 && isa == Isa::Avx512Bf16;
     exec.pool.run(exec.pool.threads(), &|_, _| {
         if pairs {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `has_bf16_pairs` and the check of `isa` say that the machine has the instructions.
+            // SAFETY: `checked` says that the machine has the instructions.
             black_box(unsafe { burn_bf16_pairs(steps) });
         } else {
             // SAFETY: `checked` says that the machine has `isa`.
@@ -68,17 +68,10 @@ fn checked(isa: Isa) -> Isa {
 
 fn lanes(isa: Isa) -> usize {
     match isa {
-        Isa::Avx512 => 16,
+        Isa::Avx512 | Isa::Avx512Bf16 => 16,
         Isa::Neon => 4,
         _ => 8,
     }
-}
-
-fn has_bf16_pairs() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
 }
 
 struct Burn(usize);

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::exec::{Exec, RowKernel, spans};
+use crate::exec::{CHAINS, Exec, RowKernel, chains, spans};
 use crate::norm::Rows;
 use crate::simd::Vector;
 use crate::vecmath::exp_nonpos;
@@ -160,12 +160,36 @@ pub(crate) unsafe fn sum<V: Vector>(x: *const f32, n: usize) -> f32 {
         // SAFETY: the caller's promise.
         unsafe {
             let x = x.add(piece);
-            let mut sums = V::zero();
-            spans!(V, PIECE.min(n - piece), l, s => { sums = sums.add(s.load(x.add(l))) });
-            total += f64::from(sums.sum());
+            let mut sums = Sums::<V>::new();
+            chains!(V, PIECE.min(n - piece), l, chain, s => {
+                sums.0[chain] = sums.0[chain].add(s.load(x.add(l)));
+            });
+            total += sums.total();
         }
     }
     total as f32
+}
+
+/// Sums side by side, so that none waits for the one before.
+struct Sums<V>([V; CHAINS]);
+
+impl<V: Vector> Sums<V> {
+    /// # Safety
+    /// The machine has the instructions.
+    #[inline(always)]
+    unsafe fn new() -> Self {
+        // SAFETY: the caller's promise.
+        Self([unsafe { V::zero() }; CHAINS])
+    }
+
+    /// # Safety
+    /// As for [`Sums::new`].
+    #[inline(always)]
+    unsafe fn total(self) -> f64 {
+        let [a, b, c, d] = self.0;
+        // SAFETY: the caller's promise.
+        f64::from(unsafe { a.add(b).add(c.add(d)).sum() })
+    }
 }
 
 /// The largest of `n` dense elements.
@@ -177,10 +201,12 @@ unsafe fn largest<V: Vector>(x: *const f32, n: usize) -> f32 {
     // SAFETY: the caller's promise.
     unsafe {
         let whole = n - n % V::LANES;
-        let mut most = V::splat(f32::NEG_INFINITY);
-        for i in (0..whole).step_by(V::LANES) {
-            most = V::load(x.add(i)).max(most);
-        }
+        let mut most = [V::splat(f32::NEG_INFINITY); CHAINS];
+        chains!(V, whole, l, chain, s => {
+            most[chain] = s.load(x.add(l)).max(most[chain]);
+        });
+        let [a, b, c, d] = most;
+        let most = a.max(b).max(c.max(d));
         (whole..n)
             .map(|i| *x.add(i))
             .fold(most.max_lane(), f32::max)
@@ -221,14 +247,36 @@ unsafe impl RowKernel for Softmax {
             // SAFETY: row `i` is within the matrices.
             unsafe {
                 let max = V::splat(largest::<V>(x, self.c));
-                spans!(V, self.c, l, s => {
-                    s.store(exp_nonpos(s.load(x.add(l)).sub(max)), y.add(l));
-                });
-                let inverse = V::splat(1.0 / sum::<V>(y, self.c));
+                let inverse = V::splat(1.0 / exponentials::<V>(x, max, y, self.c));
                 spans!(V, self.c, l, s => { s.store(s.load(y.add(l)).mul(inverse), y.add(l)) });
             }
         }
     }
+}
+
+/// `y = e^(x - max)`. Returns the sum of `y`, made as [`sum`] makes it.
+///
+/// # Safety
+/// The machine has the instructions; both hold `n` elements and are the same or do not overlap.
+#[inline(always)]
+unsafe fn exponentials<V: Vector>(x: *const f32, max: V, y: *mut f32, n: usize) -> f32 {
+    let mut total = 0.0;
+    for piece in (0..n).step_by(PIECE) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (x, y) = (x.add(piece), y.add(piece));
+            let mut sums = Sums::<V>::new();
+            chains!(V, PIECE.min(n - piece), l, chain, s => {
+                let e = exp_nonpos(s.load(x.add(l)).sub(max));
+                s.store(e, y.add(l));
+                // Lanes that are not there count for nothing.
+                let e = if s.is_whole() { e } else { s.load(y.add(l)) };
+                sums.0[chain] = sums.0[chain].add(e);
+            });
+            total += sums.total();
+        }
+    }
+    total as f32
 }
 
 /// Arguments of the gradient of softmax: `dx = y (dy - sum(y dy))`.

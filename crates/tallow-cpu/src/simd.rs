@@ -17,6 +17,8 @@ pub use portable::F32x8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Isa {
+    /// As `Avx512`, and products of pairs of bf16 (`vdpbf16ps`).
+    Avx512Bf16,
     /// AVX-512 F, VL, DQ, BW, CD: 16 lanes, 32 registers.
     Avx512,
     /// AVX2, FMA, F16C: 8 lanes, 16 registers.
@@ -30,9 +32,15 @@ pub enum Isa {
 impl Isa {
     /// Every instruction set of this machine, the fastest first. `Portable` is always the last.
     pub fn available() -> impl Iterator<Item = Isa> {
-        [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable]
-            .into_iter()
-            .filter(|isa| isa.is_available())
+        [
+            Isa::Avx512Bf16,
+            Isa::Avx512,
+            Isa::Avx2,
+            Isa::Neon,
+            Isa::Portable,
+        ]
+        .into_iter()
+        .filter(|isa| isa.is_available())
     }
 
     /// The fastest instruction set of this machine, or the one that `TALLOW_ISA` asks for.
@@ -52,7 +60,7 @@ impl Isa {
         Isa::available().next().unwrap_or(Isa::Portable)
     }
 
-    /// The instruction set of that name: `avx512`, `avx2`, `neon` or `portable`.
+    /// The instruction set of that name: `avx512bf16`, `avx512`, `avx2`, `neon` or `portable`.
     ///
     /// # Errors
     /// [`Error::Isa`] if it is unknown or not available here.
@@ -72,6 +80,7 @@ impl Isa {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Isa::Avx512Bf16 => "avx512bf16",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
             Isa::Neon => "neon",
@@ -79,9 +88,16 @@ impl Isa {
         }
     }
 
+    /// Does it have 16 lanes of f32?
+    pub(crate) fn is_512(self) -> bool {
+        matches!(self, Isa::Avx512 | Isa::Avx512Bf16)
+    }
+
     fn is_available(self) -> bool {
         match self {
             Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 Isa::Avx2.is_available()
@@ -112,8 +128,9 @@ impl Isa {
     pub unsafe fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: the caller promises that the machine has it.
-            Isa::Avx512 => unsafe { x86::call_avx512(kernel) },
+            // SAFETY: the caller promises that the machine has it. Kernels are f32; those of pairs of
+            // bf16 are called by name.
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { x86::call_avx512(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { x86::call_avx2(kernel) },
@@ -197,6 +214,16 @@ pub unsafe trait Vector: Copy {
     unsafe fn round(self) -> Self;
     /// Two to the power of `self`, an integer from -126 to 127.
     unsafe fn exp2i(self) -> Self;
+    /// `self * 2^n` for an integer `n` from -252 to 254; a result below the normal numbers may be
+    /// rounded twice.
+    #[inline(always)]
+    unsafe fn scale2(self, n: Self) -> Self {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            let half = n.mul(Self::splat(0.5)).round();
+            self.mul(half.exp2i()).mul(n.sub(half).exp2i())
+        }
+    }
     /// `x` in the lanes where `self < b`, `y` elsewhere (also where one is NaN).
     unsafe fn lt_select(self, b: Self, x: Self, y: Self) -> Self;
     /// The sum of all lanes, as a balanced tree: halves are added until one lane is left.

@@ -4,8 +4,10 @@
 //! instruction set and `k` alone: not on `m`, the row's place, strides, the panel's padding or threads.
 //! Absent on purpose: blocking, packing, threads. Callers choose what stays in cache.
 
+mod pairs;
 mod strip;
 
+pub use pairs::{PairStrip, PairTile, Pairs, interleave, narrow, run_pair_strip, run_pairs};
 pub use strip::{HEAD_PAD, Head, Strip, head_limit, run_strip};
 
 use half::bf16;
@@ -112,11 +114,25 @@ impl Tail {
 pub unsafe trait Element: Copy + Send + Sync + 'static {
     /// Columns lie in pairs 16 apart, to be loaded by `pair`; otherwise in order, by `load`.
     const PAIRED: bool;
+    /// Rows lie in pairs, multiplied as they are: see [`Pairs`]. What this file does is not for them.
+    const DOTS: bool = false;
 
     /// Where column `j` of 32 lies in a panel row.
     #[must_use]
     fn place(j: usize) -> usize {
         if Self::PAIRED { j % 16 * 2 + j / 16 } else { j }
+    }
+
+    /// Where term `l` of column `j` lies in a panel.
+    #[must_use]
+    fn index(l: usize, j: usize) -> usize {
+        l * NR + Self::place(j)
+    }
+
+    /// Rows of a panel of `k` terms.
+    #[must_use]
+    fn rows(k: usize) -> usize {
+        k
     }
 
     /// Columns `j..j + V::LANES` and the same 16 columns later, of the panel row at `p`.
@@ -187,7 +203,7 @@ pub unsafe fn run<E: Element>(isa: Isa, tile: &Tile<E>) {
 /// # Safety
 /// As for [`run`], for the elements of `tail` too.
 pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
-    debug_assert!((1..=NR).contains(&tile.cols));
+    debug_assert!((1..=NR).contains(&tile.cols) && !E::DOTS);
     let fast = tile.m == 1 || (tile.x_row == 1 && (tail.k == 0 || tail.x_row == 1));
     let width = if E::PAIRED { NR } else { width(tile.cols) };
     debug_assert!(
@@ -196,7 +212,7 @@ pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
     );
     let mask = !tile.padded && tile.cols < width;
     // Eight columns fill half an AVX-512 vector; two AVX2 ones take the time of one. Same bits.
-    let isa = if isa == Isa::Avx512 && width == 8 {
+    let isa = if isa.is_512() && width == 8 {
         Isa::Avx2
     } else {
         isa
@@ -233,7 +249,7 @@ fn width(cols: usize) -> usize {
 /// Rows of a register block of `width` columns on `isa`.
 fn block_rows(isa: Isa, width: usize) -> usize {
     let rows = match isa {
-        Isa::Avx512 => MR,
+        Isa::Avx512 | Isa::Avx512Bf16 => MR,
         Isa::Avx2 | Isa::Neon => 3,
         Isa::Portable => 1,
     };

@@ -4,7 +4,7 @@
 //! round; the sides are shown to compute different things (or, where they must, the same).
 //! Absent on purpose: peers (`peers/`) and judgement. The floor printed is arithmetic, not a measurement.
 //!
-//! `cargo bench -p tallow-llm --bench tax [-- --rounds N] [--only forward|decode|train|dora|recompute]`
+//! `cargo bench -p tallow-llm --bench tax [-- --rounds N] [--only forward|decode|train|dora|recompute] [--dtype bf16]`
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -43,16 +43,21 @@ fn main() -> Result<()> {
     let rounds = argument("--rounds")?.unwrap_or(41);
     let files = tempfile::tempdir()?;
     write_model(files.path())?;
+    let dtype = argument::<String>("--dtype")?.unwrap_or_else(|| "f32".into());
     let cpu = Cpu::open(&CpuOptions {
         threads: None,
-        weights: DType::F32,
+        weights: match dtype.as_str() {
+            "f32" => DType::F32,
+            "bf16" => DType::BF16,
+            other => return Err(format!("--dtype {other}: f32 or bf16").into()),
+        },
         isa: None,
     })?;
     println!("{}", machine(&cpu));
     let session = Session::new(Arc::new(cpu));
     let model = Model::load(&session, files.path(), &LoadOptions::default())?;
     println!(
-        "hidden 256, 6 layers, 8 heads (4 kv), MLP 688, vocab 4096, f32; rank {RANK} on all seven"
+        "hidden 256, 6 layers, 8 heads (4 kv), MLP 688, vocab 4096, {dtype}; rank {RANK} on all seven"
     );
     let extra = floor(&model.config);
     println!(

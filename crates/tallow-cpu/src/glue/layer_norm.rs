@@ -8,8 +8,8 @@ use std::ops::Range;
 use tallow_core::{kernel::KernelSpec, op};
 
 use super::{Offer, rows};
-use crate::exec::{Exec, RowKernel, spans};
-use crate::norm::{Rows, dot};
+use crate::exec::{CHAINS, Exec, RowKernel, chains, spans};
+use crate::norm::Rows;
 use crate::reduce::sum;
 use crate::simd::Vector;
 
@@ -65,17 +65,40 @@ unsafe impl RowKernel for LayerNorm {
             let (x, y, c) = (self.x.at(i), self.y.at(i), self.c);
             // SAFETY: row `i` is within the matrices.
             unsafe {
-                let mean = V::splat(sum::<V>(x, c) / c as f32);
-                spans!(V, c, l, s => { s.store(s.load(x.add(l)).sub(mean), y.add(l)) });
-                let var = dot::<V>(y, y, c) / c as f32;
+                let mean = sum::<V>(x, c) / c as f32;
+                let var = squares::<V>(x, mean, c) / c as f32;
+                let mean = V::splat(mean);
                 let r = V::splat(1.0 / (var + self.eps).sqrt());
                 spans!(V, c, l, s => {
-                    let normed = s.load(y.add(l)).mul(r);
+                    let normed = s.load(x.add(l)).sub(mean).mul(r);
                     let scaled = normed.mul_add(s.load(self.w.add(l)), s.load(self.b.add(l)));
                     s.store(scaled, y.add(l));
                 });
             }
         }
+    }
+}
+
+/// `sum (x - mean)²`.
+///
+/// # Safety
+/// The machine has the instructions; `x` has `n` elements.
+#[inline(always)]
+unsafe fn squares<V: Vector>(x: *const f32, mean: f32, n: usize) -> f32 {
+    let whole = n - n % V::LANES;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [V::zero(); CHAINS];
+        chains!(V, whole, l, chain, s => {
+            let d = s.load(x.add(l)).sub(V::splat(mean));
+            sums[chain] = d.mul_add(d, sums[chain]);
+        });
+        let [a, b, c, d] = sums;
+        let mut sum = a.add(b).add(c.add(d)).sum();
+        for l in whole..n {
+            sum += (*x.add(l) - mean) * (*x.add(l) - mean);
+        }
+        sum
     }
 }
 

@@ -8,7 +8,8 @@ use crate::{
         Adapter, Backward, Block, Forward, Packed, Rows, Source, backward_workspace,
         forward_workspace, head_len, pack_head, pack_kn, pack_nk, pack_tail, packed_len,
     },
-    tile::{Element, head_limit},
+    simd::Isa,
+    tile::{Element, Pairs, head_limit},
 };
 use half::{bf16, f16};
 use tallow_core::{
@@ -26,8 +27,39 @@ const NK_F32: &str = "panels32_f32";
 const NK_BF16: &str = "panels32_bf16";
 const KN_F32: &str = "panels32_grad_f32";
 const KN_BF16: &str = "panels32_grad_bf16";
+const NK_PAIRS: &str = "panels32_bf16_pairs";
+const KN_PAIRS: &str = "panels32_grad_bf16_pairs";
 const TAIL: &str = "tail32_f32";
 const HEAD: &str = "turned_f32";
+
+/// What panels are made of.
+#[derive(Clone, Copy, PartialEq)]
+enum Weights {
+    F32,
+    /// Widened in registers.
+    Bf16,
+    /// Multiplied as they are, with `x` rounded to bf16 too.
+    Pairs,
+}
+
+impl Weights {
+    fn of(cpu: &Cpu) -> Self {
+        match (cpu.weights, cpu.isa()) {
+            (DType::BF16, Isa::Avx512Bf16) => Self::Pairs,
+            (DType::BF16, _) => Self::Bf16,
+            _ => Self::F32,
+        }
+    }
+
+    /// Rows of a panel of `k` terms, and the bytes of an element.
+    fn rows(self, k: usize) -> (usize, usize) {
+        match self {
+            Self::F32 => (f32::rows(k), 4),
+            Self::Bf16 => (bf16::rows(k), 2),
+            Self::Pairs => (Pairs::rows(k), 2),
+        }
+    }
+}
 
 /// How an operand `[n, k]` lies in memory.
 #[derive(Clone, Copy, PartialEq)]
@@ -50,21 +82,20 @@ fn order(o: &Operand) -> Option<Order> {
 fn panels(cpu: &Cpu, w: &Operand, backward: bool) -> Option<Format> {
     order(w).filter(|_| w.frozen && w.dtype.is_float())?;
     let (n, k) = (w.layout.shape.0[0], w.layout.shape.0[1]);
-    let half = cpu.weights == DType::BF16;
-    let name = match (backward, half) {
-        (false, false) => NK_F32,
-        (false, true) => NK_BF16,
-        (true, false) => KN_F32,
-        (true, true) => KN_BF16,
+    let weights = Weights::of(cpu);
+    let name = match (backward, weights) {
+        (false, Weights::F32) => NK_F32,
+        (false, Weights::Bf16) => NK_BF16,
+        (false, Weights::Pairs) => NK_PAIRS,
+        (true, Weights::F32) => KN_F32,
+        (true, Weights::Bf16) => KN_BF16,
+        (true, Weights::Pairs) => KN_PAIRS,
     };
-    let elems = if backward {
-        packed_len(k, n)
-    } else {
-        packed_len(n, k)
-    };
+    let (columns, terms) = if backward { (k, n) } else { (n, k) };
+    let (rows, bytes) = weights.rows(terms);
     Some(Format {
         name,
-        bytes: elems * if half { 2 } else { 4 },
+        bytes: packed_len(columns, rows) * bytes,
         scale: Bits::from(1.0),
     })
 }
@@ -98,6 +129,15 @@ pub(super) unsafe fn prepare(
             NK_BF16 => pack_any::<bf16>(cpu, from, op, false, to, f.bytes / 2),
             KN_BF16 => pack_any::<bf16>(cpu, from, op, true, to, f.bytes / 2),
             thin::ROWS_F32 => thin::widen(from, op, to.cast(), f.bytes / 4),
+            NK_PAIRS => pack_any::<Pairs>(cpu, from, op, false, to, f.bytes / 2),
+            KN_PAIRS => pack_any::<Pairs>(cpu, from, op, true, to, f.bytes / 2),
+            cross_entropy::BOTH_PAIRS => {
+                let (v, c) = (op.layout.shape.0[0], op.layout.shape.0[1]);
+                let (forward, backward) = cross_entropy::both(v, c);
+                let behind = to.add(forward * size_of::<Pairs>());
+                pack_any::<Pairs>(cpu, from, op, false, to, forward);
+                pack_any::<Pairs>(cpu, from, op, true, behind, backward);
+            }
             _ => return false,
         }
     }
@@ -467,18 +507,22 @@ pub(super) fn forward(cpu: &Cpu, l: &Linear, spec: &KernelSpec) -> Option<Offer>
         numbers: l.hidden(),
     };
     let job = job(spec, parts, &hidden, k, l.residual)?;
-    let half = cpu.weights == DType::BF16;
-    let name = match (l.is_adapted(), half) {
-        (true, false) if shares > 1 => "lora_linear_tails_f32",
-        (true, true) if shares > 1 => "lora_linear_tails_bf16",
-        (true, false) => "lora_linear_tail_f32",
-        (true, true) => "lora_linear_tail_bf16",
-        (false, false) => "linear_panels_f32",
-        (false, true) => "linear_panels_bf16",
+    let weights = Weights::of(cpu);
+    let name = match (l.is_adapted(), weights) {
+        (true, Weights::F32) if shares > 1 => "lora_linear_tails_f32",
+        (true, Weights::Bf16) if shares > 1 => "lora_linear_tails_bf16",
+        (true, Weights::Pairs) if shares > 1 => "lora_linear_tails_bf16_pairs",
+        (true, Weights::F32) => "lora_linear_tail_f32",
+        (true, Weights::Bf16) => "lora_linear_tail_bf16",
+        (true, Weights::Pairs) => "lora_linear_tail_bf16_pairs",
+        (false, Weights::F32) => "linear_panels_f32",
+        (false, Weights::Bf16) => "linear_panels_bf16",
+        (false, Weights::Pairs) => "linear_panels_bf16_pairs",
     };
-    let offer = match half {
-        false => Offer::new(name, move |io| job.forward::<f32>(io)),
-        true => Offer::new(name, move |io| job.forward::<bf16>(io)),
+    let offer = match weights {
+        Weights::F32 => Offer::new(name, move |io| job.forward::<f32>(io)),
+        Weights::Bf16 => Offer::new(name, move |io| job.forward::<bf16>(io)),
+        Weights::Pairs => Offer::new(name, move |io| job.forward::<Pairs>(io)),
     };
     Some(Offer {
         prepare,
@@ -500,16 +544,19 @@ pub(super) fn backward(cpu: &Cpu, l: &LinearGrad, spec: &KernelSpec) -> Option<O
     let spare: usize = unwanted.map(|(rank, _)| rank).sum();
     job.spare_dh = job.m / shares * spare;
     let scratch = scratch + job.spare_dh;
-    let half = cpu.weights == DType::BF16;
-    let name = match (half, shares > 1) {
-        (false, false) => "lora_linear_grad_tail_f32",
-        (true, false) => "lora_linear_grad_tail_bf16",
-        (false, true) => "lora_linear_grad_tails_f32",
-        (true, true) => "lora_linear_grad_tails_bf16",
+    let weights = Weights::of(cpu);
+    let name = match (weights, shares > 1) {
+        (Weights::F32, false) => "lora_linear_grad_tail_f32",
+        (Weights::Bf16, false) => "lora_linear_grad_tail_bf16",
+        (Weights::Pairs, false) => "lora_linear_grad_tail_bf16_pairs",
+        (Weights::F32, true) => "lora_linear_grad_tails_f32",
+        (Weights::Bf16, true) => "lora_linear_grad_tails_bf16",
+        (Weights::Pairs, true) => "lora_linear_grad_tails_bf16_pairs",
     };
-    let offer = match half {
-        false => Offer::new(name, move |io| job.backward::<f32>(io)),
-        true => Offer::new(name, move |io| job.backward::<bf16>(io)),
+    let offer = match weights {
+        Weights::F32 => Offer::new(name, move |io| job.backward::<f32>(io)),
+        Weights::Bf16 => Offer::new(name, move |io| job.backward::<bf16>(io)),
+        Weights::Pairs => Offer::new(name, move |io| job.backward::<Pairs>(io)),
     };
     // Without `dx` no weight is read: nothing to pack.
     let prepare = if spec.outputs[0].is_some() {

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::product::{PIECE, Product, Tails, copy_len};
+use super::product::{PIECE, Product, Tails, copy_len, forget};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
 use super::{Block, Held, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks};
 use crate::exec::Exec;
@@ -87,6 +87,7 @@ pub unsafe fn backward<E: Element>(exec: Exec<'_>, job: &Backward<'_, E>, worksp
     let split = Split::new((job.m, panels, n), MIN_ROWS..=MAX_ROWS, threads);
     for scratch in workspace.chunks_exact_mut(per).take(threads) {
         scratch[0] = f32::from_bits(u32::MAX);
+        forget(&mut scratch[at.copy..]);
     }
     let shared = Raw((job, workspace.as_mut_ptr()));
     exec.pool.run(split.tasks(), &|task, worker| {

@@ -29,7 +29,7 @@ pub(crate) struct Dots {
 /// overlaps neither `x` nor `w`.
 pub(crate) unsafe fn run(isa: Isa, dots: &Dots) {
     let (rows, columns) = match isa {
-        Isa::Avx512 => (6, 4),
+        Isa::Avx512 | Isa::Avx512Bf16 => (6, 4),
         Isa::Avx2 => (3, 4),
         Isa::Neon => (5, 4),
         Isa::Portable => (2, 2),

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::dots::{self, Dots};
 use super::pack::tail_panel;
-use super::product::{Product, Tails, copy_len};
+use super::product::{Product, Tails, copy_len, forget};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
 use super::{Block, Held, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks};
 use crate::exec::Exec;
@@ -85,6 +85,7 @@ pub unsafe fn forward<E: Element>(exec: Exec<'_>, job: &Forward<'_, E>, workspac
     let split = Split::new((job.m, panels, job.k), MIN_ROWS..=MAX_ROWS, threads);
     for scratch in workspace.chunks_exact_mut(at.floats).take(threads) {
         scratch[..at.h].fill(f32::from_bits(u32::MAX));
+        forget(&mut scratch[at.copy..]);
     }
     let shared = Raw((job, workspace.as_mut_ptr()));
     exec.pool.run(split.tasks(), &|task, worker| {

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::Raw;
 use crate::pool::Pool;
-use crate::tile::{Element, HEAD_PAD, NR};
+use crate::tile::{Element, HEAD_PAD, NR, Pairs};
 
 /// A number that weights are stored as in a checkpoint.
 pub trait Source: Copy + Send + Sync + 'static {
@@ -14,7 +14,8 @@ pub trait Source: Copy + Send + Sync + 'static {
     fn widen(self) -> f32;
 }
 
-/// A number that panels are made of: `f32`, or `bf16` (half the bytes, sums still in f32).
+/// A number that panels are made of: `f32`, or half the bytes with sums still in f32: `bf16`, and
+/// [`Pairs`] of it where the machine multiplies them as such.
 pub trait Packed: Element {
     /// The nearest value, ties to even. Exact for `f32`.
     fn narrow(value: f32) -> Self;
@@ -50,17 +51,23 @@ impl Packed for bf16 {
     }
 }
 
-/// Elements of `columns` columns in panels of `rows` rows each.
+impl Packed for Pairs {
+    fn narrow(value: f32) -> Self {
+        Pairs(bf16::from_f32(value))
+    }
+}
+
+/// Elements of `columns` columns in panels of `rows` rows each ([`Element::rows`] of the terms).
 #[must_use]
 pub fn packed_len(columns: usize, rows: usize) -> usize {
     columns.div_ceil(NR) * NR * rows
 }
 
 /// Packs `w: [n, k]`, row-major, for the forward product: `out: [ceil(n / 32)][k][32]`
-/// (columns of bf16 panels in the order of [`Element::place`]).
+/// (elements of bf16 panels in the order of [`Element::index`]).
 ///
 /// # Panics
-/// If `w` has not `n * k` elements or `out` not `packed_len(n, k)`.
+/// If `w` has not `n * k` elements or `out` not `packed_len(n, E::rows(k))`.
 pub fn pack_nk<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize), out: &mut [E]) {
     assert_eq!(
         w.len(),
@@ -69,18 +76,18 @@ pub fn pack_nk<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize
     );
     assert_eq!(
         out.len(),
-        packed_len(n, k),
+        packed_len(n, E::rows(k)),
         "bug in tallow: pack_nk: panels want packed_len(n, k)"
     );
-    each_panel(pool, out, k, &|p, panel| {
+    each_panel(pool, out, E::rows(k), &|p, panel| {
         let columns = (n - p * NR).min(NR);
         panel.fill(E::narrow(0.0));
         // Sixteen terms at a time: a row's cache line is used up while it is there.
         for (block, rows) in panel.chunks_mut(16 * NR).enumerate() {
             for j in 0..columns {
-                let terms = &w[(p * NR + j) * k + block * 16..];
-                for (row, v) in rows.chunks_exact_mut(NR).zip(terms) {
-                    row[E::place(j)] = E::narrow(v.widen());
+                let terms = &w[(p * NR + j) * k..][..k];
+                for (l, v) in terms.iter().skip(block * 16).take(16).enumerate() {
+                    rows[E::index(l, j)] = E::narrow(v.widen());
                 }
             }
         }
@@ -88,10 +95,10 @@ pub fn pack_nk<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize
 }
 
 /// Packs `w: [n, k]`, row-major, for the backward product: `out: [ceil(k / 32)][n][32]`
-/// (columns of bf16 panels in the order of [`Element::place`]).
+/// (elements of bf16 panels in the order of [`Element::index`]).
 ///
 /// # Panics
-/// If `w` has not `n * k` elements or `out` not `packed_len(k, n)`.
+/// If `w` has not `n * k` elements or `out` not `packed_len(k, E::rows(n))`.
 pub fn pack_kn<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize), out: &mut [E]) {
     assert_eq!(
         w.len(),
@@ -100,15 +107,15 @@ pub fn pack_kn<S: Source, E: Packed>(pool: &Pool, w: &[S], (n, k): (usize, usize
     );
     assert_eq!(
         out.len(),
-        packed_len(k, n),
+        packed_len(k, E::rows(n)),
         "bug in tallow: pack_kn: panels want packed_len(k, n)"
     );
-    each_panel(pool, out, n, &|p, panel| {
+    each_panel(pool, out, E::rows(n), &|p, panel| {
         let columns = (k - p * NR).min(NR);
-        for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
-            row.fill(E::narrow(0.0));
+        panel.fill(E::narrow(0.0));
+        for i in 0..n {
             for (j, v) in w[i * k + p * NR..][..columns].iter().enumerate() {
-                row[E::place(j)] = E::narrow(v.widen());
+                panel[E::index(i, j)] = E::narrow(v.widen());
             }
         }
     });

@@ -19,6 +19,10 @@ const APART: usize = 16;
 
 /// Weights up to this size stay in the second-level cache by themselves.
 const NEAR_BYTES: usize = 512 << 10;
+
+mod pairs;
+pub(super) use pairs::forget;
+
 /// Floats of scratch that [`Product::run`] may use, for sums of `k` terms.
 pub(super) fn copy_len(k: usize) -> usize {
     MAX_ROWS * (k.min(PIECE) + APART)
@@ -89,6 +93,10 @@ impl<E: Element> Product<E> {
     /// The machine has `isa`; what the fields and tails name is readable, `y` writable, and `y` and
     /// the scratch overlap nothing else.
     pub(super) unsafe fn run(&self, panels: Range<usize>, tails: &Tails<'_>) {
+        if E::DOTS {
+            // SAFETY: the caller's promise; only panels of `Pairs` are to be multiplied as they are.
+            return unsafe { self.as_pairs().run_pairs(panels, tails) };
+        }
         let pieces = self.k.div_ceil(PIECE).max(1);
         let mut from = 0;
         for piece in 0..pieces {

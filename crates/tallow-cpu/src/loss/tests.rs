@@ -3,9 +3,10 @@
 //! Absent on purpose: speed.
 
 use super::*;
-use crate::linear::{pack_nk, packed_len};
+use crate::linear::{Packed, pack_kn, pack_nk, packed_len};
 use crate::pool::Pool;
 use crate::testing::Rng;
+use crate::tile::{Element, Pairs};
 
 struct Case {
     rows: usize,
@@ -15,6 +16,14 @@ struct Case {
     x: Vec<f32>,
     w: Vec<f32>,
     targets: Vec<u32>,
+}
+
+/// How the weights are given.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    Rows,
+    Panels,
+    Pairs,
 }
 
 impl Case {
@@ -51,7 +60,7 @@ impl Case {
         let p = logits.iter().map(|l| (l - lse).exp()).collect();
         (lse - logits[target], p)
     }
-    fn run(&self, exec: Exec<'_>, panels: bool, gradient: bool) -> (Vec<f32>, Vec<f32>) {
+    fn run(&self, exec: Exec<'_>, how: How, gradient: bool) -> (Vec<f32>, Vec<f32>) {
         let mut nll = vec![f32::NAN; self.rows];
         let mut dx = vec![f32::NAN; self.rows * self.ld];
         let threads = exec.pool.threads();
@@ -59,9 +68,21 @@ impl Case {
         let mut workspace = vec![f32::NAN; n];
         let mut packed = vec![0.0; packed_len(self.v, self.c)];
         pack_nk(exec.pool, &self.w, (self.v, self.c), &mut packed);
-        let (w, layout) = match panels {
-            true => (&packed, WeightLayout::Panels),
-            false => (&self.w, WeightLayout::Rows(self.c)),
+        let mut forward = vec![Pairs::narrow(0.0); packed_len(self.v, Pairs::rows(self.c))];
+        let mut backward = vec![Pairs::narrow(0.0); packed_len(self.c, Pairs::rows(self.v))];
+        pack_nk(exec.pool, &self.w, (self.v, self.c), &mut forward);
+        pack_kn(exec.pool, &self.w, (self.v, self.c), &mut backward);
+        let pairs = PairWeights {
+            forward: forward.as_ptr(),
+            backward: match gradient {
+                true => backward.as_ptr(),
+                false => std::ptr::null(),
+            },
+        };
+        let (w, layout) = match how {
+            How::Panels => (&packed, WeightLayout::Panels),
+            How::Rows => (&self.w, WeightLayout::Rows(self.c)),
+            How::Pairs => (&vec![], WeightLayout::Pairs(pairs)),
         };
         let args = CrossEntropy {
             rows: self.rows,
@@ -88,7 +109,8 @@ impl Case {
         unsafe { args.run(exec) };
         (nll, dx)
     }
-    fn check(&self, nll: &[f32], dx: &[f32], what: &str) {
+    /// `more`: what probabilities are rounded by on their way into the gradient.
+    fn check(&self, nll: &[f32], dx: &[f32], more: f64, what: &str) {
         let eps = f64::from(f32::EPSILON);
         for i in 0..self.rows {
             let row = &dx[i * self.ld..(i + 1) * self.ld];
@@ -116,7 +138,7 @@ impl Case {
                 let want = (0..self.v).map(|j| p[j] * w(j)).sum::<f64>() - w(target);
                 let terms = (0..self.v).map(|j| p[j] * w(j).abs()).sum::<f64>() + w(target).abs();
                 let off = (f64::from(*got) - want).abs();
-                let bound = eps * (16.0 + 8.0 * size) * terms;
+                let bound = (eps * (16.0 + 8.0 * size) + more) * terms;
                 assert!(
                     off <= bound,
                     "{what}: dx {i},{l}: want {want}, got {}",
@@ -142,20 +164,58 @@ fn right_on_every_isa_layout_and_thread_count() {
     for (rows, c, v) in sizes {
         let case = Case::new(rows, c, v, &mut rng);
         for isa in Isa::available() {
-            for panels in [false, true] {
+            for how in [How::Rows, How::Panels] {
                 let mut first = None;
                 for threads in 1..=3 {
                     let pool = Pool::new(threads);
                     let exec = Exec { isa, pool: &pool };
-                    let (nll, dx) = case.run(exec, panels, true);
-                    let what = format!("{} {rows}x{c}x{v} panels {panels}", isa.name());
-                    case.check(&nll, &dx, &what);
+                    let (nll, dx) = case.run(exec, how, true);
+                    let what = format!("{} {rows}x{c}x{v} {how:?}", isa.name());
+                    case.check(&nll, &dx, 0.0, &what);
                     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                     let all = (bits(&nll), bits(&dx));
-                    assert_eq!(bits(&case.run(exec, panels, false).0), all.0, "{what}");
+                    assert_eq!(bits(&case.run(exec, how, false).0), all.0, "{what}");
                     assert_eq!(*first.get_or_insert(all.clone()), all, "{what}");
                 }
             }
+        }
+    }
+}
+
+/// Rows and weights that are bf16 already are multiplied as they are; only probabilities are rounded on the way into the
+/// gradient, by half a unit of the last of eight digits.
+#[test]
+fn pairs_of_bf16_are_right_up_to_rounded_probabilities() {
+    if !Isa::available().any(|isa| isa == Isa::Avx512Bf16) {
+        println!("SKIP: this machine does not multiply bf16");
+        return;
+    }
+    let mut rng = Rng::fresh();
+    let round = |v: &mut f32| *v = half::bf16::from_f32(*v).to_f32();
+    for (rows, c, v) in [
+        (1, 1, 1),
+        (2, 3, 5),
+        (7, 13, 31),
+        (33, 31, 32),
+        (127, 5, 33),
+        (64, 32, 127),
+        (13, 33, 2101),
+        (50, 70, 257),
+    ] {
+        let mut case = Case::new(rows, c, v, &mut rng);
+        case.x.iter_mut().chain(&mut case.w).for_each(round);
+        let mut first = None;
+        for threads in 1..=3 {
+            let pool = Pool::new(threads);
+            let isa = Isa::Avx512Bf16;
+            let exec = Exec { isa, pool: &pool };
+            let (nll, dx) = case.run(exec, How::Pairs, true);
+            let what = format!("{rows}x{c}x{v} on {threads}");
+            case.check(&nll, &dx, 2f64.powi(-8), &what);
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let all = (bits(&nll), bits(&dx));
+            assert_eq!(bits(&case.run(exec, How::Pairs, false).0), all.0, "{what}");
+            assert_eq!(*first.get_or_insert(all.clone()), all, "{what}");
         }
     }
 }
@@ -174,7 +234,7 @@ fn a_confident_row_has_a_small_loss_and_no_nan() {
     };
     let pool = Pool::new(1);
     for isa in Isa::available() {
-        let (nll, dx) = case.run(Exec { isa, pool: &pool }, false, true);
+        let (nll, dx) = case.run(Exec { isa, pool: &pool }, How::Rows, true);
         assert_eq!((nll[0], dx[0]), (0.0, 0.0));
         assert_eq!((nll[1], dx[1]), (800.0, -2.0));
     }

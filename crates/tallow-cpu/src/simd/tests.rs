@@ -52,6 +52,11 @@ impl Kernel for Probe {
             check("exp2i", x.mul(V::splat(20.0)).round().exp2i(), &|i| {
                 (a[i] * 20.0).round_ties_even().exp2()
             })?;
+            check("scale2", y.scale2(x.mul(V::splat(60.0)).round()), &|i| {
+                let n = (a[i] * 60.0).round_ties_even();
+                // In two steps: `2^n` alone may not be a number.
+                b[i] * (n / 2.0).floor().exp2() * (n - (n / 2.0).floor()).exp2()
+            })?;
             check("lt", x.lt_select(y, V::splat(1.0), V::splat(2.0)), &|i| {
                 if a[i] < b[i] { 1.0 } else { 2.0 }
             })?;

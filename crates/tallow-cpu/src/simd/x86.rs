@@ -138,6 +138,11 @@ unsafe impl Vector for __m512 {
         }
     }
     #[inline(always)]
+    unsafe fn scale2(self, n: Self) -> Self {
+        // SAFETY: the caller has the instructions and gives the elements.
+        unsafe { _mm512_scalef_ps(self, n) }
+    }
+    #[inline(always)]
     unsafe fn lt_select(self, b: Self, x: Self, y: Self) -> Self {
         // SAFETY: the caller has the instructions and gives the elements.
         unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self, b), y, x) }

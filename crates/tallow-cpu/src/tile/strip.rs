@@ -62,14 +62,14 @@ impl Head {
 pub const HEAD_PAD: usize = 16;
 
 /// Vectors of a head that are summed at once.
-const HEAD_VECTORS: usize = 4;
+pub(super) const HEAD_VECTORS: usize = 4;
 
 /// The most terms of a [`Head`].
 #[must_use]
 pub fn head_limit(isa: Isa) -> usize {
     HEAD_VECTORS
         * match isa {
-            Isa::Avx512 => 16,
+            Isa::Avx512 | Isa::Avx512Bf16 => 16,
             Isa::Avx2 | Isa::Portable => 8,
             Isa::Neon => 4,
         }

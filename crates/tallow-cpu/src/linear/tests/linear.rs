@@ -6,6 +6,7 @@ use half::bf16;
 
 use super::world::{Case, World, cases};
 use super::*;
+use crate::tile::Pairs;
 
 fn run_forward<E: Packed>(
     isa: Isa,
@@ -38,14 +39,24 @@ fn run_forward<E: Packed>(
     (y, h)
 }
 
-fn check_forward(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut Rng) {
+/// What a frozen weight's product is made of: with pairs of bf16, rounded.
+fn factor<E: Packed>(v: f32) -> f32 {
+    if E::DOTS {
+        bf16::from_f32(v).to_f32()
+    } else {
+        v
+    }
+}
+
+fn check_forward<E: Packed>(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut Rng) {
     let world = World::new(case, rng);
-    let panels = world.panels::<f32>(case, true);
+    let panels = world.panels::<E>(case, true);
     let (y, h) = run_forward(isa, &pools[0], case, &world, &panels);
     y.check(&format!("{name} y {case:?}"), &|row, j| {
         let (i, jj, _) = case.owner(j);
         let mut terms: Vec<f64> = (0..case.k)
-            .map(|l| product(world.x.at(row, l), world.w[i][jj * case.k + l]))
+            .map(|l| (world.x.at(row, l), world.w[i][jj * case.k + l]))
+            .map(|(x, w)| product(factor::<E>(x), factor::<E>(w)))
             .collect();
         let r = case.blocks[i].1;
         for c in 0..r {
@@ -85,12 +96,12 @@ fn check_forward(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut Rn
     }
 }
 
-fn run_backward(
+fn run_backward<E: Packed>(
     isa: Isa,
     pool: &Pool,
     case: &Case,
     world: &World,
-    panels: &[Vec<f32>],
+    panels: &[Vec<E>],
     need_dx: bool,
 ) -> (Matrix, Matrix) {
     let blocks = world.blocks(case, panels, &[], &[]);
@@ -120,9 +131,9 @@ fn run_backward(
     (dx, dh)
 }
 
-fn check_backward(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut Rng) {
+fn check_backward<E: Packed>(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut Rng) {
     let world = World::new(case, rng);
-    let panels = world.panels::<f32>(case, false);
+    let panels = world.panels::<E>(case, false);
     let (dx, dh) = run_backward(isa, &pools[0], case, &world, &panels, true);
     dh.check(&format!("{name} dh {case:?}"), &|row, c| {
         let (mut i, mut c) = (0, c);
@@ -137,9 +148,9 @@ fn check_backward(isa: Isa, name: &str, pools: &[Pool], case: &Case, rng: &mut R
         let mut terms = Vec::new();
         let mut first = 0;
         for (i, &(n, r)) in case.blocks.iter().enumerate() {
-            terms.extend(
-                (0..n).map(|j| product(world.dy.at(row, first + j), world.w[i][j * case.k + l])),
-            );
+            let factors = |j: usize| (world.dy.at(row, first + j), world.w[i][j * case.k + l]);
+            let term = |(dy, w)| product(factor::<E>(dy), factor::<E>(w));
+            terms.extend((0..n).map(factors).map(term));
             for c in 0..r {
                 let f = f64::from(world.scale[i]) * f64::from(world.a[i][c * case.k + l]);
                 terms.extend(world.down(case, row, i, c).iter().map(|t| t * f));
@@ -176,7 +187,10 @@ fn forward_is_the_sum_it_says() {
     let (mut rng, pools) = (Rng::fresh(), pools());
     each_isa(&mut |isa, name| {
         for case in cases(&mut rng) {
-            check_forward(isa, name, &pools, &case, &mut rng);
+            check_forward::<f32>(isa, name, &pools, &case, &mut rng);
+            if isa == Isa::Avx512Bf16 {
+                check_forward::<Pairs>(isa, "pairs", &pools, &case, &mut rng);
+            }
         }
     });
 }
@@ -186,7 +200,10 @@ fn backward_is_the_sum_it_says() {
     let (mut rng, pools) = (Rng::fresh(), pools());
     each_isa(&mut |isa, name| {
         for case in cases(&mut rng) {
-            check_backward(isa, name, &pools, &case, &mut rng);
+            check_backward::<f32>(isa, name, &pools, &case, &mut rng);
+            if isa == Isa::Avx512Bf16 {
+                check_backward::<Pairs>(isa, "pairs", &pools, &case, &mut rng);
+            }
         }
     });
 }
@@ -204,14 +221,14 @@ fn no_rows_is_no_work() {
         turned: false,
     };
     for pool in pools() {
-        check_forward(
+        check_forward::<f32>(
             Isa::best(),
             "empty",
             std::slice::from_ref(&pool),
             &case,
             &mut rng,
         );
-        check_backward(
+        check_backward::<f32>(
             Isa::best(),
             "empty",
             std::slice::from_ref(&pool),
@@ -503,4 +520,51 @@ fn each_share_is_as_if_it_were_alone() {
             }
         }
     });
+}
+
+/// Rounded rows are kept from block to block and from task to task, but not from call to call: the same `x`, with
+/// other numbers, in the same workspace gives other results.
+#[test]
+fn pairs_are_rounded_anew_in_every_call() {
+    if !Isa::available().any(|isa| isa == Isa::Avx512Bf16) {
+        println!("SKIP: this machine does not multiply bf16");
+        return;
+    }
+    let (mut rng, pool) = (Rng::fresh(), Pool::new(2));
+    let case = Case {
+        m: 50,
+        k: 70,
+        blocks: vec![(64, 0), (40, 3)],
+        bias: false,
+        residual: false,
+        packed_tail: false,
+        turned: false,
+    };
+    let mut world = World::new(&case, &mut rng);
+    let panels = world.panels::<Pairs>(&case, true);
+    let mut workspace = vec![];
+    for _ in 0..3 {
+        let blocks = world.blocks(&case, &panels, &[], &[]);
+        workspace.resize(forward_workspace(&blocks, 1, case.k, 2), POISON);
+        let mut y = Matrix::poisoned(case.m, case.n());
+        let job = Forward {
+            m: case.m,
+            k: case.k,
+            x: world.x.input(),
+            shares: 1,
+            blocks: &blocks,
+            y: y.output(),
+            residual: Rows::<*const f32>::NONE,
+            h: &[Rows::<*mut f32>::NONE],
+        };
+        let exec = Exec {
+            isa: Isa::Avx512Bf16,
+            pool: &pool,
+        };
+        // SAFETY: every matrix has the size that the case asks for.
+        unsafe { forward(exec, &job, &mut workspace) };
+        let (fresh, _) = run_forward(Isa::Avx512Bf16, &pool, &case, &world, &panels);
+        assert_eq!(y.bits(), fresh.bits());
+        world.x.data.iter_mut().for_each(|v| *v *= -1.5);
+    }
 }

@@ -130,9 +130,9 @@ impl World {
         let pack = |i: usize| {
             let (n, k) = (case.blocks[i].0, case.k);
             let len = if forward {
-                packed_len(n, k)
+                packed_len(n, E::rows(k))
             } else {
-                packed_len(k, n)
+                packed_len(k, E::rows(n))
             };
             let mut out = vec![E::narrow(POISON); len];
             match forward {
