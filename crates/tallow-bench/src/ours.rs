@@ -27,6 +27,8 @@ pub const SLACK: f64 = 4.0;
 pub enum Fill {
     /// Uniform in `±`.
     Signed(f32),
+    /// The same, exact in bf16.
+    Half(f32),
     /// Uniform from a tenth of it up to it.
     Positive(f32),
     /// Uniform within a tenth around it.
@@ -49,6 +51,9 @@ impl Fill {
         match self {
             Fill::Signed(s) => (0..n)
                 .map(|_| stored(s * (2.0 * rng.f32() - 1.0)))
+                .collect(),
+            Fill::Half(s) => (0..n)
+                .map(|_| bf16::from_f32(s * (2.0 * rng.f32() - 1.0)).to_f64())
                 .collect(),
             Fill::Positive(s) => (0..n)
                 .map(|_| stored(s * (0.1 + 0.9 * rng.f32())))
@@ -104,8 +109,15 @@ impl<'a> Operands<'a> {
     /// # Errors
     /// No memory.
     pub fn weights(&mut self, shape: &[usize], dtype: DType, scale: f32) -> Result<Tensor> {
+        self.filled(shape, dtype, Fill::Signed(scale))
+    }
+
+    /// The same, filled otherwise.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn filled(&mut self, shape: &[usize], dtype: DType, fill: Fill) -> Result<Tensor> {
         let ty = TensorType::new(shape, dtype);
-        let fill = Fill::Signed(scale);
         let host = fill.draw(&ty, &mut self.rng);
         let bytes = encode(dtype, &host);
         let all = 0..bytes.len();
@@ -165,6 +177,9 @@ pub type TwinFn = Box<dyn Fn() -> Result<Ours>>;
 /// How far two sets of kernels may be apart, relative to the largest element of a result.
 pub const TWIN: f64 = 2e-3;
 
+/// How far the results of somebody who rounds everything to bf16 may be apart, relative to the largest element.
+pub const HALF: f64 = 2e-2;
+
 /// See [`Reference::Sampled`].
 pub type SampleFn = Box<dyn Fn(&[&[f64]], u64) -> Result<Sample>>;
 
@@ -206,6 +221,8 @@ struct Graphed {
     /// What the operands were drawn from, and what was fed last.
     seed: Cell<u64>,
     link: Cell<f32>,
+    /// Is what is judged rounded to bf16 on the way?
+    half: Cell<bool>,
 }
 
 /// A graph under the clock.
@@ -237,6 +254,7 @@ impl Ours {
             outs,
             seed: Cell::new(0),
             link: Cell::new(0.0),
+            half: Cell::new(false),
         };
         Ok(Ours {
             graph: Rc::new(graph),
@@ -331,9 +349,13 @@ impl Graphed {
                 let low = lower(&self.outs, &self.subject.updates)?;
                 let values = self.values(&low.leaves, carried)?;
                 for (got, want) in got.iter().zip(&eval_bounded(&low.graph, &values)?) {
+                    if self.half.get() {
+                        errors.rounded(got, want);
+                        continue;
+                    }
                     errors.add(got, want);
                     if matches!(self.subject.reference, Reference::Deep) {
-                        errors.near(got, &want.value.data);
+                        errors.near(got, &want.value.data, TWIN);
                     }
                 }
             }
@@ -351,7 +373,10 @@ impl Graphed {
                 let values: Vec<&[f64]> = values.iter().map(Vec::as_slice).collect();
                 let s = sample(&values, self.seed.get())?;
                 let got: Vec<f64> = s.at.iter().map(|i| got[0][*i]).collect();
-                errors.add(&got, &s.want);
+                match self.half.get() {
+                    true => errors.rounded(&got, &s.want),
+                    false => errors.add(&got, &s.want),
+                }
             }
             Reference::Twin(make) => {
                 by = Judge::Portable;
@@ -360,7 +385,7 @@ impl Graphed {
                 twin.feed(self.link.get())?;
                 twin.start()?;
                 for (got, want) in got.iter().zip(twin.results()?) {
-                    errors.near(got, &want);
+                    errors.near(got, &want, if self.half.get() { HALF } else { TWIN });
                     errors.compared += got.len();
                 }
             }
@@ -411,11 +436,16 @@ impl Errors {
         self.compared += got.len();
     }
 
-    /// The same elements, by another rule.
-    fn near(&mut self, got: &[f64], want: &[f64]) {
+    fn rounded(&mut self, got: &[f64], want: &Bounded) {
+        self.near(got, &want.value.data, HALF);
+        self.compared += got.len();
+    }
+
+    /// By another rule: within `part` of the largest element.
+    fn near(&mut self, got: &[f64], want: &[f64], part: f64) {
         let largest = want.iter().fold(0.0f64, |m, v| m.max(v.abs()));
         for (got, want) in got.iter().zip(want) {
-            let off = (got - want).abs() / (TWIN * largest + 1e-30);
+            let off = (got - want).abs() / (part * largest + 1e-30);
             self.worst = if off.is_finite() {
                 self.worst.max(off)
             } else {
@@ -443,6 +473,10 @@ impl Work for Ours {
             }
             Fill::Signed(s) | Fill::Positive(s) | Fill::Near(s) => {
                 ((s * link).to_le_bytes(), f64::from(s * link))
+            }
+            Fill::Half(s) => {
+                let v = bf16::from_f32(s * link).to_f32();
+                (v.to_le_bytes(), f64::from(v))
             }
             Fill::Positions | Fill::Fixed(_) => (link.to_le_bytes(), f64::from(link)),
         };

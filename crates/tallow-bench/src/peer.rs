@@ -1,8 +1,11 @@
 //! Other people's engines: what they can be asked to compute.
 //! Absent on purpose: the engines themselves, which are behind features and in other processes.
 
+use std::path::PathBuf;
+
 use crate::measure::Contender;
 use crate::suite::Context;
+use crate::suite::models::{Adapted, Doing};
 use crate::suite::products::LoraShape;
 use crate::{Error, Result};
 
@@ -39,12 +42,25 @@ impl RowOp {
 }
 
 /// What a peer computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Job {
     /// A product, with or without an adapter.
     Lora(LoraShape),
     /// A norm or a softmax.
     Rows(RowOp),
+    /// A whole model.
+    Model(ModelJob),
+}
+
+/// What a whole model is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelJob {
+    /// Folder of the model.
+    pub dir: PathBuf,
+    /// What it does.
+    pub doing: Doing,
+    /// With which adapter.
+    pub adapted: Option<Adapted>,
 }
 
 /// An engine that takes part in a run.
@@ -100,7 +116,7 @@ pub fn open(names: &[String], threads: usize) -> Result<Vec<Box<dyn Peer>>> {
         if !known().contains(&&**name) {
             return Err(Error::Setting {
                 name: "--against",
-                want: "torch, peft, mlx, mlx-lm; candle, gemm, faer in a build with the feature tallow-bench/peers",
+                want: "torch, torch-compiled, peft, mlx, mlx-lm; candle, gemm, faer in a build with the feature tallow-bench/peers",
                 got: name.clone(),
             });
         }

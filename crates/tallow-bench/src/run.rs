@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tallow::cpu::simd::Isa;
 
 use crate::Result;
-use crate::measure::{Reason, Row, Settings, Verdict, measure};
+use crate::measure::{Contender, Reason, Row, Settings, Verdict, measure};
 use crate::peer::Peer;
 use crate::probe::{Bound, Floor};
 use crate::report::{FORMAT, Group, Machine, Report};
@@ -110,12 +110,16 @@ fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -
             vec![]
         }
     };
-    if let Some(job) = &task.peer {
-        for peer in &mut plan.peers {
+    for peer in &mut plan.peers {
+        for (label, job) in &task.peers {
+            let name = match &**label {
+                "" => peer.name().to_owned(),
+                label => format!("{}, {label}", peer.name()),
+            };
             match peer.contender(job, cx) {
-                Ok(Some(c)) => contenders.push(c),
+                Ok(Some(c)) => contenders.push(Contender { engine: name, ..c }),
                 Ok(None) => {}
-                Err(e) => missing.push(absent(peer.name(), e.to_string())),
+                Err(e) => missing.push(absent(&name, e.to_string())),
             }
         }
     }

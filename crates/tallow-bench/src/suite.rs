@@ -122,8 +122,8 @@ pub struct Task {
     pub name: String,
     /// Tokens of one repetition, where there are any.
     pub tokens: Option<usize>,
-    /// What peers are told to compute, where they can.
-    pub peer: Option<crate::peer::Job>,
+    /// What peers are told to compute, where they can, and what to add to their names.
+    pub peers: Vec<(String, crate::peer::Job)>,
     /// Its contenders; the first is what others are compared with.
     pub make: Make,
 }

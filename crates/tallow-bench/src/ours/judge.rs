@@ -17,6 +17,13 @@ pub fn judged(ours: Ours) -> Judged {
     Judged { ours, link: 0.0 }
 }
 
+/// The same, for an engine that rounds everything to bf16.
+#[must_use]
+pub fn judged_half(ours: Ours) -> Judged {
+    ours.graph.half.set(true);
+    judged(ours)
+}
+
 impl Judged {
     fn graph(&self) -> &Graphed {
         &self.ours.graph
@@ -31,6 +38,17 @@ impl Judged {
         Ok(self.graph().operands.borrow()[self.graph().fed]
             .host
             .clone())
+    }
+
+    /// New operands, all that vary, row-major, in the order they were made; the one that is fed among them.
+    ///
+    /// # Errors
+    /// As [`Judged::draw`].
+    pub fn draw_all(&mut self, seed: u64) -> Result<Vec<Vec<f64>>> {
+        self.graph().draw(seed)?;
+        let operands = self.graph().operands.borrow();
+        let all = operands.iter().filter(|o| o.varies);
+        Ok(all.map(|o| o.host.clone()).collect())
     }
 
     /// The last element fed becomes `link` times [`Judged::scale`].
@@ -52,7 +70,7 @@ impl Judged {
     #[must_use]
     pub fn scale(&self) -> f32 {
         match self.graph().operands.borrow()[self.graph().fed].fill {
-            Fill::Signed(s) | Fill::Positive(s) | Fill::Near(s) => s,
+            Fill::Signed(s) | Fill::Half(s) | Fill::Positive(s) | Fill::Near(s) => s,
             Fill::Below(_) | Fill::Positions | Fill::Fixed(_) => 1.0,
         }
     }
@@ -71,6 +89,20 @@ impl Judged {
         fixed
             .map(|o| (o.host.clone(), o.leaf.dims().to_vec()))
             .collect()
+    }
+
+    /// Compares the first results, each row-major, with the oracle. `returned` must be the last element of the first.
+    ///
+    /// # Errors
+    /// As [`Judged::check`].
+    pub fn check_all(&self, got: &[Vec<f64>], returned: f32) -> Result<Check> {
+        let outs = self.graph().outs.iter().zip(got);
+        let fit = outs.clone().all(|(o, g)| o.shape().numel() == g.len());
+        let mut check = self.graph().check(got, returned)?;
+        if !fit || outs.len() != got.len() || got.is_empty() {
+            check.worst = f64::MAX;
+        }
+        Ok(check)
     }
 
     /// Compares a result, row-major, with the oracle. `returned` must be its last element.

@@ -67,6 +67,7 @@ impl Peer for Local {
                 shape.cost(cx.dtype),
             ),
             Job::Rows(op) => (judged(rows::work(cx, *op)?), rows::cost(*op)),
+            Job::Model(_) => return Ok(None),
         };
         let Some(engine) = engine(self.0, job, &judged, cx.threads)? else {
             return Ok(None);
@@ -191,7 +192,11 @@ fn engine(
     };
     let weights: Vec<(Vec<f32>, Vec<usize>)> = judged.weights().into_iter().map(f32s).collect();
     Ok(match (name, job) {
-        ("candle", _) => Some(Box::new(Candle::new(*job, &weights, judged.shape())?)),
+        ("candle", _) => Some(Box::new(Candle::new(
+            job.clone(),
+            &weights,
+            judged.shape(),
+        )?)),
         (_, Job::Lora(shape)) => {
             let values = |i: usize| weights.get(i).map_or(vec![], |w| w.0.clone());
             Some(Box::new(Slices {
@@ -206,7 +211,7 @@ fn engine(
                 y: vec![f32::NAN; shape.m * shape.n],
             }))
         }
-        (_, Job::Rows(_)) => None,
+        (_, Job::Rows(_) | Job::Model(_)) => None,
     })
 }
 
@@ -309,7 +314,7 @@ impl Candle {
 
     fn forward(&self, x: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
         let w = &self.weights;
-        match self.job {
+        match &self.job {
             Job::Lora(LoraShape { rank: 0, .. }) => x.matmul(&w[0]),
             Job::Lora(_) => {
                 let y = x.matmul(&w[0])?;
@@ -317,6 +322,7 @@ impl Candle {
             }
             Job::Rows(RowOp::Softmax) => candle_nn::ops::softmax_last_dim(x),
             Job::Rows(RowOp::RmsNorm) => candle_nn::ops::rms_norm(x, &w[0], EPS),
+            Job::Model(_) => candle_core::bail!("no whole model here (bug in tallow)"),
             Job::Rows(RowOp::LayerNorm) => candle_nn::ops::layer_norm(x, &w[0], &w[1], EPS),
         }
     }

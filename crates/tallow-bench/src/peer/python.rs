@@ -6,29 +6,41 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tallow::DType;
+use tallow::llm::ModelConfig;
 use tempfile::TempDir;
 
-use super::{Job, Peer, RowOp};
+use super::{Job, ModelJob, Peer, RowOp};
 use crate::measure::Contender;
-use crate::ours::judge::{Judged, judged};
-use crate::suite::products::SCALE;
+use crate::ours::judge::{Judged, judged, judged_half};
+use crate::probe::Cost;
+use crate::suite::models::{self, Doing, Part};
+use crate::suite::products::{LoraShape, SCALE};
 use crate::suite::rows::{EPS, SHAPE};
 use crate::suite::{Context, products, rows};
 use crate::work::{Check, Clock, Looped, Queued, Work};
 use crate::{Error, Result};
 
-const SCRIPT: &str = include_str!("server.py");
+/// The script and what it imports.
+const SCRIPTS: [(&str, &str); 3] = [
+    ("peer.py", include_str!("python/server.py")),
+    ("torch_model.py", include_str!("python/torch_model.py")),
+    ("mlx_model.py", include_str!("python/mlx_model.py")),
+];
 /// Which Python; a virtual environment's, for example.
 const PYTHON: &str = "TALLOW_PYTHON";
 
 /// Engines that the script knows, and what installs them.
-pub const ENGINES: [(&str, &str); 4] = [
-    ("torch", "pip install torch"),
+pub const ENGINES: [(&str, &str); 5] = [
+    ("torch", "pip install torch safetensors"),
+    (
+        "torch-compiled",
+        "pip install torch safetensors; needs a C++ compiler",
+    ),
     ("peft", "pip install torch peft"),
     ("mlx", "pip install 'mlx[cpu]'"),
     ("mlx-lm", "pip install 'mlx[cpu]' mlx-lm"),
@@ -65,8 +77,11 @@ impl Server {
             what,
         };
         let dir = TempDir::new().map_err(|e| fail(format!("no folder for operands: {e}")))?;
-        let script = dir.path().join("peer.py");
-        std::fs::write(&script, SCRIPT).map_err(|e| fail(format!("{}: {e}", script.display())))?;
+        for (name, text) in SCRIPTS {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).map_err(|e| fail(format!("{}: {e}", path.display())))?;
+        }
+        let script = dir.path().join(SCRIPTS[0].0);
         let count = threads.to_string();
         let mut child = Command::new(python)
             .arg("-u")
@@ -180,71 +195,162 @@ impl Peer for Python {
     }
 
     fn contender(&mut self, job: &Job, cx: &Context) -> Result<Option<Contender>> {
-        // In bf16 the engines round results too, so that the same check would not mean the same.
-        if cx.dtype != DType::F32 {
-            return Ok(None);
-        }
-        let (ours, cost, described) = match job {
-            Job::Lora(shape) => (
-                products::lora(&cx.session, *shape, cx.dtype)?,
-                shape.cost(cx.dtype),
-                json!({ "kind": "lora", "k": shape.k, "n": shape.n, "rank": shape.rank, "scale": SCALE }),
-            ),
-            Job::Rows(op) => {
-                let kind = match op {
-                    RowOp::Softmax => "softmax",
-                    RowOp::RmsNorm => "rms_norm",
-                    RowOp::LayerNorm => "layer_norm",
-                };
-                (
-                    rows::work(cx, *op)?,
-                    rows::cost(*op),
-                    json!({ "kind": kind, "shape": SHAPE, "eps": EPS }),
-                )
-            }
+        let half = cx.dtype == DType::BF16;
+        let asked = match job {
+            Job::Lora(shape) => self.product(*shape, cx)?,
+            // A norm has no weight matrix that could be bf16.
+            Job::Rows(_) if half => return Ok(None),
+            Job::Rows(op) => self.row_op(*op, cx)?,
+            Job::Model(job) => self.model(job, cx)?,
         };
-        let judged = judged(ours);
-        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut weights = serde_json::Map::new();
-        for (name, (values, shape)) in ["w", "a", "b"].iter().zip(judged.weights()) {
-            // LayerNorm's second operand is its bias.
-            let name = match (job, *name) {
-                (Job::Rows(_), "a") => "b",
-                (_, name) => name,
-            };
-            weights.insert(name.to_owned(), json!([server.put(name, &values)?, shape]));
-        }
         #[derive(Deserialize)]
         struct Made {
-            can: bool,
+            slot: Option<usize>,
         }
         let request = json!({
-            "op": "make", "job": described, "weights": weights, "shape": judged.shape(),
+            "op": "make", "job": asked.job, "weights": asked.weights, "half": half,
+            "shape": asked.judged.shape(),
         });
-        let made: Made = server.ask(&request)?;
-        drop(server);
-        Ok(made.can.then(|| Contender {
+        let made: Made = self.lock().ask(&request)?;
+        Ok(made.slot.map(|slot| Contender {
             engine: self.name.clone(),
             work: Box::new(Remote {
                 server: self.server.clone(),
-                judged,
+                judged: asked.judged,
+                slot,
+                whole: matches!(job, Job::Model(_)),
+                changes: asked.changes,
             }),
-            floor: cx.probe.floor(&cost, cx.threads),
+            floor: cx.probe.floor(&asked.cost, cx.threads),
             lazy: self.lazy,
         }))
     }
 }
 
-/// The job in the other process, which holds one at a time.
+/// A job as the script is told of it.
+struct Asked {
+    judged: Judged,
+    cost: Cost,
+    job: Value,
+    weights: Value,
+    /// Does a run change what the next one reads?
+    changes: bool,
+}
+
+impl Python {
+    fn lock(&self) -> MutexGuard<'_, Server> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Files of the weights, under these names.
+    fn weights(&self, judged: &Judged, names: [&str; 3]) -> Result<Value> {
+        let server = self.lock();
+        let mut all = serde_json::Map::new();
+        for (name, (values, shape)) in names.iter().zip(judged.weights()) {
+            all.insert(
+                (*name).to_owned(),
+                json!([server.put(name, &values)?, shape]),
+            );
+        }
+        Ok(Value::Object(all))
+    }
+
+    fn product(&self, shape: LoraShape, cx: &Context) -> Result<Asked> {
+        let judged = match cx.dtype {
+            DType::BF16 => judged_half(products::lora_half(&cx.session, shape)?),
+            _ => judged(products::lora(&cx.session, shape, cx.dtype)?),
+        };
+        Ok(Asked {
+            weights: self.weights(&judged, ["w", "a", "b"])?,
+            judged,
+            cost: shape.cost(cx.dtype),
+            job: json!({
+                "kind": "lora", "k": shape.k, "n": shape.n, "rank": shape.rank, "scale": SCALE,
+            }),
+            changes: false,
+        })
+    }
+
+    fn row_op(&self, op: RowOp, cx: &Context) -> Result<Asked> {
+        let kind = match op {
+            RowOp::Softmax => "softmax",
+            RowOp::RmsNorm => "rms_norm",
+            RowOp::LayerNorm => "layer_norm",
+        };
+        let judged = judged(rows::work(cx, op)?);
+        Ok(Asked {
+            // LayerNorm's second operand is its bias.
+            weights: self.weights(&judged, ["w", "b", ""])?,
+            judged,
+            cost: rows::cost(op),
+            job: json!({ "kind": kind, "shape": SHAPE, "eps": EPS }),
+            changes: false,
+        })
+    }
+
+    fn model(&self, job: &ModelJob, cx: &Context) -> Result<Asked> {
+        let ModelJob {
+            dir,
+            doing,
+            adapted,
+        } = job;
+        let (ours, cost) = models::work(&cx.session, dir, cx.dtype, *doing, adapted.as_ref())?;
+        let judged = match cx.dtype {
+            DType::BF16 => judged_half(ours),
+            _ => judged(ours),
+        };
+        let config = ModelConfig::read(dir)?;
+        let mut described = json!({ "dir": dir, "vocab": config.vocab, "ids": true });
+        let (kind, shape) = match doing {
+            Doing::Forward(shape) => ("forward", *shape),
+            Doing::Prefill => ("cached", [0, models::PROMPT]),
+            Doing::Decode => ("cached", [models::POSITION, 1]),
+            Doing::Train(shape) => ("train", *shape),
+            Doing::TrainAgain(shape) => ("train again", *shape),
+        };
+        described["kind"] = kind.into();
+        described["of"] = json!(shape);
+        if let Some(adapted) = adapted {
+            let server = self.lock();
+            let to = server.dir.path().join("adapter");
+            let parts = adapted.write(&config, 1, &to)?;
+            let part = |p: &Part| json!([p.module, p.rank, p.n, p.k]);
+            described["adapter"] = json!(to);
+            described["parts"] = parts.iter().map(part).collect();
+        }
+        Ok(Asked {
+            judged,
+            cost,
+            job: described,
+            weights: json!({}),
+            changes: matches!(doing, Doing::Train(_)),
+        })
+    }
+}
+
+/// The job in the other process.
 struct Remote {
     server: Arc<Mutex<Server>>,
     judged: Judged,
+    /// Its number there.
+    slot: usize,
+    /// A whole model takes all operands that vary, and gives several results.
+    whole: bool,
+    changes: bool,
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // A process that has ended holds nothing.
+        let _ = self.ask::<Nothing>(json!({ "op": "drop" }));
+    }
 }
 
 impl Remote {
-    fn ask<T: for<'a> Deserialize<'a>>(&self, request: &Value) -> Result<T> {
+    fn ask<T: for<'a> Deserialize<'a>>(&self, mut request: Value) -> Result<T> {
+        request["slot"] = self.slot.into();
         let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
-        server.ask(request)
+        server.ask(&request)
     }
 }
 
@@ -253,11 +359,19 @@ struct Nothing {}
 
 impl Work for Remote {
     fn renew(&mut self, seed: u64) -> Result<()> {
-        let x = self.judged.draw(seed)?;
-        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
-        let path = server.put("x", &x)?;
-        server
-            .ask::<Nothing>(&json!({ "op": "renew", "x": path }))
+        let all = match self.whole {
+            true => self.judged.draw_all(seed)?,
+            false => vec![self.judged.draw(seed)?],
+        };
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let put = |(i, x): (usize, &Vec<f64>)| server.put(&format!("x{i}"), x);
+        let paths = all
+            .iter()
+            .enumerate()
+            .map(put)
+            .collect::<Result<Vec<_>>>()?;
+        drop(server);
+        self.ask::<Nothing>(json!({ "op": "renew", "x": paths }))
             .map(drop)
     }
 
@@ -281,14 +395,14 @@ impl Work for Remote {
             value: f32,
             seconds: f64,
         }
-        let done: Finished = self.ask(&json!({ "op": "finish" }))?;
+        let done: Finished = self.ask(json!({ "op": "finish" }))?;
         Ok((done.value, done.seconds))
     }
 
     fn waited(&mut self, _: &dyn Clock, n: usize, first: f32) -> Result<Looped> {
         let scale = self.judged.scale();
         let request = json!({ "op": "waited", "n": n, "first": first, "scale": scale });
-        let looped: Looped = self.ask(&request)?;
+        let looped: Looped = self.ask(request)?;
         if let Some((link, _)) = looped.links.last() {
             self.judged.feed(*link)?;
         }
@@ -298,18 +412,31 @@ impl Work for Remote {
     fn queued(&mut self, _: &dyn Clock, n: usize, first: f32) -> Result<Queued> {
         self.judged.feed(first)?;
         let scale = self.judged.scale();
-        self.ask(&json!({ "op": "queued", "n": n, "first": first, "scale": scale }))
+        self.ask(json!({ "op": "queued", "n": n, "first": first, "scale": scale }))
     }
 
     fn check(&mut self, returned: f32) -> Result<Check> {
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
         let path = server.dir.path().join("y");
         drop(server);
-        self.ask::<Nothing>(&json!({ "op": "result", "path": path }))?;
+        #[derive(Deserialize)]
+        struct Lengths {
+            elements: Vec<usize>,
+        }
+        let lengths: Lengths = self.ask(json!({ "op": "result", "path": path }))?;
         let bytes = std::fs::read(&path).map_err(|source| Error::Io { path, source })?;
         let four = |c: &[u8]| f64::from(f32::from_le_bytes([c[0], c[1], c[2], c[3]]));
-        let got: Vec<f64> = bytes.chunks_exact(4).map(four).collect();
-        self.judged.check(got, returned)
+        let mut values = bytes.chunks_exact(4).map(four);
+        let each = lengths.elements.iter();
+        let mut got: Vec<Vec<f64>> = each.map(|n| values.by_ref().take(*n).collect()).collect();
+        match self.whole {
+            true => self.judged.check_all(&got, returned),
+            false => self.judged.check(got.pop().unwrap_or_default(), returned),
+        }
+    }
+
+    fn remembers(&self) -> bool {
+        self.changes
     }
 }
 

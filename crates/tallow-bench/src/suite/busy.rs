@@ -53,7 +53,7 @@ pub fn tasks(cx: &Context) -> Result<Vec<Task>> {
         suite: Suite::Busy,
         name,
         tokens,
-        peer: None,
+        peers: vec![],
         make: Box::new(move |cx: &Context| {
             let (alone, cost) = make(cx)?;
             let (beside, _) = make(cx)?;

@@ -52,7 +52,7 @@ fn task(name: String, make: impl Fn(&Context) -> Result<(Ours, Cost)> + 'static)
         suite: Suite::Layers,
         name,
         tokens: None,
-        peer: None,
+        peers: vec![],
         make: Box::new(move |cx| {
             let (work, cost) = make(cx)?;
             Ok(vec![cx.ours("tallow", work, &cost)])

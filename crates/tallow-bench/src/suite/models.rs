@@ -7,12 +7,16 @@ use std::path::Path;
 
 use tallow::cpu::simd::Isa;
 use tallow::cpu::{Cpu, CpuOptions};
-use tallow::llm::{Adapter, AdapterConfig, Cache, ComputeDType, LoadOptions, Model, Targets, peft};
+use tallow::llm::{
+    Adapter, AdapterConfig, Cache, ComputeDType, LoadOptions, LoraModule, Model, ModelConfig,
+    Targets, peft,
+};
 use tallow::train::{Optimizer, OptimizerKind, StepGraph, Trained};
 use tallow::{DType, Role, Session, TensorType};
 
 use super::{Context, Suite, Task};
 use crate::ours::{Again, Fill, Join, Operands, Ours, Reference, Subject};
+use crate::peer::{Job, ModelJob};
 use crate::probe::Cost;
 use crate::{Error, Result};
 
@@ -114,18 +118,46 @@ impl Adapted {
     }
 
     fn read(&self, model: &Model, seed: u64) -> Result<Adapter> {
-        let mut made = peft::Adapter::init(self.config(), &model.config.projections(), seed)?;
-        let mut rng = fastrand::Rng::with_seed(seed + 1);
-        for module in &mut made.modules {
-            module.b.fill_with(|| 0.02 * (2.0 * rng.f32() - 1.0));
-        }
         let dir = tempfile::tempdir().map_err(|source| Error::Io {
             path: std::env::temp_dir(),
             source,
         })?;
-        made.write(dir.path())?;
+        self.write(&model.config, seed, dir.path())?;
         Ok(Adapter::load(model, dir.path(), Role::Frozen)?.0)
     }
+
+    /// The adapter of `seed` for a model, as PEFT's files; its modules, in the order in which an adapter's parameters lie.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn write(&self, model: &ModelConfig, seed: u64, dir: &Path) -> Result<Vec<Part>> {
+        let mut made = peft::Adapter::init(self.config(), &model.projections(), seed)?;
+        let mut rng = fastrand::Rng::with_seed(seed + 1);
+        for module in &mut made.modules {
+            module.b.fill_with(|| 0.02 * (2.0 * rng.f32() - 1.0));
+        }
+        made.write(dir)?;
+        let part = |m: &LoraModule| Part {
+            module: m.module.clone(),
+            rank: m.rank,
+            n: m.projection.n,
+            k: m.projection.k,
+        };
+        Ok(made.modules.iter().map(part).collect())
+    }
+}
+
+/// One adapted projection: `A [rank, k]`, then `B [n, rank]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// "model.layers.0.self_attn.q_proj".
+    pub module: String,
+    /// Rank.
+    pub rank: usize,
+    /// Values out.
+    pub n: usize,
+    /// Values in.
+    pub k: usize,
 }
 
 fn load(session: &Session, dir: &Path, dtype: DType) -> Result<Model> {
@@ -408,11 +440,16 @@ fn task(
     let with = adapted.as_ref().map_or("bare", |a| a.0);
     let (dir, name) = (dir.to_owned(), format!("{doing}, {model}, {with}"));
     let adapted = adapted.map(|a| a.1);
+    let job = ModelJob {
+        dir: dir.clone(),
+        doing,
+        adapted: adapted.clone(),
+    };
     Task {
         suite,
         name,
         tokens: Some(doing.tokens()),
-        peer: None,
+        peers: vec![(String::new(), Job::Model(job))],
         make: Box::new(move |cx| {
             let (work, cost) = work(&cx.session, &dir, cx.dtype, doing, adapted.as_ref())?;
             Ok(vec![cx.ours("tallow", work, &cost)])

@@ -71,16 +71,34 @@ impl std::fmt::Display for LoraShape {
 /// # Errors
 /// No memory.
 pub fn lora(session: &Session, shape: LoraShape, dtype: DType) -> Result<Ours> {
+    filled(session, shape, dtype, Fill::Signed)
+}
+
+/// The same with operands that are exact in bf16.
+///
+/// # Errors
+/// No memory.
+pub fn lora_half(session: &Session, shape: LoraShape) -> Result<Ours> {
+    filled(session, shape, DType::BF16, Fill::Half)
+}
+
+fn filled(
+    session: &Session,
+    shape: LoraShape,
+    dtype: DType,
+    fill: fn(f32) -> Fill,
+) -> Result<Ours> {
     let LoraShape { m, k, n, rank } = shape;
     let mut o = Operands::new(session, 11);
     let [sw, sa, sb] = shape.scales();
-    let x = o.data(TensorType::f32([m, k]), Fill::Signed(1.0))?;
+    let x = o.data(TensorType::f32([m, k]), fill(1.0))?;
     let w = o.weights(&[n, k], dtype, sw)?;
     let adapter = match rank {
         0 => None,
         r => {
-            let a = o.weights(&[r, k], DType::F32, sa)?;
-            Some((a, o.weights(&[n, r], DType::F32, sb)?, SCALE))
+            let a = o.filled(&[r, k], DType::F32, fill(sa))?;
+            let b = o.filled(&[n, r], DType::F32, fill(sb))?;
+            Some((a, b, SCALE))
         }
     };
     let weights = LoraWeights {
@@ -171,7 +189,7 @@ pub fn task(shape: LoraShape) -> Task {
         suite: Suite::Seed,
         name: shape.to_string(),
         tokens: None,
-        peer: Some(Job::Lora(shape)),
+        peers: vec![(String::new(), Job::Lora(shape))],
         make: Box::new(move |cx: &Context| {
             let work = lora(&cx.session, shape, cx.dtype)?;
             Ok(vec![cx.ours("tallow", work, &shape.cost(cx.dtype))])

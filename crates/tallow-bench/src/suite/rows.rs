@@ -19,7 +19,7 @@ pub fn tasks() -> impl Iterator<Item = Task> {
         suite: Suite::Seed,
         name: format!("{} 4x16x1024", op.title()),
         tokens: None,
-        peer: Some(Job::Rows(op)),
+        peers: vec![(String::new(), Job::Rows(op))],
         make: Box::new(move |cx: &Context| Ok(vec![cx.ours("tallow", work(cx, op)?, &cost(op))])),
     })
 }

@@ -9,6 +9,7 @@ use super::{Context, Suite, Task};
 use crate::Result;
 use crate::measure::Contender;
 use crate::ours::Ours;
+use crate::peer::{Job, ModelJob};
 use crate::probe::Cost;
 
 const QV: &[&str] = &["q_proj", "v_proj"];
@@ -41,21 +42,31 @@ pub fn tasks(cx: &Context) -> Result<Vec<Task>> {
     ];
     let mut all = vec![];
     for doing in works {
-        all.extend(task(cx, doing.to_string(), doing, sides(cx, doing)));
+        all.extend(task(cx, doing.to_string(), (doing, true), sides(cx, doing)));
     }
     let tokens: &[usize] = if cx.quick { &[16] } else { &[16, 64, 128] };
     for t in tokens {
         let doing = Doing::Train([MOST, *t]);
         let name = format!("adapters side by side, {doing}");
-        all.extend(task(cx, name, doing, side_by_side(*t)));
+        all.extend(task(cx, name, (doing, false), side_by_side(*t)));
     }
     let doing = Doing::Forward([MOST, tokens[tokens.len() - 1]]);
     let name = format!("adapters side by side, {doing}");
-    all.extend(task(cx, name, doing, shared(doing)));
+    all.extend(task(cx, name, (doing, false), shared(doing)));
     let doing = Doing::Train(batch(cx));
-    all.extend(task(cx, format!("DoRA, {doing}"), doing, dora(doing)));
+    all.extend(task(
+        cx,
+        format!("DoRA, {doing}"),
+        (doing, false),
+        dora(doing),
+    ));
     let again = Doing::TrainAgain(batch(cx));
-    all.extend(task(cx, again.to_string(), doing, kept(doing, again)));
+    all.extend(task(
+        cx,
+        again.to_string(),
+        (doing, false),
+        kept(doing, again),
+    ));
     Ok(all)
 }
 
@@ -138,13 +149,34 @@ fn kept(doing: Doing, again: Doing) -> Vec<Side> {
     ]
 }
 
-fn task(cx: &Context, name: String, doing: Doing, sides: Vec<Side>) -> Option<Task> {
+fn task(
+    cx: &Context,
+    name: String,
+    (doing, by_others): (Doing, bool),
+    sides: Vec<Side>,
+) -> Option<Task> {
     let (model, dir) = cx.models.first()?.clone();
+    // Of others the first side, and one of all seven at rank 8: their own tax.
+    let others = sides.iter().enumerate().filter_map(|(i, (name, made))| {
+        let wanted = i == 0 || name == "all seven, rank 8";
+        match made {
+            Made::Once(doing, adapted) if wanted && by_others => {
+                let job = ModelJob {
+                    dir: dir.clone(),
+                    doing: *doing,
+                    adapted: adapted.clone(),
+                };
+                Some((name.clone(), Job::Model(job)))
+            }
+            _ => None,
+        }
+    });
+    let peers = others.collect();
     Some(Task {
         suite: Suite::Tax,
         name: format!("{name}, {model}"),
         tokens: Some(doing.tokens()),
-        peer: None,
+        peers,
         make: Box::new(move |cx| {
             let one = |doing, adapted: Option<&Adapted>| -> Result<(Ours, Cost)> {
                 work(&cx.session, &dir, cx.dtype, doing, adapted)

@@ -6,7 +6,6 @@ pipe is not timed; each repetition is fed a number made of the one before. tallo
 import array, importlib.metadata, json, os, struct, sys, time
 
 
-
 def load(path):
     values = array.array("f")
     with open(path, "rb") as f:
@@ -30,6 +29,7 @@ class Torch:
         import torch
 
         self.t, self.name = torch, name
+        self.dtype = torch.float32
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         if name == "peft":
@@ -39,12 +39,27 @@ class Torch:
 
     def version(self):
         v = self.t.__version__
-        return v if self.name == "torch" else f"{importlib.metadata.version('peft')} (torch {v})"
+        return f"{importlib.metadata.version('peft')} (torch {v})" if self.name == "peft" else v
 
-    def tensor(self, values, shape):
-        return self.t.frombuffer(values, dtype=self.t.float32).reshape(shape).clone()
+    def half(self, half):
+        self.dtype = self.t.bfloat16 if half else self.t.float32
+
+    def tensor(self, values, shape=None):
+        x = self.t.frombuffer(values, dtype=self.t.float32).clone()
+        return x if shape is None else x.reshape(shape).to(self.dtype)
+
+    def model(self, job):
+        import torch_model
+
+        if job["kind"] == "train again" or (self.name == "peft" and "adapter" not in job):
+            return None
+        return torch_model.Job(job, self.dtype, self.name)
 
     def make(self, job, w):
+        f = self.plain(job, w)
+        return self.t.compile(f) if f and self.name == "torch-compiled" else f
+
+    def plain(self, job, w):
         t = self.t
         if job["kind"] == "lora":
             if self.name == "peft":
@@ -71,7 +86,7 @@ class Torch:
         class Model(t.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.lin = t.nn.Linear(job["k"], job["n"], bias=False)
+                self.lin = t.nn.Linear(job["k"], job["n"], bias=False, dtype=w["w"].dtype)
 
             def forward(self, x):
                 return self.lin(x)
@@ -93,11 +108,14 @@ class Torch:
         with self.t.inference_mode():
             return f(x)
 
+    def settle(self, f, y):
+        pass
+
     def wait(self, y):
         return y.reshape(-1)[-1].item()
 
     def values(self, y):
-        return array.array("f", y.reshape(-1).tolist())
+        return array.array("f", y.float().reshape(-1).tolist())
 
 
 class Mlx:
@@ -106,7 +124,7 @@ class Mlx:
     def __init__(self, name, threads):
         import mlx.core as mx
 
-        self.mx, self.name = mx, name
+        self.mx, self.name, self.dtype = mx, name, mx.float32
         mx.set_default_device(mx.cpu if os.environ.get("TALLOW_PEER_CPU", "1") == "1" else mx.gpu)
         if name == "mlx-lm":
             import mlx_lm  # noqa: F401
@@ -117,8 +135,19 @@ class Mlx:
             v = f"{importlib.metadata.version('mlx-lm')} (mlx {v})"
         return v
 
-    def tensor(self, values, shape):
-        return self.mx.array(memoryview(values)).reshape(shape)
+    def half(self, half):
+        self.dtype = self.mx.bfloat16 if half else self.mx.float32
+
+    def tensor(self, values, shape=None):
+        x = self.mx.array(memoryview(values))
+        return x if shape is None else x.reshape(shape).astype(self.dtype)
+
+    def model(self, job):
+        if self.name != "mlx-lm" or job["kind"] == "train again":
+            return None
+        import mlx_model
+
+        return mlx_model.Job(job, self.dtype)
 
     def make(self, job, w):
         mx = self.mx
@@ -159,12 +188,15 @@ class Mlx:
     def run(self, f, x):
         return f(x)
 
+    def settle(self, f, ys):
+        f.wait(ys)
+
     def wait(self, y):
         self.mx.eval(y)
         return y.reshape(-1)[y.size - 1].item()
 
     def values(self, y):
-        return array.array("f", y.reshape(-1).tolist())
+        return array.array("f", y.astype(self.mx.float32).reshape(-1).tolist())
 
 
 def blas():
@@ -185,59 +217,112 @@ def blas():
     return ", reference BLAS" if found else ""
 
 
+class Layer:
+    """A function of one tensor."""
+
+    def __init__(self, engine, f, shape):
+        self.e, self.f, self.shape = engine, f, shape
+
+    def renew(self, paths):
+        self.x = self.e.tensor(load(paths[0]), self.shape)
+
+    def feed(self, link, scale):
+        self.x = self.e.feed(self.x, f32(scale * link))
+
+    def run(self):
+        return [self.e.run(self.f, self.x)]
+
+    def wait(self, ys):
+        return self.e.wait(ys[0])
+
+
+class Model:
+    """A whole model; what is fed is the last token id."""
+
+    def __init__(self, engine, f, vocab):
+        self.e, self.f, self.vocab = engine, f, vocab
+
+    def renew(self, paths):
+        self.f.renew([self.e.tensor(load(p)) for p in paths])
+
+    def feed(self, link, _):
+        self.f.x = self.e.feed(self.f.x, int(f32(link * self.vocab)) % self.vocab)
+
+    def run(self):
+        return self.f.run()
+
+    def wait(self, ys):
+        self.e.settle(self.f, ys)
+        return self.e.wait(ys[0])
+
+
 class Server:
     def __init__(self, engine):
-        self.e = engine
-        self.f = self.x = self.y = None
+        self.e, self.slots = engine, {}
 
     def hello(self, _):
         return {"version": self.e.version(), "lazy": self.e.lazy}
 
     def make(self, r):
-        weights = {k: self.e.tensor(load(p), s) for k, (p, s) in r["weights"].items()}
-        self.f = self.e.make(r["job"], weights)
-        self.shape = r["shape"]
-        return {"can": self.f is not None}
+        self.e.half(r["half"])
+        job = r["job"]
+        if "dir" in job:
+            f = self.e.model(job)
+            one = f and Model(self.e, f, job["vocab"])
+        else:
+            weights = {k: self.e.tensor(load(p), s) for k, (p, s) in r["weights"].items()}
+            f = self.e.make(job, weights)
+            one = f and Layer(self.e, f, r["shape"])
+        if not one:
+            return {"slot": None}
+        slot = max(self.slots, default=-1) + 1
+        self.slots[slot] = one
+        return {"slot": slot}
+
+    def drop(self, r):
+        del self.slots[r["slot"]]
+        return {}
 
     def renew(self, r):
-        self.x, self.y = self.e.tensor(load(r["x"]), self.shape), None
+        one = self.slots[r["slot"]]
+        one.renew(r["x"])
+        one.y = None
         return {}
 
     def waited(self, r):
-        e, links, total, link = self.e, [], 0.0, f32(r["first"])
+        one, links, total, link = self.slots[r["slot"]], [], 0.0, f32(r["first"])
         for i in range(r["n"]):
-            fed = f32(r["scale"] * link)
-            x = self.x = e.feed(self.x, fed)
+            one.feed(link, r["scale"])
             start = time.perf_counter()
-            y = e.run(self.f, x)
-            value = e.wait(y)
+            one.y = one.run()
+            value = one.wait(one.y)
             total += time.perf_counter() - start
             links.append([link, value])
             link = next_link(value, i)
-        self.y = y
         return {"seconds": total, "links": links}
 
     def queued(self, r):
-        e, f, x = self.e, self.f, self.e.feed(self.x, f32(r["scale"] * f32(r["first"])))
-        self.x = x
+        one = self.slots[r["slot"]]
+        one.feed(f32(r["first"]), r["scale"])
         start = time.perf_counter()
         for _ in range(r["n"]):
-            y = e.run(f, x)
+            one.y = one.run()
         built = time.perf_counter() - start
-        value = e.wait(y)
-        seconds = time.perf_counter() - start
-        self.y = y
-        return {"built": built, "seconds": seconds, "last": value}
+        value = one.wait(one.y)
+        return {"built": built, "seconds": time.perf_counter() - start, "last": value}
 
-    def finish(self, _):
+    def finish(self, r):
+        one = self.slots[r["slot"]]
         start = time.perf_counter()
-        value = self.e.wait(self.y)
+        value = one.wait(one.y)
         return {"value": value, "seconds": time.perf_counter() - start}
 
     def result(self, r):
+        each = [self.e.values(y) for y in self.slots[r["slot"]].y]
         with open(r["path"], "wb") as f:
-            f.write(self.e.values(self.y).tobytes())
-        return {}
+            for values in each:
+                f.write(values.tobytes())
+        return {"elements": [len(values) for values in each]}
 
 
 def main():
