@@ -44,6 +44,17 @@ pub struct DeviceInfo {
     pub arena: ArenaRules,
 }
 
+/// What a device says of one operand or result that is f32: may it be stored as bf16?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// No.
+    Never,
+    /// Its kernel takes it so.
+    May,
+    /// Its kernel takes it so and is faster for it.
+    Wanted,
+}
+
 /// A device. New ones implement this trait and nothing else.
 pub trait Backend: Send + Sync {
     /// Name and rules.
@@ -70,6 +81,12 @@ pub trait Backend: Send + Sync {
     /// All ways to run `spec`, for exactly these shapes and layouts. Empty: the planner makes
     /// operands dense and asks again; a composite is decomposed.
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>>;
+    /// Which operands of `spec`, then which results, may lie between two kernels in bf16 instead of f32. Those past the
+    /// end of the list may not. A device that was not asked to round says nothing.
+    fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
+        let _ = spec;
+        vec![]
+    }
     /// Writes a frozen operand into `dst` in a format named by one of this backend's candidates.
     /// `src` holds the operand, strides as in `op`, from byte `at` on.
     fn prepare(

@@ -14,7 +14,7 @@ use crate::{
 use std::sync::{Arc, Mutex, MutexGuard};
 use tallow_core::{
     Result,
-    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Recording},
+    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Half, Recording},
     kernel::{Candidate, Format, KernelId, KernelSpec, Operand},
     plan::Plan,
     types::DType,
@@ -197,6 +197,9 @@ impl Backend for Cuda {
     }
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>> {
         Ok(self.table().candidates(&self.target(), spec))
+    }
+    fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
+        glue::halves(&self.target(), spec)
     }
     fn prepare(
         &self,

@@ -12,6 +12,7 @@ use tallow_core::{
 
 mod attention;
 mod elementwise;
+mod halves;
 mod linear;
 mod linear_few;
 mod linear_half;
@@ -73,6 +74,11 @@ fn estimate(spec: &KernelSpec, offer: &Offer) -> f64 {
     const START_S: f64 = 2e-6;
     let work = (spec.flops() / FLOPS_PER_S).max(spec.bytes() as f64 / BYTES_PER_S);
     START_S * offer.jobs.len() as f64 + work + offer.extra
+}
+
+/// What of `spec` may lie in bf16 between two kernels.
+pub(crate) fn halves(t: &Target, spec: &KernelSpec) -> Vec<tallow_core::backend::Half> {
+    halves::halves(t, spec)
 }
 
 fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {

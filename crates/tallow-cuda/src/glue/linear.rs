@@ -28,8 +28,8 @@ pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Jo
     };
     let (dtype, pitch) = match format.name {
         ROWS_F32 => (DType::F32, k),
-        ROWS_BF16 | linear_half::HEADED => (DType::BF16, k),
-        linear_half::TAILED => (DType::BF16, format.bytes / 2 / n.max(1)),
+        ROWS_BF16 => (DType::BF16, k),
+        linear_half::FRAMED => (DType::BF16, linear_half::row_of(format, [n, k])?),
         _ => return None,
     };
     let mut layout = Layout::contiguous(&op.layout.shape);
@@ -139,6 +139,13 @@ pub(super) struct Share {
     pub(super) rank: usize,
     /// Where `h` or `dh` goes, and its row stride.
     pub(super) hidden: (Arg, usize),
+}
+
+/// Are rows, result and what is added to it f32?
+pub(super) fn exact(spec: &KernelSpec, residual: Option<(usize, usize)>) -> bool {
+    let added = residual.map(|(i, _)| &spec.inputs[i]);
+    let mut all = spec.outputs[0].iter().chain(added).chain(spec.inputs.first());
+    all.all(|o| o.dtype == DType::F32)
 }
 
 /// Ranks of the shares, and which result is `h` or `dh` of each.
@@ -273,6 +280,9 @@ pub(super) fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
 
 /// The library's product for each block, then one pass that adds bias, residual and adapter.
 fn many_rows(c: &Call, spec: &KernelSpec) -> Option<Offer> {
+    if !exact(spec, c.residual) {
+        return None;
+    }
     let w = weights(spec, &c.at, DType::F32, false)?;
     let k = spec.inputs[0].layout.shape.last();
     let mut jobs = vec![];
@@ -413,6 +423,9 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
     )?;
     if let Some(offer) = linear_half::backward(t, &c, spec) {
         return Some(offer);
+    }
+    if !exact(spec, c.residual) {
+        return None;
     }
     let wants_dx = spec.outputs[0].is_some();
     let k = spec.inputs[1].layout.shape.last();

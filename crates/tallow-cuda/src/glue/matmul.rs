@@ -178,10 +178,10 @@ fn general(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
 }
 
 /// `dA = dhᵀ x`, `dB = s dyᵀ h`: few columns on one side, a long sum over rows, in two deterministic steps.
-fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
+pub(super) fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
     let (a, b, c) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
-    let f32s = [a, b, c].iter().all(|o| o.dtype == DType::F32);
-    if !(ta && !tb && f32s && a.layout.shape.rank() == 2) {
+    let floats = [a, b].iter().all(|o| matches!(o.dtype, DType::F32 | DType::BF16));
+    if !(ta && !tb && floats && c.dtype == DType::F32 && a.layout.shape.rank() == 2) {
         return None;
     }
     let (rows, p, q) = (
@@ -199,27 +199,33 @@ fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         b.layout.row_stride()?,
         c.layout.row_stride()?,
     );
-    let (few_arg, many_arg, few_row, many_row) = match turned {
-        false => (Arg::Read(0), Arg::Read(1), ar, br),
-        true => (Arg::Read(1), Arg::Read(0), br, ar),
+    let (few_at, many_at, few_row, many_row) = match turned {
+        false => (0, 1, ar, br),
+        true => (1, 0, br, ar),
     };
+    // Pairs of columns, where all of them lie on four bytes and few is small enough to keep their sums.
+    let paired = spec.inputs[many_at].dtype == DType::BF16 && many % 2 == 0 && many_row % 2 == 0;
+    let cols = if paired && few <= 16 { 2 } else { 1 };
     // About a thousand blocks, each with at least 32 rows.
-    let wanted = (1024 / many.div_ceil(128)).max(1);
+    let wanted = (1024 / many.div_ceil(128 * cols)).max(1);
     let chunk = rows.div_ceil(wanted).next_multiple_of(32);
     let chunks = rows.div_ceil(chunk);
     let defines = [
         ("FEW", few.to_string()),
         ("TURNED", usize::from(turned).to_string()),
+        ("COLS", cols.to_string()),
+        ("F", c_type(spec.inputs[few_at].dtype).to_owned()),
+        ("M", c_type(spec.inputs[many_at].dtype).to_owned()),
     ];
     let source = source(OUTER, &defines);
-    let mut args = vec![few_arg, many_arg, Arg::Scratch(0)];
+    let mut args = vec![Arg::Read(few_at), Arg::Read(many_at), Arg::Scratch(0)];
     for v in [rows, many, chunk, few_row, many_row] {
         args.push(word(v)?);
     }
     let first = Job::Kernel(Kernel {
         entry: "outer_parts",
         source: source.clone(),
-        grid: [many.div_ceil(128) as u32, chunks as u32, 1],
+        grid: [many.div_ceil(128 * cols) as u32, chunks as u32, 1],
         block: 128,
         shared: 0,
         args,
@@ -240,5 +246,5 @@ fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         256,
         args,
     );
-    Some(Offer::new("matmul_tn_outer_f32", vec![first, second]).scratch(chunks * few * many * 4))
+    Some(Offer::new("matmul_tn_outer", vec![first, second]).scratch(chunks * few * many * 4))
 }
