@@ -4,6 +4,7 @@
 use crate::{
     Result,
     kernel::{Candidate, Format, KernelSpec, Operand},
+    op::Composite,
     plan::Plan,
 };
 use std::{any::Any, ops::Range, sync::Arc};
@@ -78,6 +79,10 @@ pub trait Backend: Send + Sync {
     fn wait(&self) -> Result<()> {
         Ok(())
     }
+    /// Does reading a value cost more than choosing from it on the device, as behind a bus?
+    fn far(&self) -> bool {
+        false
+    }
     /// All ways to run `spec`, for exactly these shapes and layouts. Empty: the planner makes
     /// operands dense and asks again; a composite is decomposed.
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>>;
@@ -86,6 +91,11 @@ pub trait Backend: Send + Sync {
     fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
         let _ = spec;
         vec![]
+    }
+    /// Is `c` so cheap here, next to the memory its result takes, that gradients should compute it again?
+    fn cheap(&self, c: &Composite) -> bool {
+        let _ = c;
+        false
     }
     /// Writes a frozen operand into `dst` in a format named by one of this backend's candidates.
     /// `src` holds the operand, strides as in `op`, from byte `at` on.

@@ -7,7 +7,7 @@ use crate::{
     graph::Graph,
     kernel::{Format, KernelSpec, Operand},
     op::Role,
-    pass::{self, expand, fuse},
+    pass::{self, again, expand, fuse},
     plan::{self, Plan},
     tensor::{self, Tensor},
     types::{DType, Shape, TensorType},
@@ -179,7 +179,7 @@ impl Session {
         self.0.backend.download(leaf(t)?, 0, bytes)
     }
 
-    /// canonical → expand → fuse → plan: the whole compiler, in order.
+    /// canonical → expand → again → fuse → plan: the whole compiler, in order.
     pub fn compile(&self, g: &Graph) -> Result<Compiled> {
         if let Some(c) = self.lock_plans().get(g) {
             return Ok(c);
@@ -191,6 +191,7 @@ impl Session {
             Ok(!be.candidates(&spec)?.is_empty())
         };
         let expanded = expand::expand(&canon, keep)?;
+        let expanded = again::again(&expanded, |c| be.cheap(c))?;
         let fused = fuse::fuse(&expanded)?;
         let plan = Arc::new(plan::plan(fused, be, &*self.0.chooser)?);
         let outputs = g.outputs.iter().map(|o| g.ty(*o).clone()).collect();

@@ -55,6 +55,17 @@ DEV uint4 halves8(const float* p) {
 DEV float exp_of(const float*, float x) { return expf(x); }
 DEV float exp_of(const bf16*, float x) { return __expf(x); }
 
+// First in a kernel that may be launched early: lets the next launch begin, then waits for the one before to be done.
+// What lies in front of it may only read what no launch of the plan writes.
+#if __CUDA_ARCH__ >= 900
+DEV void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEV void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+DEV void next_may_begin() {}
+DEV void wait_for_last() {}
+#endif
+#define GRID_WAIT next_may_begin(); wait_for_last()
+
 DEV float warp_sum(float v) {
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;

@@ -6,8 +6,10 @@ use tallow_conformance::{
 };
 use tallow_core::{
     backend::Chooser,
+    graph::Builder,
     kernel::{Candidate, KernelSpec},
-    op::Role,
+    op::{Op, Role, SwiGlu},
+    oracle::sample,
     session::Session,
     types::{DType, TensorType},
 };
@@ -196,7 +198,12 @@ fn rounding() -> Session {
 fn near(s: &Session, cases: Vec<Case>) {
     let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
     for case in &cases {
-        for d in distance(s, case).unwrap() {
+        let sizes = case.graph.outputs.iter().map(|o| case.graph.ty(*o).shape.numel());
+        for (d, elems) in distance(s, case).unwrap().into_iter().zip(sizes) {
+            // A handful of sums may cancel to nearly nothing, and then their rounding is all there is.
+            if elems < 16 {
+                continue;
+            }
             count += 1;
             rounded += usize::from(d > 1e-5);
             if d.is_nan() || d > 2e-2 {
@@ -251,4 +258,30 @@ fn intermediates_in_bf16_are_near_the_oracle() {
     let cases: Vec<Case> = frozen(&ops).iter().map(|c| inside(c).unwrap()).collect();
     let s = rounding();
     near(&s, cases);
+}
+
+/// `dA = dhᵀ x` and `dB = dyᵀ h` where the wide side is an intermediate in bf16.
+#[test]
+fn outer_products_of_intermediates_are_near_the_oracle() {
+    if card().is_none() {
+        return;
+    }
+    let case = |(rows, few, many, turned): (usize, usize, usize, bool)| {
+        let mut b = Builder::default();
+        let wide = || TensorType::f32([rows, many]);
+        let tys = [wide(), wide(), TensorType::f32([rows, few])];
+        let ins = tys.each_ref().map(|t| b.input(Role::Data, t.clone()));
+        let y = b.push(Op::Composite(SwiGlu.into()), &ins[..2]).unwrap();
+        let sides = if turned { [y, ins[2]] } else { [ins[2], y] };
+        let out = b.matmul(sides[0], true, sides[1], false).unwrap();
+        let inputs = (0u32..).zip(&tys).map(|(i, t)| sample::random(t, 5, 77, i));
+        Case {
+            name: format!("outer {rows} {few} {many} {turned}"),
+            inputs: inputs.collect(),
+            graph: b.finish(vec![out], vec![]),
+        }
+    };
+    let sizes = [(300, 8, 96), (513, 5, 97), (600, 16, 64), (4096, 24, 130), (256, 33, 40)];
+    let both = sizes.into_iter().flat_map(|(r, f, m)| [(r, f, m, false), (r, f, m, true)]);
+    near(&rounding(), both.map(case).collect());
 }

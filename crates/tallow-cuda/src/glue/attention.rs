@@ -3,8 +3,9 @@
 //! causal masks, windows and several documents in a row are one case.
 //! Absent on purpose: heads whose elements are not dense; the planner copies those.
 use super::{
-    Arg, Job, Offer, THREADS, Target, blocks, c_type,
+    Arg, Job, Offer, THREADS, Target, blocks, c_type, early,
     elementwise::{head_strides, one_type},
+    pairs::Next,
     source, word,
 };
 use crate::launch::Kernel;
@@ -129,6 +130,7 @@ fn launch(
         shared: shared as u32,
         args,
         unless_same: None,
+        early: false,
     })
 }
 
@@ -142,8 +144,8 @@ fn half_bytes(rows: usize, d: usize) -> usize {
     rows * (d.next_multiple_of(16) + 8) * 2
 }
 
-pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let z = sizes(spec)?;
+/// Are there starts of documents, and the arguments of the forward kernels.
+fn forward_args(z: Sizes, spec: &KernelSpec) -> Option<(bool, Vec<Arg>)> {
     let starts = spec.inputs.len() == 5;
     let dense = spec.inputs[3..]
         .iter()
@@ -167,6 +169,12 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
         Some(o) => args.extend(strides(&[o])?),
         None => args.extend([Arg::U32(0); 3]),
     }
+    Some((starts, args))
+}
+
+pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
+    let z = sizes(spec)?;
+    let (starts, args) = forward_args(z, spec)?;
     if few_queries(z) {
         one_type(spec.inputs[..3].iter().chain(&spec.outputs[0])).filter(|d| *d == DType::F32)?;
         return decode(a, z, starts, args);
@@ -201,7 +209,35 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
 
 /// Few queries: blocks share the keys among them, then their parts are joined.
 fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer> {
-    let source = text(&[TILES, DECODE], a, z, ("BT", DECODE_KEYS), starts, &[]);
+    decode_for(a, z, starts, args, None)
+}
+
+/// The decoding kernels for one row, leaving behind parts of the `h` that the next linear makes of the result; and
+/// how many parts.
+pub(super) fn decode_then(a: &Attention, spec: &KernelSpec, next: &Next) -> Option<(Vec<Job>, usize)> {
+    let z = sizes(spec)?;
+    if z.b * z.t != 1 || next.k != z.h * z.d {
+        return None;
+    }
+    let (starts, args) = forward_args(z, spec)?;
+    Some((decode_for(a, z, starts, args, Some(next))?.jobs, z.h))
+}
+
+fn decode_for(
+    a: &Attention,
+    z: Sizes,
+    starts: bool,
+    args: Vec<Arg>,
+    next: Option<&Next>,
+) -> Option<Offer> {
+    let mut text = text(&[TILES, DECODE], a, z, ("BT", DECODE_KEYS), starts, &[]).to_string();
+    if let Some(n) = next {
+        let define = format!("#define NEXT {}\n#ifndef NEXT\n", n.rank);
+        text = text.replacen("#ifndef NEXT\n", &define, 1);
+    }
+    let params = next.map_or(String::new(), |n| format!(", float* np{}", n.params));
+    let text = text.replace("PARAMS", &params);
+    let source: Arc<str> = text.replace("NEXT_ROW", next.map_or("", |n| &n.row)).into();
     let splits = z.s.div_ceil(DECODE_KEYS);
     let rows = z.b * z.h * z.t;
     let parts = (rows * splits * z.d * 4).next_multiple_of(256);
@@ -216,16 +252,20 @@ fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer
         word(z.hk)?,
         word(splits)?,
     ]);
+    if let Some(n) = next {
+        second.push(n.parts);
+        second.extend(&n.args);
+    }
     let jobs = vec![
-        launch("decode", &source, [splits, z.hk, z.b], 128, shared, first),
-        launch(
+        early(launch("decode", &source, [splits, z.hk, z.b], 128, shared, first)),
+        early(launch(
             "join",
             &source,
             [z.t, z.h, z.b],
             128,
             splits.next_multiple_of(8) * 4,
             second,
-        ),
+        )),
     ];
     Some(Offer::new("attention_decode_f32", jobs).scratch(parts + rows * splits * 8))
 }

@@ -40,15 +40,33 @@ DEV void rows_of(const u16* tile, u32 a[KT][4]) {
     a[k][3] = *(const u32*)(p + 8 * HS + k * 16 + 8);
   }
 }
+// Four 8 x 8 matrices of a tile: `at` is this lane's row of its matrix.
+DEV void four(u32* b, u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+}
+DEV void four_turned(u32* b, u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+}
 // out[n] = the warp's rows times the rows n * 8.. of a tile, N of them.
 template <int N> DEV void dots(const u32 a[KT][4], const u16* tile, float out[N][4]) {
   const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const u32 at = (u32)__cvta_generic_to_shared(tile + (lane & 7) * HS + (lane >> 3) * 8);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.f;
-    const u16* p = tile + (n * 8 + g) * HS + 2 * t;
 #pragma unroll
-    for (int k = 0; k < KT; ++k) mma(out[n], a[k], *(const u32*)(p + k * 16), *(const u32*)(p + k * 16 + 8));
+    for (int k = 0; k + 1 < KT; k += 2) {
+      u32 b[4];
+      four(b, at + n * 16 * HS + k * 32);
+      mma(out[n], a[k], b[0], b[1]);
+      mma(out[n], a[k + 1], b[2], b[3]);
+    }
+    if (KT % 2) {
+      const u16* p = tile + (n * 8 + g) * HS + 2 * t + (KT - 1) * 16;
+      mma(out[n], a[KT - 1], *(const u32*)p, *(const u32*)(p + 8));
+    }
   }
 }
 // acc += p [16, N * 8] times the N * 8 rows of a tile.
@@ -58,12 +76,13 @@ template <int N> DEV void accumulate(const float p[N][4], const u16* tile, float
   for (int k = 0; k < N / 2; ++k) {
     const u32 a[4] = {pack2(p[2 * k][0], p[2 * k][1]), pack2(p[2 * k][2], p[2 * k][3]),
                       pack2(p[2 * k + 1][0], p[2 * k + 1][1]), pack2(p[2 * k + 1][2], p[2 * k + 1][3])};
-    const u32 at = (u32)__cvta_generic_to_shared(tile + (k * 16 + (lane & 15)) * HS);
+    const u32 at = (u32)__cvta_generic_to_shared(tile + (k * 16 + (lane & 15)) * HS + (lane >> 4) * 8);
 #pragma unroll
-    for (int d = 0; d < DT; ++d) {
-      u32 b0, b1;
-      asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(b0), "=r"(b1) : "r"(at + d * 16));
-      mma(acc[d], a, b0, b1);
+    for (int d = 0; d < DT; d += 2) {
+      u32 b[4];
+      four_turned(b, at + d * 16);
+      mma(acc[d], a, b[0], b[1]);
+      mma(acc[d + 1], a, b[2], b[3]);
     }
   }
 }

@@ -77,18 +77,25 @@ extern "C" __global__ void dropout(const X* x, const u32* seed, Y* y, u32 n, u32
   }
 }
 #elif KERNEL == KERNEL_rope
-// Element i of a head turns with element i + half by pos * inv_freq[i].
+// Element i of a head turns with element i + half by pos * inv_freq[i]. A thread turns it in SPAN heads: the angle is the same.
 extern "C" __global__ void rope(const X* x, const u32* pos, const float* f, Y* y, u32 n, u32 t, u32 h,
     u32 half, u32 xb, u32 xt, u32 xh, u32 yb, u32 yt, u32 yh, float sign) {
+  const u32 spans = (h + SPAN - 1) / SPAN;
   EACH {
-    const u32 e = i % half, r = i / half, head = r % h, token = r / h, b = token / t, j = token % t;
+    const u32 e = i % half, r = i / half, first = r % spans * SPAN, token = r / spans, b = token / t, j = token % t;
     const float angle = (float)pos[token] * f[e];
-    const float co = cosf(angle), si = sign * sinf(angle);
-    const X* p = x + (u64)b * xb + (u64)j * xt + (u64)head * xh + e;
-    Y* q = y + (u64)b * yb + (u64)j * yt + (u64)head * yh + e;
-    const float lo = ld(p), hi = ld(p + half);
-    st(q, lo * co - hi * si);
-    st(q + half, hi * co + lo * si);
+    float si, co;
+    sincosf(angle, &si, &co);
+    si *= sign;
+    const X* p = x + (u64)b * xb + (u64)j * xt + (u64)first * xh + e;
+    Y* q = y + (u64)b * yb + (u64)j * yt + (u64)first * yh + e;
+#pragma unroll
+    for (u32 k = 0; k < SPAN; ++k) {
+      if (first + k >= h) break;
+      const float lo = ld(p + (u64)k * xh), hi = ld(p + (u64)k * xh + half);
+      st(q + (u64)k * yh, lo * co - hi * si);
+      st(q + (u64)k * yh + half, hi * co + lo * si);
+    }
   }
 }
 #endif

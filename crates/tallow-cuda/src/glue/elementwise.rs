@@ -306,8 +306,12 @@ pub(super) fn rope(t: &Target, inverse: bool, spec: &KernelSpec) -> Option<Offer
     let &[b, tokens, h, d] = &x.layout.shape.0[..] else {
         return None;
     };
-    let n = b * tokens * h * (d / 2);
+    // Few tokens: a thread for each element, so that more of them run side by side.
+    let span = if b * tokens >= 256 { 8 } else { 1 };
+    let n = b * tokens * h.div_ceil(span) * (d / 2);
     let types = [("X", one_type([x])?), ("Y", one_type([out])?)];
+    let mut defines = typed("rope", &types);
+    defines.push(("SPAN", span.to_string()));
     let mut args: Vec<Arg> = (0..3).map(Arg::Read).collect();
     args.push(Arg::Write(0));
     for v in [n, tokens, h, d / 2] {
@@ -319,7 +323,7 @@ pub(super) fn rope(t: &Target, inverse: bool, spec: &KernelSpec) -> Option<Offer
     args.push(Arg::F32(if inverse { -1.0 } else { 1.0 }));
     let job = kernel(
         "rope",
-        source(FILE, &typed("rope", &types)),
+        source(FILE, &defines),
         blocks(t, n),
         THREADS,
         args,

@@ -98,6 +98,18 @@ pub(super) fn weights(
     Some(w)
 }
 
+/// Are all weights dense rows of bf16, where the kernel for few rows reads them?
+pub(super) fn row_weights(t: &Target, spec: &KernelSpec, l: &Linear) -> bool {
+    let exact = t.weights == DType::F32;
+    let dense = |(i, s): (&LinearIns, &[usize; 2])| {
+        let k = spec.inputs[i.w].layout.shape.0[1];
+        *s == [k, 1]
+    };
+    let ins = l.ins();
+    weights(spec, &ins, t.weights, exact)
+        .is_some_and(|w| w.dtype == DType::BF16 && ins.iter().zip(&w.strides).all(dense))
+}
+
 /// A single weight as f32, for products outside of linears.
 pub(super) struct OneWeight {
     pub(super) prepare: Vec<(usize, Format)>,
@@ -410,6 +422,7 @@ fn low_rank(
         shared: 0,
         args,
         unless_same: None,
+        early: false,
     }))
 }
 

@@ -35,6 +35,11 @@ pub fn sources(weights: DType) -> Vec<(&'static str, Arc<str>)> {
             }
         }
     }
+    for job in super::pairs::examples() {
+        if let Job::Kernel(k) = job {
+            found.insert(k.source, k.entry);
+        }
+    }
     found.into_iter().map(|(s, e)| (e, s)).collect()
 }
 

@@ -6,6 +6,7 @@
 #define KERNEL_softmax_f32 4
 #define KERNEL_softmax_grad_f32 5
 #define KERNEL_rms_norm_grad 6
+#define KERNEL_top_f32 7
 #define ROW(p, stride) p += (u64)blockIdx.x * stride
 #define EACH for (u32 i = threadIdx.x; i < c; i += blockDim.x)
 #define EACH4 for (u32 i = threadIdx.x * 4; i < c; i += blockDim.x * 4)
@@ -65,6 +66,42 @@ extern "C" __global__ void softmax_f32(const float* x, float* y, u32 c, u32 xs, 
   EACH s += expf(x[i] - m);
   s = block_sum(s);
   EACH y[i] = expf(x[i] - m) / s;
+}
+#elif KERNEL == KERNEL_top_f32
+// y = [index of the largest of c values, the first of equals; that value]. With a NaN the index is c.
+DEV void better(float& v, u32& at, float w, u32 other) {
+  if (w > v || (w == v && other < at)) { v = w; at = other; }
+}
+extern "C" __global__ void __launch_bounds__(1024) top_f32(const float* x, float* y, u32 c, u32 xs, u32 ys) {
+  __shared__ float values[32];
+  __shared__ u32 places[32];
+  GRID_WAIT;
+  ROW(x, xs); ROW(y, ys);
+  float v = -inff;
+  u32 at = c;
+  int bad = 0;
+  const bool wide = ((u64)x & 15) == 0;
+  for (u32 i = threadIdx.x * 4; i < c; i += blockDim.x * 4) {
+    float w[4];
+    if (wide && i + 4 <= c) {
+      const float4 q = *(const float4*)(x + i);
+      w[0] = q.x; w[1] = q.y; w[2] = q.z; w[3] = q.w;
+    } else
+      for (u32 e = 0; e < 4; ++e) w[e] = i + e < c ? x[i + e] : -inff;
+    for (u32 e = 0; e < 4; ++e) {
+      bad |= w[e] != w[e];
+      if (i + e < c) better(v, at, w[e], i + e);
+    }
+  }
+  bad = __syncthreads_or(bad);
+  for (int o = 16; o; o >>= 1) better(v, at, __shfl_xor_sync(~0u, v, o), __shfl_xor_sync(~0u, at, o));
+  if ((threadIdx.x & 31) == 0) { values[threadIdx.x >> 5] = v; places[threadIdx.x >> 5] = at; }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  v = values[threadIdx.x];
+  at = places[threadIdx.x];
+  for (int o = 16; o; o >>= 1) better(v, at, __shfl_xor_sync(~0u, v, o), __shfl_xor_sync(~0u, at, o));
+  if (threadIdx.x == 0) { y[0] = bad ? (float)c : (float)at; y[1] = v; }
 }
 #elif KERNEL == KERNEL_softmax_grad_f32
 extern "C" __global__ void softmax_grad_f32(const float* y, const float* dy, float* dx, u32 c, u32 ys, u32 ds, u32 xs) {

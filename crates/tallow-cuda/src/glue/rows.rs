@@ -1,7 +1,9 @@
 //! Kernels that make a row of the result from a row of the operands: norms, softmax, and their gradients.
 //! Invariant: a block makes a whole row, so the result does not depend on how rows are spread.
 //! Absent on purpose: rows in pieces.
-use super::{Arg, Job, Offer, c_type, elementwise::one_type, kernel, source, word};
+use super::{
+    Arg, Job, Offer, c_type, early, elementwise::one_type, kernel, source, word,
+};
 use tallow_core::{
     kernel::KernelSpec,
     op::{Bits, RmsNormGrad},
@@ -84,6 +86,17 @@ pub(super) fn add_rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
 
 pub(super) fn layer_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
     offer("layer_norm_f32", spec, &[0], &[Arg::F32(eps.get())])
+}
+
+pub(super) fn top(spec: &KernelSpec) -> Option<Offer> {
+    let mut offer = offer("top_f32", spec, &[0], &[])?;
+    offer.jobs = offer.jobs.into_iter().map(early).collect();
+    for job in &mut offer.jobs {
+        if let Job::Kernel(k) = job {
+            k.block = 1024;
+        }
+    }
+    Some(offer)
 }
 
 pub(super) fn softmax(spec: &KernelSpec) -> Option<Offer> {
@@ -178,6 +191,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             shared: 0,
             args,
             unless_same: None,
+            early: false,
         }));
         let args = vec![Arg::Scratch(parts), Arg::Write(1), word(chunks)?, word(c)?];
         jobs.push(kernel(
