@@ -1,5 +1,5 @@
 // out = alpha fewᵀ many on tensor cores: few [rows, FEW] of F, many [rows, n] of bf16, a long sum over rows, out in f32;
-// one such product or several over equally many rows, side by side. PICK finds the product of a block.
+// one such product or several over equally many rows, side by side. `product_of` finds that of a block.
 // A block takes 64 columns and a chunk of rows, a warp 16 rows by turns. A lane reads 16 bytes of four rows and pairs
 // neighbouring rows itself: which of a tile's columns is which does not matter, so nothing goes through shared memory.
 // The warps' sums are joined in order, and the last block of a column joins the chunks' sums in order: equal runs give
