@@ -36,6 +36,9 @@ struct Found {
     makes: u32,
 }
 
+/// Addresses from and to.
+type Range = (u64, u64);
+
 struct Finder<'a> {
     target: &'a Target,
     plan: &'a Plan,
@@ -59,11 +62,11 @@ pub(crate) fn fuse(
     let (mut lefts, mut nexts) = (HashMap::new(), HashMap::new());
     for (n, found) in all.iter().enumerate().filter(|(_, f)| f.pairs.rank() > 0) {
         let rank = found.pairs.rank();
-        let maker = all[..n].iter().position(|m| {
-            m.makes == found.source && !matches!(m.pairs.kind, Kind::Heads(_))
-        });
+        let maker = all[..n]
+            .iter()
+            .position(|m| m.makes == found.source && !matches!(m.pairs.kind, Kind::Heads(_)));
         let maker = maker.filter(|m| !nexts.contains_key(m));
-        let heads = f.attention(found, &offers, &mut out);
+        let heads = f.attention(found, offers, &mut out);
         let count = match (&heads, maker.and_then(|m| all[m].pairs.blocks())) {
             (Some((_, count)), _) => *count,
             (None, Some(count)) => count,
@@ -82,7 +85,10 @@ pub(crate) fn fuse(
         } else if let Some(m) = maker {
             nexts.insert(m, next);
         } else {
-            out.jobs.entry(found.last).or_default().push(found.pairs.down(&next));
+            out.jobs
+                .entry(found.last)
+                .or_default()
+                .push(found.pairs.down(&next));
         }
     }
     for (n, found) in all.iter().enumerate() {
@@ -103,7 +109,9 @@ fn ends(step: &Step) -> impl Iterator<Item = &Span> {
 
 /// Is this a composite of f32 operands on dense memory?
 fn dense_f32(spec: &KernelSpec, which: &[usize]) -> bool {
-    which.iter().all(|i| spec.inputs[*i].is_dense() && spec.inputs[*i].dtype == DType::F32)
+    which
+        .iter()
+        .all(|i| spec.inputs[*i].is_dense() && spec.inputs[*i].dtype == DType::F32)
 }
 
 impl Finder<'_> {
@@ -125,7 +133,13 @@ impl Finder<'_> {
     }
     /// Is this memory an input that no step changes?
     fn constant(&self, span: &Span) -> bool {
-        let changed = || self.plan.steps.iter().flat_map(ends).any(|w| w.place == span.place);
+        let changed = || {
+            self.plan
+                .steps
+                .iter()
+                .flat_map(ends)
+                .any(|w| w.place == span.place)
+        };
         match span.place {
             Place::Prepared(_) => true,
             Place::Input(_) => !changed(),
@@ -169,7 +183,9 @@ impl Finder<'_> {
         };
         self.norm(&mut found, i);
         if past.is_none() {
-            let _ = self.gate(&mut found, i).or_else(|| self.heads(&mut found, i, l));
+            let _ = self
+                .gate(&mut found, i)
+                .or_else(|| self.heads(&mut found, i, l));
         }
         (found.pairs.fits() && self.apart(&found)).then_some(found)
     }
@@ -191,7 +207,12 @@ impl Finder<'_> {
                 Some(i) => Some(constant(i)?),
                 None => None,
             };
-            Some(Part { n: b.n, w: constant(at.w)?, bias, adapter })
+            Some(Part {
+                n: b.n,
+                w: constant(at.w)?,
+                bias,
+                adapter,
+            })
         };
         l.blocks.iter().zip(l.ins()).map(one).collect()
     }
@@ -204,7 +225,11 @@ impl Finder<'_> {
         let made = step.writes[0].as_ref()?;
         let alone = made.root == found.source && self.readers(made.root) == [i];
         let w = &step.reads[1];
-        if !alone || made.place != Place::Arena || !dense_f32(&step.spec, &[0, 1]) || !self.constant(w) {
+        if !alone
+            || made.place != Place::Arena
+            || !dense_f32(&step.spec, &[0, 1])
+            || !self.constant(w)
+        {
             return None;
         }
         let (x, w) = (self.address(&step.reads[0])?, self.address(w)?);
@@ -255,22 +280,35 @@ impl Finder<'_> {
         let (y, qk) = (linear.writes[0].as_ref()?, rope.writes[0].as_ref()?);
         let new = writes.map(|s| (s.reads[1].root, s.reads[1].offset));
         let queries = turned.checked_sub(keys)?;
-        let from = [(qk.root, qk.offset + queries * d * 4), (y.root, y.offset + turned * d * 4)];
+        let from = [
+            (qk.root, qk.offset + queries * d * 4),
+            (y.root, y.offset + turned * d * 4),
+        ];
         let pos = self.address(&rope.reads[1])?;
-        let same_pos = writes.iter().all(|s| self.address(&s.reads[2]) == Some(pos));
+        let same_pos = writes
+            .iter()
+            .all(|s| self.address(&s.reads[2]) == Some(pos));
         let f32s = dense_f32(&rope.spec, &[0, 2]) && rope.spec.outputs[0].as_ref()?.is_dense();
-        let caches = writes.iter().all(|s| dense_f32(&s.spec, &[0]) && s.spec.inputs[1].layout.strides[2] == d);
+        let caches = writes
+            .iter()
+            .all(|s| dense_f32(&s.spec, &[0]) && s.spec.inputs[1].layout.strides[2] == d);
         let alone = self.readers(y.root) == [i + 1, i + 3] && y.place == Place::Arena;
         let outputs: usize = l.blocks.iter().map(|b| b.n).sum();
         let whole = outputs == (turned + keys) * d && d % 2 == 0;
-        if new != from || (rope.reads[0].root, rope.reads[0].offset) != (y.root, y.offset) || !same_pos {
+        if new != from
+            || (rope.reads[0].root, rope.reads[0].offset) != (y.root, y.offset)
+            || !same_pos
+        {
             return None;
         }
         if !f32s || !caches || !alone || !whole || !self.constant(&rope.reads[2]) {
             return None;
         }
         let cache = |s: &Step| {
-            let (old, new) = (self.address(&s.reads[0])?, self.address(s.writes[0].as_ref()?)?);
+            let (old, new) = (
+                self.address(&s.reads[0])?,
+                self.address(s.writes[0].as_ref()?)?,
+            );
             (old == new).then_some(new)
         };
         found.pairs.kind = Kind::Heads(Heads {
@@ -290,7 +328,11 @@ impl Finder<'_> {
     /// Does the launch write nothing that it reads, and nothing that a step it takes in would have read later?
     fn apart(&self, found: &Found) -> bool {
         let steps = &self.plan.steps[found.first..=found.last];
-        let inner: Vec<u32> = steps[..steps.len() - 1].iter().flat_map(ends).map(|w| w.root).collect();
+        let inner: Vec<u32> = steps[..steps.len() - 1]
+            .iter()
+            .flat_map(ends)
+            .map(|w| w.root)
+            .collect();
         let range = |s: &Span| self.address(s).map(|a| (a, a + s.bytes as u64));
         let is_cache = |s: &Step| matches!(s.spec.body, Body::Composite(Composite::KvWrite(_)));
         let reads = steps.iter().flat_map(|s| {
@@ -303,7 +345,12 @@ impl Finder<'_> {
         writes.all(|(a, b)| reads.iter().all(|(c, d)| b <= *c || *d <= a))
     }
     /// The attention whose result `found` reads, if it can leave parts behind, and how many.
-    fn attention(&self, found: &Found, offers: &[Offer], out: &mut Fused) -> Option<(usize, usize)> {
+    fn attention(
+        &self,
+        found: &Found,
+        offers: &[Offer],
+        out: &mut Fused,
+    ) -> Option<(usize, usize)> {
         let i = self.writer(found.source)?;
         let step = self.step(i)?;
         let Body::Composite(Composite::Attention(a)) = &step.spec.body else {
@@ -342,10 +389,12 @@ impl Finder<'_> {
     /// The products from step `i` on that join, with their addresses.
     fn run_of_outers(&self, i: usize, offers: &[Offer]) -> Vec<(Outer, [u64; 3])> {
         let mut run: Vec<(Outer, [u64; 3])> = vec![];
-        let (mut read, mut written): (Vec<(u64, u64)>, Vec<(u64, u64)>) = (vec![], vec![]);
+        let (mut read, mut written): (Vec<Range>, Vec<Range>) = (vec![], vec![]);
         let range = |s: &Span| self.address(s).map(|a| (a, a + s.bytes as u64));
-        let clear = |these: &[(u64, u64)], of: &[(u64, u64)]| {
-            these.iter().all(|(a, b)| of.iter().all(|(c, d)| b <= c || d <= a))
+        let clear = |these: &[Range], of: &[Range]| {
+            these
+                .iter()
+                .all(|(a, b)| of.iter().all(|(c, d)| b <= c || d <= a))
         };
         for (step, offer) in self.plan.steps.iter().zip(offers).skip(i) {
             let here = || {
@@ -355,9 +404,12 @@ impl Finder<'_> {
             };
             let reads: Vec<_> = step.reads.iter().filter_map(range).collect();
             let writes: Vec<_> = ends(step).filter_map(range).collect();
-            let apart = clear(&reads, &written) && clear(&writes, &read) && clear(&writes, &written);
+            let apart =
+                clear(&reads, &written) && clear(&writes, &read) && clear(&writes, &written);
             match here() {
-                Some(one) if apart && run.first().is_none_or(|r| r.0.joins(&one.0)) => run.push(one),
+                Some(one) if apart && run.first().is_none_or(|r| r.0.joins(&one.0)) => {
+                    run.push(one)
+                }
                 _ => break,
             }
             read.extend(reads);

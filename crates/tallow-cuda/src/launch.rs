@@ -190,9 +190,15 @@ impl Bound {
                 // SAFETY: the arguments are as many and as wide as the kernel's, which is what the tests of
                 // every kernel show; the addresses are the caller's promise; the driver copies the attribute.
                 let code = unsafe {
-                    sys::cuLaunchKernelEx(&raw const config, f.0, args.as_mut_ptr(), std::ptr::null_mut())
+                    sys::cuLaunchKernelEx(
+                        &raw const config,
+                        f.0,
+                        args.as_mut_ptr(),
+                        std::ptr::null_mut(),
+                    )
                 };
-                code.result().map_err(|e| Error::driver("launching a kernel", e))
+                code.result()
+                    .map_err(|e| Error::driver("launching a kernel", e))
             }
             // SAFETY: the caller's promise.
             Bound::Gemm(g) => unsafe { g.launch(stream) },

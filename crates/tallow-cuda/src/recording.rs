@@ -5,8 +5,7 @@
 use crate::{
     device::Cuda,
     driver::{Card, Graph},
-    error,
-    fused,
+    error, fused,
     launch::{Bound, Job, Offer, Places},
 };
 use std::sync::Arc;

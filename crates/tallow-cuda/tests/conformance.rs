@@ -198,7 +198,11 @@ fn rounding() -> Session {
 fn near(s: &Session, cases: Vec<Case>) {
     let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
     for case in &cases {
-        let sizes = case.graph.outputs.iter().map(|o| case.graph.ty(*o).shape.numel());
+        let sizes = case
+            .graph
+            .outputs
+            .iter()
+            .map(|o| case.graph.ty(*o).shape.numel());
         for (d, elems) in distance(s, case).unwrap().into_iter().zip(sizes) {
             // A handful of sums may cancel to nearly nothing, and then their rounding is all there is.
             if elems < 16 {
@@ -227,7 +231,8 @@ fn near(s: &Session, cases: Vec<Case>) {
 fn frozen(ops: &[&str]) -> Vec<Case> {
     let all = composites().into_iter();
     let wanted = |c: &Case| ops.contains(&c.name.split(' ').next().unwrap_or_default());
-    all.filter(|c| wanted(c) && c.name.contains("Frozen")).collect()
+    all.filter(|c| wanted(c) && c.name.contains("Frozen"))
+        .collect()
 }
 
 const PRODUCTS: [&str; 7] = [
@@ -253,7 +258,14 @@ fn intermediates_in_bf16_are_near_the_oracle() {
     if card().is_none() {
         return;
     }
-    let others = ["rms_norm", "rms_norm_grad", "swiglu", "swiglu_grad", "rope", "dropout"];
+    let others = [
+        "rms_norm",
+        "rms_norm_grad",
+        "swiglu",
+        "swiglu_grad",
+        "rope",
+        "dropout",
+    ];
     let ops = [&PRODUCTS[..], &others].concat();
     let cases: Vec<Case> = frozen(&ops).iter().map(|c| inside(c).unwrap()).collect();
     let s = rounding();
@@ -281,7 +293,15 @@ fn outer_products_of_intermediates_are_near_the_oracle() {
             graph: b.finish(vec![out], vec![]),
         }
     };
-    let sizes = [(300, 8, 96), (513, 5, 97), (600, 16, 64), (4096, 24, 130), (256, 33, 40)];
-    let both = sizes.into_iter().flat_map(|(r, f, m)| [(r, f, m, false), (r, f, m, true)]);
+    let sizes = [
+        (300, 8, 96),
+        (513, 5, 97),
+        (600, 16, 64),
+        (4096, 24, 130),
+        (256, 33, 40),
+    ];
+    let both = sizes
+        .into_iter()
+        .flat_map(|(r, f, m)| [(r, f, m, false), (r, f, m, true)]);
     near(&rounding(), both.map(case).collect());
 }

@@ -63,7 +63,13 @@ impl Writer {
         let w = self.frozen(&[self.sizes.c], DType::F32);
         Ok(self.b.composite(RmsNorm { eps: 1e-5.into() }, &[x, w])?[0])
     }
-    fn linear(&mut self, x: NodeId, ns: &[usize], bias: bool, residual: Option<NodeId>) -> Result<NodeId> {
+    fn linear(
+        &mut self,
+        x: NodeId,
+        ns: &[usize],
+        bias: bool,
+        residual: Option<NodeId>,
+    ) -> Result<NodeId> {
         let (k, rank) = (self.b.shape(x).last(), self.sizes.rank);
         let mut ins = vec![x];
         let block = |n: &usize| Block {
@@ -102,11 +108,14 @@ impl Writer {
         let y = self.norm(x)?;
         let qkv = self.linear(y, &[s.h * s.d, s.hk * s.d, s.hk * s.d], true, None)?;
         let pos = self.b.input(Role::Data, TensorType::u32([1, 1]));
-        self.inputs.push(Value::full(TensorType::u32([1, 1]), f64::from(s.position)));
+        self.inputs
+            .push(Value::full(TensorType::u32([1, 1]), f64::from(s.position)));
         let freq = self.frozen(&[s.d / 2], DType::F32);
         let qk = self.b.slice(qkv, 2, 0, (s.h + s.hk) * s.d)?;
         let qk = self.b.reshape(qk, [1, 1, s.h + s.hk, s.d])?;
-        let qk = self.b.composite(Rope { inverse: false }, &[qk, pos, freq])?[0];
+        let qk = self
+            .b
+            .composite(Rope { inverse: false }, &[qk, pos, freq])?[0];
         let q = self.b.slice(qk, 2, 0, s.h)?;
         let k = self.b.slice(qk, 2, s.h, s.hk)?;
         let v = self.b.slice(qkv, 2, (s.h + s.hk) * s.d, s.hk * s.d)?;
@@ -123,7 +132,9 @@ impl Writer {
             scale: 0.2.into(),
             mask: Mask::Causal { window: None },
         };
-        let o = self.b.composite(attention, &[q, caches[0], caches[1], pos])?[0];
+        let o = self
+            .b
+            .composite(attention, &[q, caches[0], caches[1], pos])?[0];
         let o = self.b.reshape(o, [1, 1, s.h * s.d])?;
         x = self.linear(o, &[s.c], false, Some(x))?;
         let y = self.norm(x)?;
@@ -139,17 +150,59 @@ impl Writer {
 #[test]
 fn a_layer_of_one_token_matches_the_oracle() {
     let Some(session) = session() else { return };
-    let base = Sizes { c: 64, mlp: 96, h: 6, hk: 2, d: 16, slots: 40, rank: 4, position: 33 };
+    let base = Sizes {
+        c: 64,
+        mlp: 96,
+        h: 6,
+        hk: 2,
+        d: 16,
+        slots: 40,
+        rank: 4,
+        position: 33,
+    };
     let sizes = [
         base,
         Sizes { rank: 0, ..base },
-        Sizes { c: 896, mlp: 1024, h: 14, hk: 2, d: 64, slots: 70, rank: 8, position: 64 },
-        Sizes { c: 72, mlp: 1032, h: 3, hk: 3, d: 24, rank: 17, position: 0, ..base },
-        Sizes { c: 4096, mlp: 264, h: 4, hk: 1, d: 128, position: 39, ..base },
-        Sizes { position: 40, ..base },
+        Sizes {
+            c: 896,
+            mlp: 1024,
+            h: 14,
+            hk: 2,
+            d: 64,
+            slots: 70,
+            rank: 8,
+            position: 64,
+        },
+        Sizes {
+            c: 72,
+            mlp: 1032,
+            h: 3,
+            hk: 3,
+            d: 24,
+            rank: 17,
+            position: 0,
+            ..base
+        },
+        Sizes {
+            c: 4096,
+            mlp: 264,
+            h: 4,
+            hk: 1,
+            d: 128,
+            position: 39,
+            ..base
+        },
+        Sizes {
+            position: 40,
+            ..base
+        },
     ];
     let case = |sizes| {
-        let writer = Writer { b: Builder::default(), inputs: vec![], sizes };
+        let writer = Writer {
+            b: Builder::default(),
+            inputs: vec![],
+            sizes,
+        };
         writer.layer().unwrap()
     };
     check_all(&session, sizes.map(case).into());

@@ -14,7 +14,10 @@ impl CompositeOp for Top {
     }
     fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
         match ins {
-            [l] if l.dtype == DType::F32 && l.shape.rank() == 2 && (1..1 << 24).contains(&l.shape.last()) => {
+            [l] if l.dtype == DType::F32
+                && l.shape.rank() == 2
+                && (1..1 << 24).contains(&l.shape.last()) =>
+            {
                 Ok(vec![TensorType::f32([l.shape.0[0], 2])])
             }
             _ => misfit(self.name(), "f32 l [n, v] with v from 1 to 2^24 - 1", ins),

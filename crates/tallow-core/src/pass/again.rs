@@ -56,7 +56,8 @@ pub fn again(g: &Graph, cheap: impl Fn(&Composite) -> bool) -> Result<Graph> {
             }
             if copies[i.index()].is_none() {
                 let from = g.node(*i);
-                let mut operands: Vec<NodeId> = from.inputs.iter().map(|x| map[x.index()]).collect();
+                let mut operands: Vec<NodeId> =
+                    from.inputs.iter().map(|x| map[x.index()]).collect();
                 // An operand behind a barrier makes it another node.
                 operands[0] = b.push(Op::Barrier(barrier), &operands[..1])?;
                 barrier -= 1;

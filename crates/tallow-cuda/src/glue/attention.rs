@@ -64,7 +64,14 @@ fn sizes(spec: &KernelSpec) -> Option<Sizes> {
 /// Types of operands and results by their names in the kernels; none: f32 alone.
 type Types = [(&'static str, DType)];
 
-fn text(files: &[&str], a: &Attention, z: Sizes, own: (&str, usize), starts: bool, types: &Types) -> Arc<str> {
+fn text(
+    files: &[&str],
+    a: &Attention,
+    z: Sizes,
+    own: (&str, usize),
+    starts: bool,
+    types: &Types,
+) -> Arc<str> {
     let (causal, window) = match a.mask {
         Mask::Full => (0, 0),
         Mask::Causal { window } => (1, window.unwrap_or(0)),
@@ -214,7 +221,11 @@ fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer
 
 /// The decoding kernels for one row, leaving behind parts of the `h` that the next linear makes of the result; and
 /// how many parts.
-pub(super) fn decode_then(a: &Attention, spec: &KernelSpec, next: &Next) -> Option<(Vec<Job>, usize)> {
+pub(super) fn decode_then(
+    a: &Attention,
+    spec: &KernelSpec,
+    next: &Next,
+) -> Option<(Vec<Job>, usize)> {
     let z = sizes(spec)?;
     if z.b * z.t != 1 || next.k != z.h * z.d {
         return None;
@@ -257,7 +268,14 @@ fn decode_for(
         second.extend(&n.args);
     }
     let jobs = vec![
-        early(launch("decode", &source, [splits, z.hk, z.b], 128, shared, first)),
+        early(launch(
+            "decode",
+            &source,
+            [splits, z.hk, z.b],
+            128,
+            shared,
+            first,
+        )),
         early(launch(
             "join",
             &source,
@@ -289,7 +307,14 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             (source, 128, half_bytes(3 * HALF_ROWS, z.d))
         }
         false => {
-            let source = text(&[TILES, DELTA, BACKWARD], a, z, ("BT", tile), starts, &types);
+            let source = text(
+                &[TILES, DELTA, BACKWARD],
+                a,
+                z,
+                ("BT", tile),
+                starts,
+                &types,
+            );
             (source, 256, (4 * tile * row(z.d) + tile * (tile + 4)) * 4)
         }
     };

@@ -239,7 +239,10 @@ fn by_rows(
 /// The kernel and the types it reads and writes.
 fn typed(entry: &str, types: &[(&'static str, DType)]) -> Vec<(&'static str, String)> {
     let types = types.iter().map(|(name, d)| (*name, c_type(*d).to_owned()));
-    [("KERNEL", format!("KERNEL_{entry}"))].into_iter().chain(types).collect()
+    [("KERNEL", format!("KERNEL_{entry}"))]
+        .into_iter()
+        .chain(types)
+        .collect()
 }
 
 /// The one type of these operands, if it is f32 or bf16.
@@ -251,7 +254,10 @@ pub(super) fn one_type<'a>(all: impl IntoIterator<Item = &'a Operand>) -> Option
 }
 
 pub(super) fn swiglu(t: &Target, spec: &KernelSpec) -> Option<Offer> {
-    let types = [("X", one_type(&spec.inputs)?), ("Y", one_type(spec.outputs.iter().flatten())?)];
+    let types = [
+        ("X", one_type(&spec.inputs)?),
+        ("Y", one_type(spec.outputs.iter().flatten())?),
+    ];
     by_rows(t, "swiglu", spec, 2, &[], &typed("swiglu", &types))
 }
 
@@ -261,7 +267,14 @@ pub(super) fn swiglu_grad(t: &Target, spec: &KernelSpec) -> Option<Offer> {
         ("D", one_type(&spec.inputs[2..])?),
         ("Y", one_type(spec.outputs.iter().flatten())?),
     ];
-    by_rows(t, "swiglu_grad", spec, 3, &[], &typed("swiglu_grad", &types))
+    by_rows(
+        t,
+        "swiglu_grad",
+        spec,
+        3,
+        &[],
+        &typed("swiglu_grad", &types),
+    )
 }
 
 pub(super) fn adamw(t: &Target, spec: &KernelSpec) -> Option<Offer> {
@@ -279,7 +292,10 @@ pub(super) fn dropout(t: &Target, d: &Dropout, spec: &KernelSpec) -> Option<Offe
     }
     let extra = [Arg::U32(d.id), Arg::F32(d.keep.get())];
     let file = [PHILOX, FILE].concat();
-    let types = [("X", one_type(&spec.inputs[..1])?), ("Y", one_type(spec.outputs.iter().flatten())?)];
+    let types = [
+        ("X", one_type(&spec.inputs[..1])?),
+        ("Y", one_type(spec.outputs.iter().flatten())?),
+    ];
     let defines = typed("dropout", &types);
     let offer = by_rows(t, "dropout", spec, 1, &extra, &defines)?;
     let jobs = offer.jobs.into_iter().map(|j| match j {
@@ -321,12 +337,6 @@ pub(super) fn rope(t: &Target, inverse: bool, spec: &KernelSpec) -> Option<Offer
         args.push(word(s)?);
     }
     args.push(Arg::F32(if inverse { -1.0 } else { 1.0 }));
-    let job = kernel(
-        "rope",
-        source(FILE, &defines),
-        blocks(t, n),
-        THREADS,
-        args,
-    );
+    let job = kernel("rope", source(FILE, &defines), blocks(t, n), THREADS, args);
     Some(Offer::new("rope", vec![job]))
 }

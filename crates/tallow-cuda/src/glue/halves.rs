@@ -29,12 +29,14 @@ pub(super) fn halves(t: &Target, spec: &KernelSpec) -> Vec<Half> {
         }
         Body::Composite(c) => match c {
             Composite::Linear(l) if many(&l.blocks, spec) => {
+                // What is added must have the type of the result, so it is wanted too.
                 mark(&[0, ins], Wanted);
-                mark(&if l.residual { vec![ins - 1] } else { vec![] }, May);
+                mark(&if l.residual { vec![ins - 1] } else { vec![] }, Wanted);
             }
             Composite::LinearGrad(l) if many(&l.blocks, spec) => {
+                // What is added must have the type of the result, so it is wanted too.
                 mark(&[0, ins], Wanted);
-                mark(&if l.residual { vec![ins - 1] } else { vec![] }, May);
+                mark(&if l.residual { vec![ins - 1] } else { vec![] }, Wanted);
             }
             Composite::CrossEntropy(_) if spec.inputs[1].frozen => mark(&[0, ins + 1], Wanted),
             Composite::Attention(_) if attention::takes_halves(spec) => {

@@ -156,7 +156,10 @@ pub(super) struct Share {
 /// Are rows, result and what is added to it f32?
 pub(super) fn exact(spec: &KernelSpec, residual: Option<(usize, usize)>) -> bool {
     let added = residual.map(|(i, _)| &spec.inputs[i]);
-    let mut all = spec.outputs[0].iter().chain(added).chain(spec.inputs.first());
+    let mut all = spec.outputs[0]
+        .iter()
+        .chain(added)
+        .chain(spec.inputs.first());
     all.all(|o| o.dtype == DType::F32)
 }
 

@@ -233,8 +233,19 @@ pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> 
         Some(share) => {
             let pitch = (k + rank).next_multiple_of(8);
             let (x, down) = (scratch.take(c.m * pitch * 2), scratch.take(rank * k * 2));
-            jobs.push(small_forward(c, &biases, down, [k, pitch - k, framed_row(k, rank)])?);
-            jobs.push(frame(&spec.inputs[0], share, [x, down], [k, c.in_row, pitch], &[])?);
+            jobs.push(small_forward(
+                c,
+                &biases,
+                down,
+                [k, pitch - k, framed_row(k, rank)],
+            )?);
+            jobs.push(frame(
+                &spec.inputs[0],
+                share,
+                [x, down],
+                [k, c.in_row, pitch],
+                &[],
+            )?);
             (x, pitch)
         }
         None => {
@@ -263,7 +274,13 @@ pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> 
             half(Arg::Read(at.w), [inner, b.n], row, true)?,
             columns(Arg::Write(0), c.out_row)?,
         ];
-        jobs.push(product([c.m, b.n, inner], 1.0, added, biases[i].map(|(_, to)| to), operands));
+        jobs.push(product(
+            [c.m, b.n, inner],
+            1.0,
+            added,
+            biases[i].map(|(_, to)| to),
+            operands,
+        ));
         n0 += b.n;
     }
     if own_adapters {
@@ -391,7 +408,13 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
             let (dy, up) = (scratch.take(c.m * pitch * 2), scratch.take(rank * n * 2));
             let (small, pieces) = small_backward(c, up, [n, k, rank, pitch - n])?;
             jobs.push(small);
-            jobs.push(frame(&spec.inputs[0], share, [dy, up], [n, c.in_row, pitch], &pieces)?);
+            jobs.push(frame(
+                &spec.inputs[0],
+                share,
+                [dy, up],
+                [n, c.in_row, pitch],
+                &pieces,
+            )?);
             (dy, pitch)
         }
         None => plain_rows(t, spec, &mut scratch, [c.m, n, c.in_row], &mut jobs)?,
@@ -399,7 +422,11 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
     let (mut prepare, mut n0) = (vec![], 0);
     let row = if rank > 0 { framed_row(k, rank) } else { k };
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        let behind = if rank > 0 && i + 1 == c.blocks.len() { pitch - n } else { 0 };
+        let behind = if rank > 0 && i + 1 == c.blocks.len() {
+            pitch - n
+        } else {
+            0
+        };
         let rows = b.n + behind;
         let framed = (rank > 0).then(|| framed([b.n, k], rank, at.w));
         prepare.extend(framed.or_else(|| plain(spec, at.w)));
@@ -435,11 +462,7 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
 }
 
 /// `s Bᵀ` of every block at `up [rank, n]`, zeros around them, and `A` of all into the rows behind the last weight.
-fn small_backward(
-    c: &Call,
-    up: Arg,
-    [n, k, rank, extra]: [usize; 4],
-) -> Option<(Job, Vec<Piece>)> {
+fn small_backward(c: &Call, up: Arg, [n, k, rank, extra]: [usize; 4]) -> Option<(Job, Vec<Piece>)> {
     let mut small = Small::new(up);
     let (last_n, last_w) = c
         .blocks

@@ -45,7 +45,12 @@ pub(super) fn of_logits(spec: &KernelSpec) -> Option<Offer> {
     if all.any(|o| o.dtype != DType::F32) {
         return None;
     }
-    let job = rows([DType::F32; 2], n, args, [v, l.layout.row_stride()?, dl_row, 0])?;
+    let job = rows(
+        [DType::F32; 2],
+        n,
+        args,
+        [v, l.layout.row_stride()?, dl_row, 0],
+    )?;
     Some(Offer::new("logits_cross_entropy_f32", vec![job]))
 }
 
@@ -89,28 +94,43 @@ pub(super) fn cross_entropy(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let dtype = if half { DType::BF16 } else { DType::F32 };
     let fit = (CHUNK_BYTES / (pitch * dtype.bytes())).max(1);
     let chunk = if fit > 128 { fit / 128 * 128 } else { fit }.min(n.max(1));
-    let (mut jobs, mut scratch) = (vec![], (chunk * pitch * dtype.bytes()).next_multiple_of(256));
+    let (mut jobs, mut scratch) = (
+        vec![],
+        (chunk * pitch * dtype.bytes()).next_multiple_of(256),
+    );
     let dx_type = spec.outputs[1].as_ref().map_or(dtype, |o| o.dtype);
     let (form, prepare) = if half {
         let x_type = one_type([x])?;
         let mut rows = (Arg::Read(0), x_row);
         if x_type != DType::BF16 || x_row % 8 != 0 {
             rows = (Arg::Scratch(scratch), c);
-            jobs.push(linear_half::narrow(t, x_type, [Arg::Read(0), rows.0], [n, c, x_row, c])?);
+            jobs.push(linear_half::narrow(
+                t,
+                x_type,
+                [Arg::Read(0), rows.0],
+                [n, c, x_row, c],
+            )?);
             scratch += (n * c * 2).next_multiple_of(256);
         }
-        let form = Form { dtype, x: rows, w: [c, 1] };
+        let form = Form {
+            dtype,
+            x: rows,
+            w: [c, 1],
+        };
         (form, linear_half::plain(spec, 1).into_iter().collect())
     } else {
         if x.dtype != DType::F32 || dx_type != DType::F32 {
             return None;
         }
         let one = linear::one_weight(t, spec, 1)?;
-        let form = Form { dtype, x: (Arg::Read(0), x_row), w: one.stride };
+        let form = Form {
+            dtype,
+            x: (Arg::Read(0), x_row),
+            w: one.stride,
+        };
         (form, one.prepare)
     };
-    one_type(&spec.outputs[1])
-        .or(spec.outputs[1].is_none().then_some(dtype))?;
+    one_type(&spec.outputs[1]).or(spec.outputs[1].is_none().then_some(dtype))?;
     let nll = match spec.outputs[0] {
         Some(_) => Arg::Write(0),
         None => Arg::U64(0),

@@ -225,7 +225,10 @@ pub(crate) fn side_by_side(all: &[(Outer, [Arg; 3])], parts: Arg) -> Option<(Job
     let one = all.first()?.0;
     let columns: usize = all.iter().map(|(o, _)| o.columns()).sum();
     // A few blocks for each of many processors, each with at least 128 rows.
-    let chunk = one.rows.div_ceil(600 / columns.min(600)).next_multiple_of(128);
+    let chunk = one
+        .rows
+        .div_ceil(600 / columns.min(600))
+        .next_multiple_of(128);
     let chunks = one.rows.div_ceil(chunk);
     let (mut params, mut names, mut args) = (String::new(), String::new(), vec![]);
     let (mut picks, mut offset) = (vec![], 0);
@@ -277,7 +280,9 @@ fn outer_half(spec: &KernelSpec) -> Option<Offer> {
 
 fn outer_sides(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Outer> {
     let (a, b, c) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
-    let floats = [a, b].iter().all(|o| matches!(o.dtype, DType::F32 | DType::BF16));
+    let floats = [a, b]
+        .iter()
+        .all(|o| matches!(o.dtype, DType::F32 | DType::BF16));
     if !(ta && !tb && floats && c.dtype == DType::F32 && a.layout.shape.rank() == 2) {
         return None;
     }
@@ -317,8 +322,15 @@ pub(super) fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option
     if let Some(offer) = outer_half(spec) {
         return Some(offer);
     }
-    let Outer { rows, few, many, at: [few_at, many_at], row: [few_row, many_row, cr], turned, .. } =
-        outer_sides(ta, tb, alpha, spec)?;
+    let Outer {
+        rows,
+        few,
+        many,
+        at: [few_at, many_at],
+        row: [few_row, many_row, cr],
+        turned,
+        ..
+    } = outer_sides(ta, tb, alpha, spec)?;
     // Pairs of columns, where all of them lie on four bytes and few is small enough to keep their sums.
     let paired = spec.inputs[many_at].dtype == DType::BF16 && many % 2 == 0 && many_row % 2 == 0;
     let cols = if paired && few <= 16 { 2 } else { 1 };

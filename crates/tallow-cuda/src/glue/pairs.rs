@@ -84,7 +84,11 @@ const MOST_LOADS: usize = 8;
 
 impl Pairs {
     pub(crate) fn rank(&self) -> usize {
-        self.parts.iter().filter_map(|p| p.adapter).map(|a| a.0).sum()
+        self.parts
+            .iter()
+            .filter_map(|p| p.adapter)
+            .map(|a| a.0)
+            .sum()
     }
     fn outputs(&self) -> usize {
         self.parts.iter().map(|p| p.n).sum()
@@ -108,9 +112,13 @@ impl Pairs {
     }
     /// Can the kernel take it?
     pub(crate) fn fits(&self) -> bool {
-        let aligned = self.parts.iter().all(|p| p.w % 16 == 0);
-        let whole = matches!(self.kind, Kind::Plain) || self.outputs() % 2 == 0;
-        aligned && whole && self.k % 8 == 0 && self.x % 16 == 0 && self.split().is_some()
+        let aligned = self.parts.iter().all(|p| p.w.is_multiple_of(16));
+        let whole = matches!(self.kind, Kind::Plain) || self.outputs().is_multiple_of(2);
+        aligned
+            && whole
+            && self.k.is_multiple_of(8)
+            && self.x.is_multiple_of(16)
+            && self.split().is_some()
     }
     /// The `h` of this linear as somebody else's next, with its parts at `parts`.
     pub(crate) fn wants(&self, parts: Arg) -> Next {
@@ -127,14 +135,18 @@ impl Pairs {
             k: self.k,
             params,
             args,
-            row: pick(rows.into_iter()).replace("(o <", "(r <").replace("= o -", "= r -"),
+            row: pick(rows.into_iter())
+                .replace("(o <", "(r <")
+                .replace("= o -", "= r -"),
             parts,
             norm: self.norm.map_or(0, |n| n.0),
         }
     }
     /// The launch that makes all of `h` from `x`, for want of parts.
     pub(crate) fn down(&self, next: &Next) -> Job {
-        let text = DOWN.replace("PARAMS", &next.params).replace("NEXT_ROW", &next.row);
+        let text = DOWN
+            .replace("PARAMS", &next.params)
+            .replace("NEXT_ROW", &next.row);
         let source = source(&text, &[("NEXT_K", format!("{}u", self.k))]);
         let mut args = vec![Arg::U64(self.x), next.parts, Arg::U64(next.norm)];
         args.extend(&next.args);
@@ -259,12 +271,20 @@ pub(super) fn examples() -> Vec<Job> {
     let qkv = vec![part(384, true), part(128, true), part(128, true)];
     let all = [
         (896, qkv, Kind::Heads(heads), true),
-        (896, vec![part(4864, false), part(4864, false)], Kind::Gate, true),
+        (
+            896,
+            vec![part(4864, false), part(4864, false)],
+            Kind::Gate,
+            true,
+        ),
         (4864, vec![part(896, false)], Kind::Plain, false),
         (16384, vec![part(4097, false)], Kind::Plain, true),
     ];
     let all = all.map(make);
-    let left = Left { at: Arg::Own(0), count: 7 };
+    let left = Left {
+        at: Arg::Own(0),
+        count: 7,
+    };
     let mut jobs = vec![];
     for (i, p) in all.iter().enumerate() {
         let next = all[(i + 1) % all.len()].wants(Arg::Own(0));

@@ -1,9 +1,7 @@
 //! Kernels that make a row of the result from a row of the operands: norms, softmax, and their gradients.
 //! Invariant: a block makes a whole row, so the result does not depend on how rows are spread.
 //! Absent on purpose: rows in pieces.
-use super::{
-    Arg, Job, Offer, c_type, early, elementwise::one_type, kernel, source, word,
-};
+use super::{Arg, Job, Offer, c_type, early, elementwise::one_type, kernel, source, word};
 use tallow_core::{
     kernel::KernelSpec,
     op::{Bits, RmsNormGrad},
@@ -76,7 +74,10 @@ fn typed(
 }
 
 pub(super) fn rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
-    let types = [("X", one_type(&spec.inputs[..1])?), ("Y", one_type(spec.outputs.iter().flatten())?)];
+    let types = [
+        ("X", one_type(&spec.inputs[..1])?),
+        ("Y", one_type(spec.outputs.iter().flatten())?),
+    ];
     typed("rms_norm", spec, &[0], &[Arg::F32(eps.get())], &types)
 }
 

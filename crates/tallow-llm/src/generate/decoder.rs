@@ -99,7 +99,10 @@ impl Decoder {
     /// As [`Decoder::feed`].
     pub fn feed_likeliest(&mut self, ids: &[u32]) -> Result<Option<u32>> {
         self.advance(ids)?;
-        let top = self.steps.get(&self.last).and_then(|s| s.program.outputs.get(1));
+        let top = self
+            .steps
+            .get(&self.last)
+            .and_then(|s| s.program.outputs.get(1));
         let Some(top) = top else { return Ok(None) };
         let mut best = [0.0; 2];
         self.model.session.read_into(top, &mut best)?;
