@@ -1,8 +1,8 @@
 //! The cases: graphs with inputs. Composites bring their own examples; a new op needs no line here.
 use tallow_core::{
     Result,
-    graph::{Builder, Graph, NodeId, Update},
-    op::{AdamW, Composite, Op, ReduceOp, Role},
+    graph::{Builder, Graph, Node, NodeId, Update},
+    op::{AdamW, Composite, LinearIns, Op, ReduceOp, Role},
     oracle::{Value, sample},
     scalar::ScalarOp,
     types::{DType, Layout, Shape, TensorType},
@@ -83,6 +83,68 @@ pub fn composites() -> Vec<Case> {
         }
     }
     all
+}
+
+/// `case` of one composite with its activations negated on the way in, and its f32 results on the way out: so they are
+/// intermediates, which a device may store in half the bytes. Weights stay as they are.
+///
+/// # Errors
+/// None that the case itself does not give.
+pub fn inside(case: &Case) -> Result<Case> {
+    let negated = |b: &mut Builder, x: NodeId| match b.ty(x).dtype {
+        DType::F32 => b.map(ScalarOp::Neg, &[x]),
+        _ => Ok(x),
+    };
+    let kept: Vec<NodeId> = case.graph.nodes.iter().flat_map(weights).collect();
+    let mut b = Builder::default();
+    let mut map: Vec<NodeId> = vec![];
+    let mut inputs = case.inputs.clone();
+    for (id, n) in case.graph.iter() {
+        let ins: Vec<NodeId> = n.inputs.iter().map(|i| map[i.index()]).collect();
+        map.push(match n.op {
+            Op::Input(slot, role) if kept.contains(&id) => b.input_at(slot, role, n.ty.clone()),
+            Op::Input(slot, _) => {
+                let x = b.input_at(slot, Role::Data, n.ty.clone());
+                if n.ty.dtype == DType::F32 {
+                    let data = &mut inputs[slot as usize].data;
+                    data.iter_mut().for_each(|v| *v = -*v);
+                }
+                negated(&mut b, x)?
+            }
+            _ => b.push(n.op.clone(), &ins)?,
+        });
+    }
+    let outs = case.graph.outputs.iter();
+    let outs = outs.map(|o| negated(&mut b, map[o.index()]));
+    let outs = outs.collect::<Result<Vec<_>>>()?;
+    Ok(Case {
+        name: format!("{} inside", case.name),
+        graph: b.finish(outs, vec![]),
+        inputs,
+    })
+}
+
+/// Operands of a composite that are not activations.
+fn weights(n: &Node) -> Vec<NodeId> {
+    let Op::Composite(c) = &n.op else {
+        return vec![];
+    };
+    let of = |ins: Vec<LinearIns>| {
+        let all = ins.into_iter().flat_map(|i| {
+            let ab = i.ab.into_iter().flatten().flat_map(|(a, b)| [a, b]);
+            ab.chain(i.bias).chain([i.w]).collect::<Vec<_>>()
+        });
+        all.collect()
+    };
+    let at = match c {
+        Composite::Linear(l) => of(l.ins()),
+        Composite::LinearGrad(l) => of(l.ins()),
+        Composite::CrossEntropy(_) | Composite::RmsNorm(_) | Composite::RmsNormGrad(_) => vec![1],
+        Composite::AddRmsNorm(_) | Composite::Rope(_) => vec![2],
+        Composite::LayerNorm(_) => vec![1, 2],
+        _ => vec![],
+    };
+    at.into_iter().map(|i| n.inputs[i]).collect()
 }
 
 /// Every structural op on awkward shapes.

@@ -4,6 +4,7 @@
 use crate::{
     Result,
     kernel::{Candidate, Format, KernelSpec, Operand},
+    op::Composite,
     plan::Plan,
 };
 use std::{any::Any, collections::HashMap, ops::Range, sync::Arc};
@@ -44,6 +45,17 @@ pub struct DeviceInfo {
     pub arena: ArenaRules,
 }
 
+/// What a device says of one operand or result that is f32: may it be stored as bf16?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// No.
+    Never,
+    /// Its kernel takes it so.
+    May,
+    /// Its kernel takes it so and is faster for it.
+    Wanted,
+}
+
 /// A device. New ones implement this trait and nothing else.
 pub trait Backend: Send + Sync {
     /// Name and rules.
@@ -72,9 +84,24 @@ pub trait Backend: Send + Sync {
     fn wait(&self) -> Result<()> {
         Ok(())
     }
+    /// Does reading a value cost more than choosing from it on the device, as behind a bus?
+    fn far(&self) -> bool {
+        false
+    }
     /// All ways to run `spec`, for exactly these shapes and layouts. Empty: the planner makes
     /// operands dense and asks again; a composite is decomposed.
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>>;
+    /// Which operands of `spec`, then which results, may lie between two kernels in bf16 instead of f32. Those past the
+    /// end of the list may not. A device that was not asked to round says nothing.
+    fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
+        let _ = spec;
+        vec![]
+    }
+    /// Is `c` so cheap here, next to the memory its result takes, that gradients should compute it again?
+    fn cheap(&self, c: &Composite) -> bool {
+        let _ = c;
+        false
+    }
     /// Writes a frozen operand into `dst` in a format named by one of this backend's candidates.
     /// `src` holds the operand, strides as in `op`, from byte `at` on.
     fn prepare(

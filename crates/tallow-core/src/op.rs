@@ -22,6 +22,7 @@ mod optim;
 mod rope;
 mod softmax;
 mod swiglu;
+mod top;
 pub use attention::Mask;
 pub use composite::{CompositeOp, VjpCx};
 pub use linear::{Block, LinearIns};
@@ -40,6 +41,7 @@ composite::composites! {
     rope: Rope;
     softmax: Softmax, SoftmaxGrad;
     swiglu: SwiGlu, SwiGluGrad;
+    top: Top;
 }
 
 /// An f32 inside an op, kept as bits so that ops are `Eq + Hash`.

@@ -12,6 +12,7 @@ use crate::{
 };
 
 mod arena;
+mod narrow;
 mod place;
 #[cfg(test)]
 mod tests;
@@ -141,8 +142,21 @@ struct Planner<'a> {
     drafts: Vec<Draft>,
 }
 
+fn operand(roots: &[Root], v: &View) -> Operand {
+    let root = &roots[v.root.index()];
+    Operand {
+        dtype: root.dtype,
+        layout: Layout {
+            offset: 0,
+            ..v.layout.clone()
+        },
+        frozen: matches!(root.kind, RootKind::Input(_, Role::Frozen)),
+    }
+}
+
 /// Chooses a kernel for every group and a place for every value.
-pub fn plan(f: Fused, be: &dyn Backend, ch: &dyn Chooser) -> Result<Plan> {
+pub fn plan(mut f: Fused, be: &dyn Backend, ch: &dyn Chooser) -> Result<Plan> {
+    narrow::narrow(&mut f, be)?;
     let mut p = Planner {
         be,
         ch,
@@ -164,17 +178,6 @@ pub fn plan(f: Fused, be: &dyn Backend, ch: &dyn Chooser) -> Result<Plan> {
 }
 
 impl Planner<'_> {
-    fn operand(&self, v: &View) -> Operand {
-        let root = &self.roots[v.root.index()];
-        Operand {
-            dtype: root.dtype,
-            layout: Layout {
-                offset: 0,
-                ..v.layout.clone()
-            },
-            frozen: matches!(root.kind, RootKind::Input(_, Role::Frozen)),
-        }
-    }
     fn choose(&self, spec: &KernelSpec) -> Result<Option<Chosen>> {
         let cands = self.be.candidates(spec)?;
         if cands.is_empty() {
@@ -199,10 +202,10 @@ impl Planner<'_> {
     fn spec(&self, body: &Body, reads: &[View], writes: &[Option<View>]) -> KernelSpec {
         KernelSpec {
             body: body.clone(),
-            inputs: reads.iter().map(|v| self.operand(v)).collect(),
+            inputs: reads.iter().map(|v| operand(&self.roots, v)).collect(),
             outputs: writes
                 .iter()
-                .map(|w| w.as_ref().map(|v| self.operand(v)))
+                .map(|w| w.as_ref().map(|v| operand(&self.roots, v)))
                 .collect(),
         }
     }

@@ -7,7 +7,7 @@ use crate::{
     graph::Graph,
     kernel::{Format, KernelSpec, Operand},
     op::Role,
-    pass::{self, expand, fuse},
+    pass::{self, again, expand, fuse},
     plan::{self, Plan},
     tensor::{self, Tensor},
     types::{DType, Shape, TensorType},
@@ -189,7 +189,7 @@ impl Session {
         self.0.backend.download(leaf(t)?, 0, bytes)
     }
 
-    /// canonical → expand → fuse → plan: the whole compiler, in order.
+    /// canonical → expand → again → fuse → plan: the whole compiler, in order.
     pub fn compile(&self, g: &Graph) -> Result<Compiled> {
         if let Some(c) = self.lock_plans().get(g) {
             return Ok(c);
@@ -201,6 +201,7 @@ impl Session {
             Ok(!be.candidates(&spec)?.is_empty())
         };
         let expanded = expand::expand(&canon, keep)?;
+        let expanded = again::again(&expanded, |c| be.cheap(c))?;
         let fused = fuse::fuse(&expanded)?;
         let plan = {
             let pins = self.0.pins.lock().unwrap_or_else(|e| e.into_inner());

@@ -14,8 +14,9 @@ use crate::{
 use std::sync::{Arc, Mutex, MutexGuard};
 use tallow_core::{
     Result,
-    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Recording},
+    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Half, Recording},
     kernel::{Candidate, Format, KernelId, KernelSpec, Operand},
+    op::Composite,
     plan::Plan,
     types::DType,
 };
@@ -218,6 +219,15 @@ impl Backend for Cuda {
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>> {
         Ok(self.table().candidates(&self.target(), spec))
     }
+    fn far(&self) -> bool {
+        true
+    }
+    fn cheap(&self, c: &Composite) -> bool {
+        matches!(c, Composite::RmsNorm(_) | Composite::SwiGlu(_))
+    }
+    fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
+        glue::halves(&self.target(), spec)
+    }
     fn prepare(
         &self,
         format: Format,
@@ -239,6 +249,7 @@ impl Backend for Cuda {
             reads: &[from],
             writes: &[to],
             scratch: 0,
+            own: 0,
         };
         self.run(&jobs, &places)
     }
@@ -248,7 +259,7 @@ impl Backend for Cuda {
 }
 
 impl Cuda {
-    fn target(&self) -> glue::Target {
+    pub(crate) fn target(&self) -> glue::Target {
         glue::Target {
             processors: self.card.facts.processors,
             shared: self.card.facts.shared,

@@ -12,12 +12,14 @@ use tallow_core::{
 
 mod attention;
 mod elementwise;
+mod halves;
 mod linear;
 mod linear_few;
 mod linear_half;
 mod listing;
 mod loss;
-mod matmul;
+pub(crate) mod matmul;
+pub(crate) mod pairs;
 mod reduce;
 mod rows;
 mod table;
@@ -75,6 +77,25 @@ fn estimate(spec: &KernelSpec, offer: &Offer) -> f64 {
     START_S * offer.jobs.len() as f64 + work + offer.extra
 }
 
+/// The decoding attention of one row, leaving parts of the next linear's `h` behind; and how many.
+pub(crate) fn attention_then(
+    a: &tallow_core::op::Attention,
+    spec: &KernelSpec,
+    next: &pairs::Next,
+) -> Option<(Vec<Job>, usize)> {
+    attention::decode_then(a, spec, next)
+}
+
+/// Are all weights of a linear dense rows of bf16, where its kernel for few rows reads them?
+pub(crate) fn row_weights(t: &Target, spec: &KernelSpec, l: &tallow_core::op::Linear) -> bool {
+    linear::row_weights(t, spec, l)
+}
+
+/// What of `spec` may lie in bf16 between two kernels.
+pub(crate) fn halves(t: &Target, spec: &KernelSpec) -> Vec<tallow_core::backend::Half> {
+    halves::halves(t, spec)
+}
+
 fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
     let one = |o: Option<Offer>| o.into_iter().collect();
     match &spec.body {
@@ -92,6 +113,7 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
             Composite::AddRmsNorm(n) => one(rows::add_rms_norm(n.eps, spec)),
             Composite::LayerNorm(n) => one(rows::layer_norm(n.eps, spec)),
             Composite::Softmax(_) => one(rows::softmax(spec)),
+            Composite::Top(_) => one(rows::top(spec)),
             Composite::SoftmaxGrad(_) => one(rows::softmax_grad(spec)),
             Composite::Rope(r) => one(elementwise::rope(t, r.inverse, spec)),
             Composite::SwiGlu(_) => one(elementwise::swiglu(t, spec)),
@@ -161,7 +183,16 @@ pub(crate) fn kernel(
         shared: 0,
         args,
         unless_same: None,
+        early: false,
     })
+}
+
+/// The same launch, begun early: its kernel waits itself.
+pub(crate) fn early(job: Job) -> Job {
+    match job {
+        Job::Kernel(k) => Job::Kernel(Kernel { early: true, ..k }),
+        other => other,
+    }
 }
 
 /// A number of elements or a stride as an argument, if it is small enough for the kernels.

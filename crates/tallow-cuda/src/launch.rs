@@ -7,9 +7,12 @@ use crate::{
     error::{Error, Result},
     gemm,
 };
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys;
 use std::{ffi::c_void, sync::Arc};
 use tallow_core::kernel::Format;
+
+/// The first capability on which a launch may begin early.
+const EARLY: (u32, u32) = (9, 0);
 
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +23,8 @@ pub(crate) enum Arg {
     Write(usize),
     /// Address inside the scratch memory, by byte.
     Scratch(usize),
+    /// Address inside memory that belongs to the recording, by byte.
+    Own(usize),
     /// A number.
     U32(u32),
     /// A number.
@@ -40,6 +45,9 @@ pub(crate) struct Kernel {
     pub(crate) args: Vec<Arg>,
     /// Not needed where these two addresses are the same.
     pub(crate) unless_same: Option<(Arg, Arg)>,
+    /// May begin before the launch before it is done: the kernel itself waits for it (`GRID_WAIT`) before it reads
+    /// anything that changes while a plan runs, and before it writes.
+    pub(crate) early: bool,
 }
 
 /// One launch.
@@ -85,6 +93,8 @@ pub(crate) struct Places<'a> {
     /// 0 where nobody wants the result.
     pub(crate) writes: &'a [u64],
     pub(crate) scratch: u64,
+    /// Memory of the recording itself.
+    pub(crate) own: u64,
 }
 
 impl Places<'_> {
@@ -99,6 +109,7 @@ impl Places<'_> {
             Arg::Read(i) => self.reads[i],
             Arg::Write(i) => self.writes[i],
             Arg::Scratch(at) => self.scratch + at as u64,
+            Arg::Own(at) => self.own + at as u64,
             Arg::U32(v) => u64::from(v),
             Arg::U64(v) => v,
             Arg::F32(v) => u64::from(v.to_bits()),
@@ -115,6 +126,7 @@ pub(crate) enum Bound {
         shared: u32,
         /// Each argument in a word of its own; the driver reads as many low bytes as it is wide.
         words: Vec<u64>,
+        early: bool,
     },
     Gemm(gemm::Bound),
 }
@@ -135,6 +147,7 @@ impl Bound {
                 block: k.block,
                 shared: k.shared,
                 words: k.args.iter().map(|a| places.resolve(*a)).collect(),
+                early: k.early && card.facts.capability >= EARLY,
             },
             // SAFETY: the caller's promise.
             Job::Gemm(p) => Bound::Gemm(unsafe { blas.bind(p, places)? }),
@@ -152,13 +165,39 @@ impl Bound {
                 block,
                 shared,
                 words,
+                early,
             } => {
                 let address = |w: &u64| std::ptr::from_ref(w).cast_mut().cast::<c_void>();
                 let mut args: Vec<*mut c_void> = words.iter().map(address).collect();
-                let (grid, block) = ((grid[0], grid[1], grid[2]), (*block, 1, 1));
+                let [x, y, z] = *grid;
+                // SAFETY: plain words and an enum whose zero is a value.
+                let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+                attribute.id =
+                    sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                attribute.value.programmaticStreamSerializationAllowed = 1;
+                let config = sys::CUlaunchConfig {
+                    gridDimX: x,
+                    gridDimY: y,
+                    gridDimZ: z,
+                    blockDimX: *block,
+                    blockDimY: 1,
+                    blockDimZ: 1,
+                    sharedMemBytes: *shared,
+                    hStream: stream,
+                    attrs: &raw mut attribute,
+                    numAttrs: u32::from(*early),
+                };
                 // SAFETY: the arguments are as many and as wide as the kernel's, which is what the tests of
-                // every kernel show; the addresses are the caller's promise.
-                unsafe { result::launch_kernel(f.0, grid, block, *shared, stream, &mut args) }
+                // every kernel show; the addresses are the caller's promise; the driver copies the attribute.
+                let code = unsafe {
+                    sys::cuLaunchKernelEx(
+                        &raw const config,
+                        f.0,
+                        args.as_mut_ptr(),
+                        std::ptr::null_mut(),
+                    )
+                };
+                code.result()
                     .map_err(|e| Error::driver("launching a kernel", e))
             }
             // SAFETY: the caller's promise.

@@ -7,6 +7,7 @@ mod compile;
 mod device;
 mod driver;
 pub mod error;
+mod fused;
 mod gemm;
 mod glue;
 mod launch;

@@ -34,6 +34,38 @@ DEV void st(float* p, double v) { *p = (float)v; }
 DEV void st(bf16* p, double v) { st(p, (float)v); }
 DEV void st(f16* p, double v) { st(p, (float)v); }
 
+// Four or eight neighbours at once; their address is a multiple of as many elements, or of 16 bytes where that is less.
+DEV float as_f32(u32 bits) { return __uint_as_float(bits); }
+DEV u32 pack2(float lo, float hi) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
+DEV float4 ld4(const float* p) { return *(const float4*)p; }
+DEV float4 ld4(const bf16* p) {
+  const uint2 w = *(const uint2*)p;
+  return make_float4(as_f32(w.x << 16), as_f32(w.x & 0xffff0000u), as_f32(w.y << 16), as_f32(w.y & 0xffff0000u));
+}
+DEV void st4(float* p, float4 v) { *(float4*)p = v; }
+DEV void st4(bf16* p, float4 v) { *(uint2*)p = make_uint2(pack2(v.x, v.y), pack2(v.z, v.w)); }
+template <class T> DEV bool aligned4(const T* p) { return ((u64)p & (4 * sizeof(T) - 1)) == 0; }
+DEV uint4 halves8(const bf16* p) { return *(const uint4*)p; }
+DEV uint4 halves8(const float* p) {
+  const float4 a = *(const float4*)p, b = *(const float4*)(p + 4);
+  return make_uint4(pack2(a.x, a.y), pack2(a.z, a.w), pack2(b.x, b.y), pack2(b.z, b.w));
+}
+
+// Exact where the values are, fast where they are rounded anyway.
+DEV float exp_of(const float*, float x) { return expf(x); }
+DEV float exp_of(const bf16*, float x) { return __expf(x); }
+
+// First in a kernel that may be launched early: lets the next launch begin, then waits for the one before to be done.
+// What lies in front of it may only read what no launch of the plan writes.
+#if __CUDA_ARCH__ >= 900
+DEV void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEV void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+DEV void next_may_begin() {}
+DEV void wait_for_last() {}
+#endif
+#define GRID_WAIT next_may_begin(); wait_for_last()
+
 DEV float warp_sum(float v) {
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   return v;

@@ -5,8 +5,8 @@
 use crate::{
     device::Cuda,
     driver::{Card, Graph},
-    error,
-    launch::{Bound, Offer, Places},
+    error, fused,
+    launch::{Bound, Job, Offer, Places},
 };
 use std::sync::Arc;
 use tallow_core::{
@@ -21,7 +21,7 @@ pub(crate) struct CudaRecording {
     /// The launches of each step.
     steps: Vec<Vec<Bound>>,
     graph: Graph,
-    _keep: (Bindings, Buffer),
+    _keep: (Bindings, Buffer, Buffer),
 }
 
 /// Address of each span of a step.
@@ -52,7 +52,7 @@ impl Addresses<'_> {
         }
         Ok(b.raw + s.offset as u64)
     }
-    fn step(&self, cuda: &Cuda, s: &Step, offer: &Offer) -> Result<Vec<Bound>> {
+    fn step(&self, cuda: &Cuda, s: &Step, jobs: &[Job], own: u64) -> Result<Vec<Bound>> {
         let reads = s
             .reads
             .iter()
@@ -65,8 +65,9 @@ impl Addresses<'_> {
             reads: &reads,
             writes: &writes,
             scratch,
+            own,
         };
-        let needed = offer.jobs.iter().filter(|j| places.need(j));
+        let needed = jobs.iter().filter(|j| places.need(j));
         let bound = needed.map(|job| {
             // SAFETY: the spans were checked against their buffers, which the recording keeps.
             unsafe { Bound::new(&cuda.card, &cuda.blas, job, &places) }.map_err(|e| cuda.error(e))
@@ -79,14 +80,20 @@ impl CudaRecording {
     pub(crate) fn new(cuda: &Cuda, plan: &Plan, bind: Bindings) -> Result<Self> {
         let arena = cuda.buffer(plan.arena_bytes)?;
         let offers: Vec<Offer> = plan.steps.iter().map(|s| cuda.offer(s.kernel)).collect();
-        cuda.load(offers.iter().flat_map(|o| &o.jobs))?;
         let places = Addresses {
             bind: &bind,
             arena: &arena,
         };
-        let steps = plan.steps.iter().zip(&offers);
+        let fused = fused::fuse(&cuda.target(), plan, &offers, &|s| places.at(s).ok());
+        let own = cuda.buffer(fused.own_bytes)?;
+        let offered = offers.iter().enumerate();
+        let jobs: Vec<&[Job]> = offered
+            .map(|(i, o)| fused.jobs.get(&i).unwrap_or(&o.jobs).as_slice())
+            .collect();
+        cuda.load(jobs.iter().copied().flatten())?;
+        let steps = plan.steps.iter().zip(jobs);
         let steps = steps
-            .map(|(s, o)| places.step(cuda, s, o))
+            .map(|(s, jobs)| places.step(cuda, s, jobs, own.raw))
             .collect::<Result<Vec<_>>>()?;
         let graph = cuda.card.graph(|stream| {
             steps.iter().flatten().try_for_each(|b| {
@@ -99,7 +106,7 @@ impl CudaRecording {
             device: cuda.name().to_owned(),
             steps,
             graph: graph.map_err(|e| cuda.error(e))?,
-            _keep: (bind, arena),
+            _keep: (bind, arena, own),
         })
     }
     fn timed(&self) -> error::Result<Vec<f64>> {

@@ -214,9 +214,22 @@ impl Stream<'_> {
         if self.history.len() > self.limit {
             return self.end(FinishReason::MaxPositions);
         }
-        let logits = self.decoder.feed(&self.history[self.fed..])?;
+        let new = &self.history[self.fed..];
+        let likeliest = match self.sampler.takes_likeliest() {
+            true => self.decoder.feed_likeliest(new)?,
+            false => {
+                self.decoder.advance(new)?;
+                None
+            }
+        };
         self.fed = self.history.len();
-        let id = self.sampler.next(logits, &self.history)?;
+        let id = match likeliest {
+            Some(id) => id,
+            None => {
+                let scores = self.decoder.scores()?;
+                self.sampler.next(scores, &self.history)?
+            }
+        };
         if self.eos.contains(&id) {
             return self.end(FinishReason::Eos);
         }

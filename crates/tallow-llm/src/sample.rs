@@ -99,6 +99,11 @@ impl Sampler {
         })
     }
 
+    /// Is the next token always the likeliest, whatever was said before?
+    pub(crate) fn takes_likeliest(&self) -> bool {
+        self.settings.temperature == 0.0 && self.settings.repetition_penalty == 1.0
+    }
+
     /// Chooses the next token. `logits: [vocab]` are changed in place; `-inf` forbids a token.
     /// `history`: every token so far, the prompt included, for the repetition penalty.
     pub fn next(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32> {

@@ -268,6 +268,11 @@ impl Tensor {
     pub fn softmax(&self) -> Result<Self> {
         Ok(Self::composite(Softmax, &[self])?.remove(0))
     }
+    /// Of each row `[n, v]` the index of its largest value and that value, `[n, 2]` f32; where one is NaN the index is `v`.
+    #[track_caller]
+    pub fn top(&self) -> Result<Self> {
+        Ok(Self::composite(Top, &[self])?.remove(0))
+    }
     /// Root mean square norm of `[.., c]` with weight `[c]`.
     #[track_caller]
     pub fn rms_norm(&self, w: &Tensor, eps: f32) -> Result<Self> {

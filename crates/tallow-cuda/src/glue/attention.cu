@@ -1,7 +1,7 @@
 // Attention forward: one block for BT queries of a head, tiles of BT keys, softmax as it goes (f32, no tensor cores).
 // q [b, t, h, D], k, v [b, s, hk, D] with strides; o like q; lse [b, h, t]. Bound by arithmetic outside tensor cores.
-extern "C" __global__ void __launch_bounds__(256) attention(const float* q, const float* k, const float* v, const u32* pos,
-    const u32* starts, float* o, float* lse, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh,
+extern "C" __global__ void __launch_bounds__(256) attention(const TQ* q, const TK* k, const TV* v, const u32* pos,
+    const u32* starts, TO* o, float* lse, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh,
     u32 vb, u32 vt, u32 vh, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
   float* qs = (float*)memory;
@@ -12,8 +12,8 @@ extern "C" __global__ void __launch_bounds__(256) attention(const float* q, cons
   const u32 b = blockIdx.z, head = blockIdx.y, first = blockIdx.x * BT, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   ranges(range, &lo, &hi, pos, starts, b, t, first, s);
   load_tile(qs, q + (u64)b * qb + (u64)head * qh, first, t, qt);
-  const float* keys = k + (u64)b * kb + (u64)(head / G) * kh;
-  const float* values = v + (u64)b * vb + (u64)(head / G) * vh;
+  const TK* keys = k + (u64)b * kb + (u64)(head / G) * kh;
+  const TV* values = v + (u64)b * vb + (u64)(head / G) * vh;
   float acc[MT][NC] = {}, top[MT], sum[MT];
   for (int i = 0; i < MT; ++i) { top[i] = -inff; sum[i] = 0.f; }
   for (u32 k0 = hi ? lo / BT * BT : 0; k0 < hi; k0 += BT) {
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(256) attention(const float* q, cons
     const float scale = real ? 1.f / sum[i] : 0.f;
     if (o)
       for (int c = 0; c < NC; ++c)
-        if (tx + 16 * c < D) o[(u64)b * ob + (u64)r * ot + (u64)head * oh + tx + 16 * c] = acc[i][c] * scale;
+        if (tx + 16 * c < D) st(o + (u64)b * ob + (u64)r * ot + (u64)head * oh + tx + 16 * c, acc[i][c] * scale);
     if (lse && tx == 0) lse[((u64)b * h + head) * t + r] = real ? logf(sum[i]) + top[i] : 0.f;
   }
 }

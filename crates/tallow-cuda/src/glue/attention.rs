@@ -2,7 +2,12 @@
 //! Invariant: no kernel holds scores of more than one tile of keys; what a query sees is a range of keys, so
 //! causal masks, windows and several documents in a row are one case.
 //! Absent on purpose: heads whose elements are not dense; the planner copies those.
-use super::{Arg, Job, Offer, THREADS, Target, blocks, elementwise::head_strides, source, word};
+use super::{
+    Arg, Job, Offer, THREADS, Target, blocks, c_type, early,
+    elementwise::{head_strides, one_type},
+    pairs::Next,
+    source, word,
+};
 use crate::launch::Kernel;
 use std::sync::Arc;
 use tallow_core::{
@@ -56,12 +61,22 @@ fn sizes(spec: &KernelSpec) -> Option<Sizes> {
     })
 }
 
-fn text(files: &[&str], a: &Attention, z: Sizes, own: (&str, usize), starts: bool) -> Arc<str> {
+/// Types of operands and results by their names in the kernels; none: f32 alone.
+type Types = [(&'static str, DType)];
+
+fn text(
+    files: &[&str],
+    a: &Attention,
+    z: Sizes,
+    own: (&str, usize),
+    starts: bool,
+    types: &Types,
+) -> Arc<str> {
     let (causal, window) = match a.mask {
         Mask::Full => (0, 0),
         Mask::Causal { window } => (1, window.unwrap_or(0)),
     };
-    let defines = [
+    let mut defines = vec![
         ("D", z.d.to_string()),
         ("G", format!("{}u", z.h / z.hk)),
         (own.0, own.1.to_string()),
@@ -70,7 +85,29 @@ fn text(files: &[&str], a: &Attention, z: Sizes, own: (&str, usize), starts: boo
         ("WINDOW", format!("{window}u")),
         ("STARTS", usize::from(starts).to_string()),
     ];
+    defines.extend(types.iter().map(|(name, d)| (*name, c_type(*d).to_owned())));
     source(&[&[COMMON], files].concat().concat(), &defines)
+}
+
+/// Few enough queries for the decoding kernel?
+fn few_queries(z: Sizes) -> bool {
+    z.t * (z.h / z.hk) <= DECODE_ROWS
+}
+
+/// Do the kernels of these sizes take bf16?
+pub(super) fn takes_halves(spec: &KernelSpec) -> bool {
+    sizes(spec).is_some_and(|z| !few_queries(z))
+}
+
+/// The types of these operands under their names; what is absent may be any.
+fn named<'a>(
+    names: &[&'static str],
+    all: impl IntoIterator<Item = Option<&'a Operand>>,
+) -> Option<Vec<(&'static str, DType)>> {
+    let one = |(name, o): (&&'static str, Option<&'a Operand>)| {
+        Some((*name, o.map_or(Some(DType::F32), |o| one_type([o]))?))
+    };
+    names.iter().zip(all).map(one).collect()
 }
 
 /// Strides of heads as arguments.
@@ -100,6 +137,7 @@ fn launch(
         shared: shared as u32,
         args,
         unless_same: None,
+        early: false,
     })
 }
 
@@ -113,8 +151,8 @@ fn half_bytes(rows: usize, d: usize) -> usize {
     rows * (d.next_multiple_of(16) + 8) * 2
 }
 
-pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let z = sizes(spec)?;
+/// Are there starts of documents, and the arguments of the forward kernels.
+fn forward_args(z: Sizes, spec: &KernelSpec) -> Option<(bool, Vec<Arg>)> {
     let starts = spec.inputs.len() == 5;
     let dense = spec.inputs[3..]
         .iter()
@@ -138,11 +176,20 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
         Some(o) => args.extend(strides(&[o])?),
         None => args.extend([Arg::U32(0); 3]),
     }
-    if z.t * (z.h / z.hk) <= DECODE_ROWS {
+    Some((starts, args))
+}
+
+pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
+    let z = sizes(spec)?;
+    let (starts, args) = forward_args(z, spec)?;
+    if few_queries(z) {
+        one_type(spec.inputs[..3].iter().chain(&spec.outputs[0])).filter(|d| *d == DType::F32)?;
         return decode(a, z, starts, args);
     }
+    let types = named(&["TQ", "TK", "TV"], spec.inputs[..3].iter().map(Some))?;
+    let types = [types, named(&["TO"], [spec.outputs[0].as_ref()])?].concat();
     if t.weights == DType::BF16 && z.d <= MAX_HALF[0] {
-        let source = text(&[HALF], a, z, ("FORWARD", 1), starts);
+        let source = text(&[HALF], a, z, ("FORWARD", 1), starts, &types);
         let grid = [z.t.div_ceil(HALF_ROWS), z.h, z.b];
         let job = launch(
             "attention",
@@ -159,7 +206,7 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
     if shared > t.shared {
         return None;
     }
-    let source = text(&[TILES, FILE], a, z, ("BT", tile), starts);
+    let source = text(&[TILES, FILE], a, z, ("BT", tile), starts, &types);
     let grid = [z.t.div_ceil(tile), z.h, z.b];
     Some(Offer::new(
         "attention_tiles_f32",
@@ -169,7 +216,39 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
 
 /// Few queries: blocks share the keys among them, then their parts are joined.
 fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer> {
-    let source = text(&[TILES, DECODE], a, z, ("BT", DECODE_KEYS), starts);
+    decode_for(a, z, starts, args, None)
+}
+
+/// The decoding kernels for one row, leaving behind parts of the `h` that the next linear makes of the result; and
+/// how many parts.
+pub(super) fn decode_then(
+    a: &Attention,
+    spec: &KernelSpec,
+    next: &Next,
+) -> Option<(Vec<Job>, usize)> {
+    let z = sizes(spec)?;
+    if z.b * z.t != 1 || next.k != z.h * z.d {
+        return None;
+    }
+    let (starts, args) = forward_args(z, spec)?;
+    Some((decode_for(a, z, starts, args, Some(next))?.jobs, z.h))
+}
+
+fn decode_for(
+    a: &Attention,
+    z: Sizes,
+    starts: bool,
+    args: Vec<Arg>,
+    next: Option<&Next>,
+) -> Option<Offer> {
+    let mut text = text(&[TILES, DECODE], a, z, ("BT", DECODE_KEYS), starts, &[]).to_string();
+    if let Some(n) = next {
+        let define = format!("#define NEXT {}\n#ifndef NEXT\n", n.rank);
+        text = text.replacen("#ifndef NEXT\n", &define, 1);
+    }
+    let params = next.map_or(String::new(), |n| format!(", float* np{}", n.params));
+    let text = text.replace("PARAMS", &params);
+    let source: Arc<str> = text.replace("NEXT_ROW", next.map_or("", |n| &n.row)).into();
     let splits = z.s.div_ceil(DECODE_KEYS);
     let rows = z.b * z.h * z.t;
     let parts = (rows * splits * z.d * 4).next_multiple_of(256);
@@ -184,16 +263,27 @@ fn decode(a: &Attention, z: Sizes, starts: bool, args: Vec<Arg>) -> Option<Offer
         word(z.hk)?,
         word(splits)?,
     ]);
+    if let Some(n) = next {
+        second.push(n.parts);
+        second.extend(&n.args);
+    }
     let jobs = vec![
-        launch("decode", &source, [splits, z.hk, z.b], 128, shared, first),
-        launch(
+        early(launch(
+            "decode",
+            &source,
+            [splits, z.hk, z.b],
+            128,
+            shared,
+            first,
+        )),
+        early(launch(
             "join",
             &source,
             [z.t, z.h, z.b],
             128,
             splits.next_multiple_of(8) * 4,
             second,
-        ),
+        )),
     ];
     Some(Offer::new("attention_decode_f32", jobs).scratch(parts + rows * splits * 8))
 }
@@ -206,14 +296,25 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
         return None;
     }
     let half = t.weights == DType::BF16 && z.d <= MAX_HALF[1];
+    let reads = [0, 1, 2, 4, 6].map(|i| Some(&spec.inputs[i]));
+    let types = named(&["TQ", "TK", "TV", "TO", "TG"], reads)?;
+    let writes = (0..3).map(|i| spec.outputs[i].as_ref());
+    let types = [types, named(&["DQ", "DK", "DV"], writes)?].concat();
     let tile = if z.d <= 64 { 64 } else { 32 };
     let (source, block, shared) = match half {
         true => {
-            let source = text(&[DELTA, HALF], a, z, ("QB", HALF_ROWS), starts);
+            let source = text(&[DELTA, HALF], a, z, ("QB", HALF_ROWS), starts, &types);
             (source, 128, half_bytes(3 * HALF_ROWS, z.d))
         }
         false => {
-            let source = text(&[TILES, DELTA, BACKWARD], a, z, ("BT", tile), starts);
+            let source = text(
+                &[TILES, DELTA, BACKWARD],
+                a,
+                z,
+                ("BT", tile),
+                starts,
+                &types,
+            );
             (source, 256, (4 * tile * row(z.d) + tile * (tile + 4)) * 4)
         }
     };

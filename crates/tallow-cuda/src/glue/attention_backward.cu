@@ -1,10 +1,10 @@
 // Attention backward from q, k, v, lse, do and delta. `grad_q`: a block for BT queries of
 // a head. `grad_kv`: a block for BT keys of a key head, over its heads in order: no atomics, equal runs give equal bits.
 // With p = exp(s - lse): dv = pᵀ do, ds = p (do vᵀ - delta), dq = SCALE ds k, dk = SCALE dsᵀ q.
-#define ARGS const float* q, const float* k, const float* v, const u32* pos, const u32* starts, const float* lse, \
-    const float* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
+#define ARGS const TQ* q, const TK* k, const TV* v, const u32* pos, const u32* starts, const float* lse, \
+    const TG* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
     u32 vb, u32 vt, u32 vh, u32 gb, u32 gt, u32 gh
-extern "C" __global__ void __launch_bounds__(256) grad_q(ARGS, float* dq, u32 ob, u32 ot, u32 oh) {
+extern "C" __global__ void __launch_bounds__(256) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
   float* qs = (float*)memory;
   float* gs = qs + BT * DS;
@@ -47,10 +47,10 @@ extern "C" __global__ void __launch_bounds__(256) grad_q(ARGS, float* dq, u32 ob
     const u32 r = first + ty * MT + i;
     if (r < t)
       for (int c = 0; c < NC; ++c)
-        if (tx + 16 * c < D) dq[(u64)b * ob + (u64)r * ot + (u64)head * oh + tx + 16 * c] = acc[i][c];
+        if (tx + 16 * c < D) st(dq + (u64)b * ob + (u64)r * ot + (u64)head * oh + tx + 16 * c, acc[i][c]);
   }
 }
-extern "C" __global__ void __launch_bounds__(256) grad_kv(ARGS, float* dk, float* dv, u32 ab, u32 at, u32 ah, u32 bb, u32 bt, u32 bh) {
+extern "C" __global__ void __launch_bounds__(256) grad_kv(ARGS, DK* dk, DV* dv, u32 ab, u32 at, u32 ah, u32 bb, u32 bt, u32 bh) {
   extern __shared__ float4 memory[];
   float* ks = (float*)memory;
   float* vs = ks + BT * DS;
@@ -102,8 +102,8 @@ extern "C" __global__ void __launch_bounds__(256) grad_kv(ARGS, float* dk, float
       for (int c = 0; c < NC; ++c) {
         const u32 e = tx + 16 * c;
         if (e >= D) continue;
-        if (dk) dk[(u64)b * ab + (u64)r * at + (u64)kv * ah + e] = ak[i][c];
-        if (dv) dv[(u64)b * bb + (u64)r * bt + (u64)kv * bh + e] = av[i][c];
+        if (dk) st(dk + (u64)b * ab + (u64)r * at + (u64)kv * ah + e, ak[i][c]);
+        if (dv) st(dv + (u64)b * bb + (u64)r * bt + (u64)kv * bh + e, av[i][c]);
       }
   }
 }

@@ -23,6 +23,7 @@ extern "C" __global__ void __launch_bounds__(128) decode(ARGS) {
   float* qs = vs + BT * DS;
   float* ps = qs + rows * DS;
   const u64 base = ((u64)(b * hk + kv) * splits + split) * rows;
+  GRID_WAIT;
   int any = 0;
   for (u32 i = threadIdx.x; i < t; i += blockDim.x) {
     const Range r = seen(pos, starts, b * t + i, s);
@@ -63,15 +64,26 @@ extern "C" __global__ void __launch_bounds__(128) decode(ARGS) {
     part[base * D + e] = sum;
   }
 }
-extern "C" __global__ void __launch_bounds__(128, 1) join(ARGS, u32 splits) {
+// With NEXT ranks each block also leaves behind its part of the h that the next linear makes of o, for one row: np [NEXT, h].
+#ifndef NEXT
+#define NEXT 0
+#endif
+extern "C" __global__ void __launch_bounds__(128, 1) join(ARGS, u32 splits PARAMS) {
   extern __shared__ float weight[];
+#if NEXT > 0
+  __shared__ float made[D];
+#endif
+  GRID_WAIT;
   const u32 i = blockIdx.x, head = blockIdx.y, b = blockIdx.z, rows = G * t, r = (head % G) * t + i;
   const u64 base = (u64)(b * hk + head / G) * splits * rows + r;
+  // Parts of keys that this query does not see have no weight.
+  const Range see = seen(pos, starts, b * t + i, s);
+  const u32 from = see.lo / BT, to = see.hi > see.lo ? min(splits, (see.hi + BT - 1) / BT) : 0;
   float m = -inff;
-  for (u32 p = threadIdx.x; p < splits; p += 128) m = fmaxf(m, stats[base + (u64)p * rows].x);
+  for (u32 p = from + threadIdx.x; p < to; p += 128) m = fmaxf(m, stats[base + (u64)p * rows].x);
   m = block_max(m);
   float sum = 0.f;
-  for (u32 p = threadIdx.x; p < splits; p += 128) {
+  for (u32 p = from + threadIdx.x; p < to; p += 128) {
     const float2 x = stats[base + (u64)p * rows];
     const float w = x.y > 0.f ? expf(x.x - m) : 0.f;
     weight[p] = w;
@@ -82,12 +94,27 @@ extern "C" __global__ void __launch_bounds__(128, 1) join(ARGS, u32 splits) {
     for (u32 c = threadIdx.x; c < D; c += 128) {
       float a = 0.f;
 #pragma unroll 8
-      for (u32 p = 0; p < splits; ++p) {
-        const float w = weight[p];
+      for (u32 p = from; p < to; ++p) {
+        const float w = weight[p], x = part[(base + (u64)p * rows) * D + c];
         // Where a part has no weight nothing was written.
-        if (w > 0.f) a += w * part[(base + (u64)p * rows) * D + c];
+        a += w > 0.f ? w * x : 0.f;
       }
-      o[(u64)b * ob + (u64)i * ot + (u64)head * oh + c] = sum > 0.f ? a / sum : 0.f;
+      const float v = sum > 0.f ? a / sum : 0.f;
+      o[(u64)b * ob + (u64)i * ot + (u64)head * oh + c] = v;
+#if NEXT > 0
+      made[c] = v;
+#endif
     }
+#if NEXT > 0
+  __syncthreads();
+  for (u32 r = threadIdx.x >> 5; r < NEXT; r += 4) {
+    const float* down = 0;
+    NEXT_ROW
+    float h = 0.f;
+    for (u32 c = threadIdx.x & 31; c < D; c += 32) h += down[head * D + c] * made[c];
+    h = warp_sum(h);
+    if ((threadIdx.x & 31) == 0) np[r * gridDim.y + head] = h;
+  }
+#endif
   if (lse && threadIdx.x == 0) lse[((u64)b * h + head) * t + i] = sum > 0.f ? logf(sum) + m : 0.f;
 }

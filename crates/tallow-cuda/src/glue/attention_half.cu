@@ -11,24 +11,20 @@ DEV void mma(float* c, const u32* a, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DEV u32 pack(float lo, float hi) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
 // Rows first.. of a head as bf16, zeros past the end and past D.
-template <int N> DEV void load_half(u16* tile, const float* head, u32 first, u32 limit, u32 stride) {
-  if ((D & 3) == 0 && (stride & 3) == 0 && ((u64)head & 15) == 0) {
-    for (u32 e = threadIdx.x; e < N * (DP / 4); e += 128) {
-      const u32 r = e / (DP / 4), c = e % (DP / 4) * 4;
-      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (first + r < limit && c < D) v = *(const float4*)(head + (u64)(first + r) * stride + c);
-      *(uint2*)(tile + r * HS + c) = make_uint2(pack(v.x, v.y), pack(v.z, v.w));
+template <int N, class T> DEV void load_half(u16* tile, const T* head, u32 first, u32 limit, u32 stride) {
+  if ((D & 7) == 0 && (stride & 7) == 0 && ((u64)head & 15) == 0) {
+#pragma unroll 4
+    for (u32 e = threadIdx.x; e < N * (DP / 8); e += 128) {
+      const u32 r = e / (DP / 8), c = e % (DP / 8) * 8;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (first + r < limit && c < D) v = halves8(head + (u64)(first + r) * stride + c);
+      *(uint4*)(tile + r * HS + c) = v;
     }
   } else {
     for (u32 e = threadIdx.x; e < N * DP; e += 128) {
       const u32 r = e / DP, c = e % DP;
-      tile[r * HS + c] = first + r < limit && c < D ? to_bf16(head[(u64)(first + r) * stride + c]) : 0;
+      tile[r * HS + c] = first + r < limit && c < D ? to_bf16(ld(head + (u64)(first + r) * stride + c)) : 0;
     }
   }
 }
@@ -44,15 +40,33 @@ DEV void rows_of(const u16* tile, u32 a[KT][4]) {
     a[k][3] = *(const u32*)(p + 8 * HS + k * 16 + 8);
   }
 }
+// Four 8 x 8 matrices of a tile: `at` is this lane's row of its matrix.
+DEV void four(u32* b, u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+}
+DEV void four_turned(u32* b, u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+}
 // out[n] = the warp's rows times the rows n * 8.. of a tile, N of them.
 template <int N> DEV void dots(const u32 a[KT][4], const u16* tile, float out[N][4]) {
   const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const u32 at = (u32)__cvta_generic_to_shared(tile + (lane & 7) * HS + (lane >> 3) * 8);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.f;
-    const u16* p = tile + (n * 8 + g) * HS + 2 * t;
 #pragma unroll
-    for (int k = 0; k < KT; ++k) mma(out[n], a[k], *(const u32*)(p + k * 16), *(const u32*)(p + k * 16 + 8));
+    for (int k = 0; k + 1 < KT; k += 2) {
+      u32 b[4];
+      four(b, at + n * 16 * HS + k * 32);
+      mma(out[n], a[k], b[0], b[1]);
+      mma(out[n], a[k + 1], b[2], b[3]);
+    }
+    if (KT % 2) {
+      const u16* p = tile + (n * 8 + g) * HS + 2 * t + (KT - 1) * 16;
+      mma(out[n], a[KT - 1], *(const u32*)p, *(const u32*)(p + 8));
+    }
   }
 }
 // acc += p [16, N * 8] times the N * 8 rows of a tile.
@@ -60,14 +74,15 @@ template <int N> DEV void accumulate(const float p[N][4], const u16* tile, float
   const u32 lane = threadIdx.x & 31;
 #pragma unroll
   for (int k = 0; k < N / 2; ++k) {
-    const u32 a[4] = {pack(p[2 * k][0], p[2 * k][1]), pack(p[2 * k][2], p[2 * k][3]),
-                      pack(p[2 * k + 1][0], p[2 * k + 1][1]), pack(p[2 * k + 1][2], p[2 * k + 1][3])};
-    const u32 at = (u32)__cvta_generic_to_shared(tile + (k * 16 + (lane & 15)) * HS);
+    const u32 a[4] = {pack2(p[2 * k][0], p[2 * k][1]), pack2(p[2 * k][2], p[2 * k][3]),
+                      pack2(p[2 * k + 1][0], p[2 * k + 1][1]), pack2(p[2 * k + 1][2], p[2 * k + 1][3])};
+    const u32 at = (u32)__cvta_generic_to_shared(tile + (k * 16 + (lane & 15)) * HS + (lane >> 4) * 8);
 #pragma unroll
-    for (int d = 0; d < DT; ++d) {
-      u32 b0, b1;
-      asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(b0), "=r"(b1) : "r"(at + d * 16));
-      mma(acc[d], a, b0, b1);
+    for (int d = 0; d < DT; d += 2) {
+      u32 b[4];
+      four_turned(b, at + d * 16);
+      mma(acc[d], a, b[0], b[1]);
+      mma(acc[d + 1], a, b[2], b[3]);
     }
   }
 }
@@ -87,18 +102,29 @@ template <int N> DEV void ranges_of(Range* each, u32* lo, u32* hi, const u32* po
   __syncthreads();
 }
 // Writes the warp's 16 rows of a result: rows first.. below `limit`, each times its scale.
-DEV void write_rows(float* head, u32 stride, u32 first, u32 limit, const float acc[DT][4], float s0, float s1) {
+DEV void pair(float* p, float a, float b) { *(float2*)p = make_float2(a, b); }
+DEV void pair(bf16* p, float a, float b) { *(u32*)p = pack2(a, b); }
+template <class T> DEV void write_rows(T* head, u32 stride, u32 first, u32 limit, const float acc[DT][4], float s0, float s1) {
   const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, r = first + (threadIdx.x >> 5) * 16 + g;
+  if ((D & 1) == 0 && (stride & 1) == 0 && ((u64)head & (2 * sizeof(T) - 1)) == 0) {
+#pragma unroll
+    for (int d = 0; d < DT; ++d) {
+      const u32 c = d * 8 + 2 * t;
+      if (r < limit && c < D) pair(head + (u64)r * stride + c, acc[d][0] * s0, acc[d][1] * s0);
+      if (r + 8 < limit && c < D) pair(head + (u64)(r + 8) * stride + c, acc[d][2] * s1, acc[d][3] * s1);
+    }
+    return;
+  }
 #pragma unroll
   for (int d = 0; d < DT; ++d)
     for (int e = 0; e < 4; ++e) {
       const u32 row = r + (e >> 1) * 8, c = d * 8 + 2 * t + (e & 1);
-      if (row < limit && c < D) head[(u64)row * stride + c] = acc[d][e] * (e >> 1 ? s1 : s0);
+      if (row < limit && c < D) st(head + (u64)row * stride + c, acc[d][e] * (e >> 1 ? s1 : s0));
     }
 }
 #ifdef FORWARD
-extern "C" __global__ void __launch_bounds__(128, 2) attention(const float* q, const float* k, const float* v, const u32* pos,
-    const u32* starts, float* o, float* lse, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh,
+extern "C" __global__ void __launch_bounds__(128, 2) attention(const TQ* q, const TK* k, const TV* v, const u32* pos,
+    const u32* starts, TO* o, float* lse, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh,
     u32 vb, u32 vt, u32 vh, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
   u16* ks = (u16*)memory;
@@ -114,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention(const float* q, c
   u32 a[KT][4];
   rows_of(ks, a);
   const Range r0 = range[mine], r1 = range[mine + 8];
-  const float* keys = k + (u64)b * kb + (u64)(head / G) * kh;
-  const float* values = v + (u64)b * vb + (u64)(head / G) * vh;
+  const TK* keys = k + (u64)b * kb + (u64)(head / G) * kh;
+  const TV* values = v + (u64)b * vb + (u64)(head / G) * vh;
   float acc[DT][4] = {}, m0 = -inff, m1 = -inff, l0 = 0.f, l1 = 0.f;
   for (u32 k0 = hi ? lo / ROWS * ROWS : 0; k0 < hi; k0 += ROWS) {
     __syncthreads();
@@ -164,11 +190,11 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention(const float* q, c
   }
 }
 #else
-#define ARGS const float* q, const float* k, const float* v, const u32* pos, const u32* starts, const float* lse, \
-    const float* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
+#define ARGS const TQ* q, const TK* k, const TV* v, const u32* pos, const u32* starts, const float* lse, \
+    const TG* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
     u32 vb, u32 vt, u32 vh, u32 gb, u32 gt, u32 gh
 // A block for 64 queries of a head, tiles of QB keys.
-extern "C" __global__ void __launch_bounds__(128, 3) grad_q(ARGS, float* dq, u32 ob, u32 ot, u32 oh) {
+extern "C" __global__ void __launch_bounds__(128, 3) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
   u16* xs = (u16*)memory;
   u16* ks = xs + ROWS * HS;
@@ -269,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) grad_kv(ARGS, float* parts)
   write_rows(to + size, D, first, s, dv, 1.f, 1.f);
 }
 // Sums the parts of the query heads of a key head, in order. n: elements of one result.
-extern "C" __global__ void join_kv(const float* parts, float* dk, float* dv, u32 n, u32 s, u32 hk,
+extern "C" __global__ void join_kv(const float* parts, DK* dk, DV* dv, u32 n, u32 s, u32 hk,
     u32 ab, u32 at, u32 ah, u32 bb, u32 bt, u32 bh) {
   const u64 size = (u64)n * G;
   for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
@@ -277,8 +303,8 @@ extern "C" __global__ void join_kv(const float* parts, float* dk, float* dv, u32
     const float* p = parts + (((u64)b * hk + kv) * G * s + j) * D + c;
     float x = 0.f, y = 0.f;
     for (u32 g = 0; g < G; ++g) { x += p[(u64)g * s * D]; y += p[size + (u64)g * s * D]; }
-    if (dk) dk[(u64)b * ab + (u64)j * at + (u64)kv * ah + c] = x;
-    if (dv) dv[(u64)b * bb + (u64)j * bt + (u64)kv * bh + c] = y;
+    if (dk) st(dk + (u64)b * ab + (u64)j * at + (u64)kv * ah + c, x);
+    if (dv) st(dv + (u64)b * bb + (u64)j * bt + (u64)kv * bh + c, y);
   }
 }
 #endif

@@ -4,10 +4,10 @@
 #define MT (BT / 16)
 #define PS (BT + 4)
 // Rows first.. of a head into a tile, zeros past the end and past D.
-DEV void load_tile(float* tile, const float* head, u32 first, u32 limit, u32 stride) {
+template <class T> DEV void load_tile(float* tile, const T* head, u32 first, u32 limit, u32 stride) {
   for (u32 e = threadIdx.x; e < BT * DP; e += blockDim.x) {
     const u32 r = e / DP, c = e % DP;
-    tile[r * DS + c] = first + r < limit && c < D ? head[(u64)(first + r) * stride + c] : 0.f;
+    tile[r * DS + c] = first + r < limit && c < D ? ld(head + (u64)(first + r) * stride + c) : 0.f;
   }
 }
 // out[i][j] = row (ty * MT + i) of a · row (tx + 16 j) of b.

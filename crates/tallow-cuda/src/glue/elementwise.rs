@@ -236,28 +236,54 @@ fn by_rows(
     Some(Offer::new(entry, vec![job]))
 }
 
-fn only(entry: &str) -> [(&'static str, String); 1] {
+/// The kernel and the types it reads and writes.
+fn typed(entry: &str, types: &[(&'static str, DType)]) -> Vec<(&'static str, String)> {
+    let types = types.iter().map(|(name, d)| (*name, c_type(*d).to_owned()));
     [("KERNEL", format!("KERNEL_{entry}"))]
+        .into_iter()
+        .chain(types)
+        .collect()
+}
+
+/// The one type of these operands, if it is f32 or bf16.
+pub(super) fn one_type<'a>(all: impl IntoIterator<Item = &'a Operand>) -> Option<DType> {
+    let mut types = all.into_iter().map(|o| o.dtype);
+    let first = types.next()?;
+    let known = matches!(first, DType::F32 | DType::BF16);
+    (known && types.all(|d| d == first)).then_some(first)
 }
 
 pub(super) fn swiglu(t: &Target, spec: &KernelSpec) -> Option<Offer> {
-    by_rows(t, "swiglu_f32", spec, 2, &[], &only("swiglu"))
+    let types = [
+        ("X", one_type(&spec.inputs)?),
+        ("Y", one_type(spec.outputs.iter().flatten())?),
+    ];
+    by_rows(t, "swiglu", spec, 2, &[], &typed("swiglu", &types))
 }
 
 pub(super) fn swiglu_grad(t: &Target, spec: &KernelSpec) -> Option<Offer> {
-    by_rows(t, "swiglu_grad_f32", spec, 3, &[], &only("swiglu_grad"))
+    let types = [
+        ("X", one_type(&spec.inputs[..2])?),
+        ("D", one_type(&spec.inputs[2..])?),
+        ("Y", one_type(spec.outputs.iter().flatten())?),
+    ];
+    by_rows(
+        t,
+        "swiglu_grad",
+        spec,
+        3,
+        &[],
+        &typed("swiglu_grad", &types),
+    )
 }
 
 pub(super) fn adamw(t: &Target, spec: &KernelSpec) -> Option<Offer> {
-    let dense = spec
-        .inputs
-        .iter()
-        .chain(spec.outputs.iter().flatten())
-        .all(Operand::is_dense);
-    if !dense || spec.outputs.iter().any(Option::is_none) {
+    let fits = |o: &Operand| o.is_dense() && o.dtype == DType::F32;
+    let all = || spec.inputs.iter().chain(spec.outputs.iter().flatten());
+    if !all().all(fits) || spec.outputs.iter().any(Option::is_none) {
         return None;
     }
-    by_rows(t, "adamw_f32", spec, 0, &[], &only("adamw"))
+    by_rows(t, "adamw", spec, 0, &[], &typed("adamw", &[]))
 }
 
 pub(super) fn dropout(t: &Target, d: &Dropout, spec: &KernelSpec) -> Option<Offer> {
@@ -266,15 +292,20 @@ pub(super) fn dropout(t: &Target, d: &Dropout, spec: &KernelSpec) -> Option<Offe
     }
     let extra = [Arg::U32(d.id), Arg::F32(d.keep.get())];
     let file = [PHILOX, FILE].concat();
-    let offer = by_rows(t, "dropout_f32", spec, 1, &extra, &only("dropout"))?;
+    let types = [
+        ("X", one_type(&spec.inputs[..1])?),
+        ("Y", one_type(spec.outputs.iter().flatten())?),
+    ];
+    let defines = typed("dropout", &types);
+    let offer = by_rows(t, "dropout", spec, 1, &extra, &defines)?;
     let jobs = offer.jobs.into_iter().map(|j| match j {
         Job::Kernel(mut k) => {
-            k.source = source(&file, &only("dropout"));
+            k.source = source(&file, &defines);
             Job::Kernel(k)
         }
         other => other,
     });
-    Some(Offer::new("dropout_f32", jobs.collect()))
+    Some(Offer::new("dropout", jobs.collect()))
 }
 
 /// Strides of batch row, token and head, where the elements of a head are dense.
@@ -291,7 +322,12 @@ pub(super) fn rope(t: &Target, inverse: bool, spec: &KernelSpec) -> Option<Offer
     let &[b, tokens, h, d] = &x.layout.shape.0[..] else {
         return None;
     };
-    let n = b * tokens * h * (d / 2);
+    // Few tokens: a thread for each element, so that more of them run side by side.
+    let span = if b * tokens >= 256 { 8 } else { 1 };
+    let n = b * tokens * h.div_ceil(span) * (d / 2);
+    let types = [("X", one_type([x])?), ("Y", one_type([out])?)];
+    let mut defines = typed("rope", &types);
+    defines.push(("SPAN", span.to_string()));
     let mut args: Vec<Arg> = (0..3).map(Arg::Read).collect();
     args.push(Arg::Write(0));
     for v in [n, tokens, h, d / 2] {
@@ -301,12 +337,6 @@ pub(super) fn rope(t: &Target, inverse: bool, spec: &KernelSpec) -> Option<Offer
         args.push(word(s)?);
     }
     args.push(Arg::F32(if inverse { -1.0 } else { 1.0 }));
-    let job = kernel(
-        "rope_f32",
-        source(FILE, &only("rope")),
-        blocks(t, n),
-        THREADS,
-        args,
-    );
-    Some(Offer::new("rope_f32", vec![job]))
+    let job = kernel("rope", source(FILE, &defines), blocks(t, n), THREADS, args);
+    Some(Offer::new("rope", vec![job]))
 }

@@ -28,8 +28,8 @@ pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Jo
     };
     let (dtype, pitch) = match format.name {
         ROWS_F32 => (DType::F32, k),
-        ROWS_BF16 | linear_half::HEADED => (DType::BF16, k),
-        linear_half::TAILED => (DType::BF16, format.bytes / 2 / n.max(1)),
+        ROWS_BF16 => (DType::BF16, k),
+        linear_half::FRAMED => (DType::BF16, linear_half::row_of(format, [n, k])?),
         _ => return None,
     };
     let mut layout = Layout::contiguous(&op.layout.shape);
@@ -98,6 +98,18 @@ pub(super) fn weights(
     Some(w)
 }
 
+/// Are all weights dense rows of bf16, where the kernel for few rows reads them?
+pub(super) fn row_weights(t: &Target, spec: &KernelSpec, l: &Linear) -> bool {
+    let exact = t.weights == DType::F32;
+    let dense = |(i, s): (&LinearIns, &[usize; 2])| {
+        let k = spec.inputs[i.w].layout.shape.0[1];
+        *s == [k, 1]
+    };
+    let ins = l.ins();
+    weights(spec, &ins, t.weights, exact)
+        .is_some_and(|w| w.dtype == DType::BF16 && ins.iter().zip(&w.strides).all(dense))
+}
+
 /// A single weight as f32, for products outside of linears.
 pub(super) struct OneWeight {
     pub(super) prepare: Vec<(usize, Format)>,
@@ -139,6 +151,16 @@ pub(super) struct Share {
     pub(super) rank: usize,
     /// Where `h` or `dh` goes, and its row stride.
     pub(super) hidden: (Arg, usize),
+}
+
+/// Are rows, result and what is added to it f32?
+pub(super) fn exact(spec: &KernelSpec, residual: Option<(usize, usize)>) -> bool {
+    let added = residual.map(|(i, _)| &spec.inputs[i]);
+    let mut all = spec.outputs[0]
+        .iter()
+        .chain(added)
+        .chain(spec.inputs.first());
+    all.all(|o| o.dtype == DType::F32)
 }
 
 /// Ranks of the shares, and which result is `h` or `dh` of each.
@@ -273,6 +295,9 @@ pub(super) fn pick(ends: impl Iterator<Item = (usize, String)>) -> String {
 
 /// The library's product for each block, then one pass that adds bias, residual and adapter.
 fn many_rows(c: &Call, spec: &KernelSpec) -> Option<Offer> {
+    if !exact(spec, c.residual) {
+        return None;
+    }
     let w = weights(spec, &c.at, DType::F32, false)?;
     let k = spec.inputs[0].layout.shape.last();
     let mut jobs = vec![];
@@ -400,6 +425,7 @@ fn low_rank(
         shared: 0,
         args,
         unless_same: None,
+        early: false,
     }))
 }
 
@@ -413,6 +439,9 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
     )?;
     if let Some(offer) = linear_half::backward(t, &c, spec) {
         return Some(offer);
+    }
+    if !exact(spec, c.residual) {
+        return None;
     }
     let wants_dx = spec.outputs[0].is_some();
     let k = spec.inputs[1].layout.shape.last();

@@ -3,14 +3,14 @@
 //! Absent on purpose: several shares of rows, and gradients; those have many rows.
 use super::{
     Arg, Offer, Target, c_type, kernel,
-    linear::{Call, pick, weights},
+    linear::{Call, exact, pick, weights},
     source,
 };
 use tallow_core::{kernel::KernelSpec, types::DType};
 
 const FEW: &str = include_str!("linear_few.cu");
 /// Rows up to which a warp for each output beats the library.
-const FEW_ROWS: usize = 8;
+pub(super) const FEW_ROWS: usize = 8;
 
 /// Parameters of a kernel made for one spec, and what is passed for them.
 #[derive(Default)]
@@ -31,7 +31,7 @@ impl Own {
 /// Warps for each output; the adapter is the tail of its sum.
 pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     let [share] = &c.shares[..] else { return None };
-    if c.m > FEW_ROWS || c.m == 0 {
+    if c.m > FEW_ROWS || c.m == 0 || !exact(spec, c.residual) {
         return None;
     }
     let exact = t.weights == DType::F32;

@@ -3,23 +3,23 @@
 //! adapters may share the weight.
 //! Absent on purpose: f32 weights that must stay exact; see `linear`.
 use super::{
-    Arg, Job, Offer, Target, blocks, kernel,
-    linear::{Call, ROWS_BF16, Share, add_up, low_rank_grad},
+    Arg, Job, Offer, Target, blocks, c_type,
+    elementwise::one_type,
+    kernel,
+    linear::{Call, ROWS_BF16, Share, add_up, exact, low_rank_grad},
     matmul::matrix,
     source, word,
 };
 use crate::gemm::{Added, Matrix, Product};
 use tallow_core::{
-    kernel::{Format, KernelSpec},
+    kernel::{Format, KernelSpec, Operand},
     op::Bits,
     types::DType,
 };
 
 const FILE: &str = include_str!("linear_half.cu");
-/// Rows `[n, k]` with room for a tail behind each row.
-pub(super) const TAILED: &str = "rows_bf16_tailed";
-/// Rows `[n, k]` with room for more rows.
-pub(super) const HEADED: &str = "rows_bf16_headed";
+/// Rows `[n, k]` with room for a tail behind each row, and in the last weight of a linear for as many rows behind all.
+pub(super) const FRAMED: &str = "rows_bf16_framed";
 /// Bytes that every part of the scratch is a multiple of.
 const ALIGN: usize = 256;
 
@@ -44,40 +44,64 @@ impl Scratch {
     }
 }
 
+/// Rows of `from`, an operand of type `x`, as bf16.
 pub(super) fn narrow(
     t: &Target,
-    from: Arg,
-    to: Arg,
+    x: DType,
+    [from, to]: [Arg; 2],
     [m, c, row, pitch]: [usize; 4],
 ) -> Option<Job> {
     let args = vec![from, to, word(m)?, word(c)?, word(row)?, word(pitch)?];
+    let defines = [("NARROW", "1".to_owned()), ("X", c_type(x).to_owned())];
     Some(kernel(
         "narrow",
-        source(FILE, &[]),
+        source(FILE, &defines),
         blocks(t, m * c / 4),
         256,
         args,
     ))
 }
 
-/// `h` behind the rows at `to`, from column `at` on.
-fn tail(t: &Target, share: &Share, (to, at): (Arg, usize), pitch: usize) -> Option<Job> {
-    let to = match to {
-        Arg::Scratch(start) => Arg::Scratch(start + at * 2),
-        other => other,
-    };
-    let width = pitch - at;
-    let mut args = vec![share.hidden.0, to];
-    for n in [share.m, share.rank, width, share.hidden.1, pitch] {
+/// Columns of `a` that are not zero, from and to, and the rows that they are not zero in.
+type Piece = ([usize; 2], [usize; 2]);
+
+/// Code that leaves out the tiles of rows that are zero in columns `c..c + 32`.
+fn only(pieces: &[Piece]) -> String {
+    if pieces.len() < 2 {
+        return String::new();
+    }
+    let mut text = String::from("lo = NT; hi = 0; ");
+    for ([c0, c1], [r0, r1]) in pieces {
+        text += &format!(
+            "if (k0 < {c1}u && k0 + 32 > {c0}u) {{ lo = min(lo, {}u); hi = max(hi, {}u); }} ",
+            r0 / 8,
+            r1.div_ceil(8)
+        );
+    }
+    text
+}
+
+/// Operand 0 with its tail at `to`, and `h` of `share`; `a [rank, k]` in bf16.
+fn frame(
+    x: &Operand,
+    share: &Share,
+    [to, a]: [Arg; 2],
+    [k, row, pitch]: [usize; 3],
+    pieces: &[Piece],
+) -> Option<Job> {
+    let mut args = vec![Arg::Read(0), to, share.hidden.0, a];
+    for n in [share.m, row, pitch, share.hidden.1] {
         args.push(word(n)?);
     }
-    Some(kernel(
-        "tail",
-        source(FILE, &[]),
-        blocks(t, share.m * width),
-        256,
-        args,
-    ))
+    let defines = [
+        ("FRAME", "1".to_owned()),
+        ("X", c_type(one_type([x])?).to_owned()),
+        ("K", format!("{k}u")),
+        ("R", format!("{}u", share.rank)),
+    ];
+    let text = FILE.replace("ONLY\n", &(only(pieces) + "\n"));
+    let grid = u32::try_from(share.m.div_ceil(16)).ok()?;
+    Some(kernel("frame", source(&text, &defines), grid, 256, args))
 }
 
 /// A kernel of small pieces: for each, how many threads it has and what thread `e` of them does.
@@ -165,61 +189,98 @@ fn tailed<'a>(c: &'a Call) -> Option<&'a Share> {
     }
 }
 
+/// The type of the result, and of what is added to it, which must be the same.
+fn result_type(c: &Call, spec: &KernelSpec) -> Option<DType> {
+    let added = c.residual.map(|(i, _)| &spec.inputs[i]);
+    one_type(spec.outputs[0].iter().chain(added))
+}
+
+/// Operand 0 as bf16 rows without a tail: as it lies where it lies so, else narrowed into scratch.
+fn plain_rows(
+    t: &Target,
+    spec: &KernelSpec,
+    scratch: &mut Scratch,
+    [m, c, row]: [usize; 3],
+    jobs: &mut Vec<Job>,
+) -> Option<(Arg, usize)> {
+    let x = one_type([&spec.inputs[0]])?;
+    // The library wants rows that start at 16 bytes.
+    if x == DType::BF16 && row % 8 == 0 {
+        return Some((Arg::Read(0), row.max(c)));
+    }
+    let to = scratch.take(m * c * 2);
+    jobs.push(narrow(t, x, [Arg::Read(0), to], [m, c, row, c])?);
+    Some((to, c))
+}
+
 /// `[x | h] · [W | s B]ᵀ` for each block; bias and residual go with the product.
 pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     if t.weights != DType::BF16 || !all_frozen(c, spec) {
         return None;
     }
     let k = spec.inputs[0].layout.shape.last();
+    let result = result_type(c, spec)?;
     let share = tailed(c);
-    let rank = share.map_or(0, |s| s.rank);
-    let pitch = if rank > 0 {
-        (k + rank).next_multiple_of(8)
-    } else {
-        k
-    };
-    let mut scratch = Scratch(c.hidden_scratch);
-    let x = scratch.take(c.m * pitch * 2);
-    let down = scratch.take(rank * k * 2);
-    let mut jobs = vec![narrow(t, Arg::Read(0), x, [c.m, k, c.in_row, pitch])?];
-    if let Some(share) = share {
-        jobs.push(small_forward(c, down, [k, pitch])?);
-        let (rows, a) = (
-            half(x, [c.m, k], pitch, false)?,
-            half(down, [k, rank], k, true)?,
-        );
-        let h = c.hidden(share, 0, rank)?;
-        jobs.push(product(
-            [c.m, rank, k],
-            1.0,
-            Added::Nothing,
-            None,
-            [rows, a, h],
-        ));
-        jobs.push(tail(t, share, (x, k), pitch)?);
-    }
     let own_adapters = share.is_none() && c.adapted();
+    if own_adapters && !exact(spec, c.residual) {
+        return None;
+    }
+    let rank = share.map_or(0, |s| s.rank);
+    let mut scratch = Scratch(c.hidden_scratch);
+    let mut jobs = vec![];
+    let biases = biases(c, result, own_adapters, &mut scratch);
+    let (x, pitch) = match share {
+        Some(share) => {
+            let pitch = (k + rank).next_multiple_of(8);
+            let (x, down) = (scratch.take(c.m * pitch * 2), scratch.take(rank * k * 2));
+            jobs.push(small_forward(
+                c,
+                &biases,
+                down,
+                [k, pitch - k, framed_row(k, rank)],
+            )?);
+            jobs.push(frame(
+                &spec.inputs[0],
+                share,
+                [x, down],
+                [k, c.in_row, pitch],
+                &[],
+            )?);
+            (x, pitch)
+        }
+        None => {
+            if let Some(job) = small_biases(c, &biases) {
+                jobs.push(job);
+            }
+            plain_rows(t, spec, &mut scratch, [c.m, k, c.in_row], &mut jobs)?
+        }
+    };
+    let inner = if rank > 0 { pitch } else { k };
     let (mut prepare, mut n0) = (vec![], 0);
-    for (b, at) in c.blocks.iter().zip(&c.at) {
-        prepare.extend(match rank > 0 {
-            true => Some((at.w, format(TAILED, b.n * pitch))),
-            false => plain(spec, at.w),
-        });
+    let row = if rank > 0 { framed_row(k, rank) } else { k };
+    for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
+        let framed = (rank > 0).then(|| framed([b.n, k], rank, at.w));
+        prepare.extend(framed.or_else(|| plain(spec, at.w)));
         let columns = |arg, row: usize| -> Option<Matrix> {
-            let m = matrix(arg, DType::F32, [c.m, b.n], [row.max(b.n), 1], 0)?;
+            let m = matrix(arg, result, [c.m, b.n], [row.max(b.n), 1], 0)?;
             Some(Matrix { offset: n0, ..m })
         };
         let added = match c.residual {
             Some((i, row)) if !own_adapters => Added::Matrix(columns(Arg::Read(i), row)?),
             _ => Added::Nothing,
         };
-        let bias = at.bias.filter(|_| !own_adapters).map(Arg::Read);
         let operands = [
-            half(x, [c.m, pitch], pitch, false)?,
-            half(Arg::Read(at.w), [pitch, b.n], pitch, true)?,
+            half(x, [c.m, inner], pitch, false)?,
+            half(Arg::Read(at.w), [inner, b.n], row, true)?,
             columns(Arg::Write(0), c.out_row)?,
         ];
-        jobs.push(product([c.m, b.n, pitch], 1.0, added, bias, operands));
+        jobs.push(product(
+            [c.m, b.n, inner],
+            1.0,
+            added,
+            biases[i].map(|(_, to)| to),
+            operands,
+        ));
         n0 += b.n;
     }
     if own_adapters {
@@ -236,10 +297,62 @@ pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> 
     })
 }
 
+/// Elements between the rows of a framed weight with inner extent `k`.
+fn framed_row(k: usize, rank: usize) -> usize {
+    (k + rank.next_multiple_of(8)).next_multiple_of(8)
+}
+
+/// The format of a weight `[n, k]` of a linear whose ranks sum to `rank`: the same in both directions, so that they
+/// share it.
+fn framed([n, k]: [usize; 2], rank: usize, w: usize) -> (usize, Format) {
+    let rows = n + rank.next_multiple_of(8) + 8;
+    (w, format(FRAMED, rows * framed_row(k, rank)))
+}
+
+/// The row of a weight `[n, k]` in a framed format; `None` if this is no such format.
+pub(super) fn row_of(f: Format, [n, k]: [usize; 2]) -> Option<usize> {
+    let ranks = (1..).map(|i| i * 8);
+    let fits = |r: &usize| framed([n, k], *r, 0).1.bytes >= f.bytes;
+    let rank = ranks.into_iter().find(fits)?;
+    (framed([n, k], rank, 0).1.bytes == f.bytes).then(|| framed_row(k, rank))
+}
+
+/// Where each block's bias is read from, and whether it has to be brought there: the library wants it in the type of
+/// the result.
+type Biases = Vec<Option<(Option<usize>, Arg)>>;
+
+fn biases(c: &Call, result: DType, later: bool, scratch: &mut Scratch) -> Biases {
+    let one = |(b, at): (&tallow_core::op::Block, &tallow_core::op::LinearIns)| {
+        let i = at.bias.filter(|_| !later)?;
+        Some(match result {
+            DType::BF16 => (Some(i), scratch.take(b.n * 2)),
+            _ => (None, Arg::Read(i)),
+        })
+    };
+    c.blocks.iter().zip(&c.at).map(one).collect()
+}
+
+/// Adds to `small` what brings biases to where they are read.
+fn bring_biases(c: &Call, biases: &Biases, small: &mut Small) {
+    for (i, (b, bias)) in c.blocks.iter().zip(biases).enumerate() {
+        if let Some((Some(from), to)) = bias {
+            small.param(&format!("f{i}"), "const float*", Arg::Read(*from));
+            small.param(&format!("t{i}"), "u16*", *to);
+            small.piece(b.n, &format!("t{i}[e] = to_bf16(f{i}[e]);"));
+        }
+    }
+}
+
+fn small_biases(c: &Call, biases: &Biases) -> Option<Job> {
+    let mut small = Small::new(Arg::U64(0));
+    bring_biases(c, biases, &mut small);
+    (small.threads > 0).then(|| small.job())?
+}
+
 /// `A` of every block below each other at `down`, and `s B` into the tail of every weight.
-fn small_forward(c: &Call, down: Arg, [k, pitch]: [usize; 2]) -> Option<Job> {
+fn small_forward(c: &Call, biases: &Biases, down: Arg, [k, width, row]: [usize; 3]) -> Option<Job> {
     let mut small = Small::new(down);
-    let width = pitch - k;
+    bring_biases(c, biases, &mut small);
     let mut r0 = 0;
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
         small.param(&format!("w{i}"), "u16*", Arg::Read(at.w));
@@ -256,7 +369,7 @@ fn small_forward(c: &Call, down: Arg, [k, pitch]: [usize; 2]) -> Option<Job> {
             r0 = end;
         }
         let body = format!(
-            "const u32 j = e / {width}u, q = e - j * {width}u; w{i}[(u64)j * {pitch}u + {k}u + q] = {value};"
+            "const u32 j = e / {width}u, q = e - j * {width}u; w{i}[(u64)j * {row}u + {k}u + q] = {value};"
         );
         small.piece(b.n * width, &body);
     }
@@ -280,37 +393,44 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
     }
     let k = spec.inputs[1].layout.shape.last();
     let n: usize = c.blocks.iter().map(|b| b.n).sum();
+    let result = result_type(c, spec)?;
     let share = tailed(c);
-    let rank = share.map_or(0, |s| s.rank);
-    let pitch = if rank > 0 {
-        (n + rank).next_multiple_of(8)
-    } else {
-        n
-    };
-    let mut scratch = Scratch(c.hidden_scratch);
-    let dy = scratch.take(c.m * pitch * 2);
-    let up_elems: usize = c
-        .blocks
-        .iter()
-        .map(|b| b.n * b.adapters[0].map_or(0, |a| a.0))
-        .sum();
-    let up = scratch.take(if rank > 0 { up_elems * 2 } else { 0 });
-    let mut jobs = vec![narrow(t, Arg::Read(0), dy, [c.m, n, c.in_row, pitch])?];
-    if let Some(share) = share {
-        jobs.push(small_backward(c, up, [k, pitch - n])?);
-        jobs.extend(hidden_grads(c, share, (dy, pitch), up)?);
-        jobs.push(tail(t, share, (dy, n), pitch)?);
-    }
     let own_adapters = share.is_none() && c.adapted();
+    if own_adapters && !exact(spec, c.residual) {
+        return None;
+    }
+    let rank = share.map_or(0, |s| s.rank);
+    let mut scratch = Scratch(c.hidden_scratch);
+    let mut jobs = vec![];
+    let (dy, pitch) = match share {
+        Some(share) => {
+            let pitch = (n + rank).next_multiple_of(8);
+            let (dy, up) = (scratch.take(c.m * pitch * 2), scratch.take(rank * n * 2));
+            let (small, pieces) = small_backward(c, up, [n, k, rank, pitch - n])?;
+            jobs.push(small);
+            jobs.push(frame(
+                &spec.inputs[0],
+                share,
+                [dy, up],
+                [n, c.in_row, pitch],
+                &pieces,
+            )?);
+            (dy, pitch)
+        }
+        None => plain_rows(t, spec, &mut scratch, [c.m, n, c.in_row], &mut jobs)?,
+    };
     let (mut prepare, mut n0) = (vec![], 0);
+    let row = if rank > 0 { framed_row(k, rank) } else { k };
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        let last = i + 1 == c.blocks.len();
-        let rows = if last { b.n + pitch - n } else { b.n };
-        prepare.extend(match rows > b.n {
-            true => Some((at.w, format(HEADED, rows * k))),
-            false => plain(spec, at.w),
-        });
-        let rows_of = |arg, row: usize| matrix(arg, DType::F32, [c.m, k], [row.max(k), 1], 0);
+        let behind = if rank > 0 && i + 1 == c.blocks.len() {
+            pitch - n
+        } else {
+            0
+        };
+        let rows = b.n + behind;
+        let framed = (rank > 0).then(|| framed([b.n, k], rank, at.w));
+        prepare.extend(framed.or_else(|| plain(spec, at.w)));
+        let rows_of = |arg, row: usize| matrix(arg, result, [c.m, k], [row.max(k), 1], 0);
         let added = match c.residual {
             _ if i > 0 => Added::Result,
             Some((r, row)) if !own_adapters => Added::Matrix(rows_of(Arg::Read(r), row)?),
@@ -319,7 +439,7 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
         let left = half(dy, [c.m, rows], pitch, false)?;
         let operands = [
             Matrix { offset: n0, ..left },
-            half(Arg::Read(at.w), [rows, k], k, false)?,
+            half(Arg::Read(at.w), [rows, k], row, false)?,
             rows_of(Arg::Write(0), c.out_row)?,
         ];
         jobs.push(product([c.m, k, rows], 1.0, added, None, operands));
@@ -341,8 +461,8 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
     })
 }
 
-/// `B` of every block at `up`, and `A` of all into the rows behind the last weight.
-fn small_backward(c: &Call, up: Arg, [k, extra]: [usize; 2]) -> Option<Job> {
+/// `s Bᵀ` of every block at `up [rank, n]`, zeros around them, and `A` of all into the rows behind the last weight.
+fn small_backward(c: &Call, up: Arg, [n, k, rank, extra]: [usize; 4]) -> Option<(Job, Vec<Piece>)> {
     let mut small = Small::new(up);
     let (last_n, last_w) = c
         .blocks
@@ -350,56 +470,51 @@ fn small_backward(c: &Call, up: Arg, [k, extra]: [usize; 2]) -> Option<Job> {
         .zip(&c.at)
         .map(|(b, at)| (b.n, at.w))
         .next_back()?;
+    let row = framed_row(k, rank);
     small.param("w", "u16*", Arg::Read(last_w));
-    let (mut r0, mut e0) = (0, 0);
+    let (mut r0, mut n0, mut pieces) = (0, 0, vec![]);
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        if let (Some((r, _)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
+        if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
             small.param(&format!("a{i}"), "const float*", Arg::Read(ia));
             small.param(&format!("b{i}"), "const float*", Arg::Read(ib));
-            small.piece(b.n * r, &format!("out[{e0}u + e] = to_bf16(b{i}[e]);"));
-            small.piece(
-                r * k,
-                &format!("w[(u64){}u + e] = to_bf16(a{i}[e]);", (last_n + r0) * k),
+            let (s, n1) = (scale.get(), n0 + b.n);
+            let body = format!(
+                "const u32 q = e / {n}u, j = e - q * {n}u; out[(u64)({r0}u + q) * {n}u + j] = \
+                 (int)j >= {n0} && j < {n1}u ? to_bf16({s:?}f * b{i}[(j - {n0}u) * {r}u + q]) : 0;"
             );
-            e0 += b.n * r;
+            small.piece(n * r, &body);
+            let body = format!(
+                "const u32 q = e / {k}u, j = e - q * {k}u; w[(u64)({}u + q) * {row}u + j] = to_bf16(a{i}[e]);",
+                last_n + r0
+            );
+            small.piece(r * k, &body);
+            pieces.push(([n0, n1], [r0, r0 + r]));
             r0 += r;
-        }
-    }
-    if extra > r0 {
-        small.piece(
-            (extra - r0) * k,
-            &format!("w[(u64){}u + e] = 0;", (last_n + r0) * k),
-        );
-    }
-    small.job()
-}
-
-/// `dh_i = s dy_i B_i`.
-fn hidden_grads(c: &Call, share: &Share, (dy, pitch): (Arg, usize), up: Arg) -> Option<Vec<Job>> {
-    let (mut jobs, mut n0, mut r0, mut e0) = (vec![], 0, 0, 0);
-    for b in c.blocks {
-        if let Some((r, scale)) = b.adapters[0] {
-            let left = half(dy, [c.m, b.n], pitch, false)?;
-            let right = half(up, [b.n, r], r, false)?;
-            let operands = [
-                Matrix { offset: n0, ..left },
-                Matrix {
-                    offset: e0,
-                    ..right
-                },
-                c.hidden(share, r0, r)?,
-            ];
-            jobs.push(product(
-                [c.m, r, b.n],
-                scale.get(),
-                Added::Nothing,
-                None,
-                operands,
-            ));
-            r0 += r;
-            e0 += b.n * r;
         }
         n0 += b.n;
     }
-    Some(jobs)
+    if extra > r0 {
+        let body = format!(
+            "const u32 q = e / {k}u, j = e - q * {k}u; w[(u64)({}u + q) * {row}u + j] = 0;",
+            last_n + r0
+        );
+        small.piece((extra - r0) * k, &body);
+    }
+    Some((small.job()?, pieces))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_row_of_a_framed_weight_is_found_again() {
+        for (n, k) in [(1, 1), (7, 33), (128, 896), (4864, 896), (896, 4864)] {
+            for rank in 1..100 {
+                let (_, f) = framed([n, k], rank, 0);
+                assert_eq!(row_of(f, [n, k]), Some(framed_row(k, rank)));
+            }
+            assert_eq!(row_of(format(FRAMED, n * k + 1), [n, k]), None);
+        }
+    }
 }

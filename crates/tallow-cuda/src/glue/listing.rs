@@ -5,6 +5,7 @@ use super::{Table, Target, prepare};
 use crate::launch::Job;
 use std::{collections::BTreeMap, sync::Arc};
 use tallow_core::{
+    backend::Half::{May, Wanted},
     kernel::{Body, KernelSpec, Operand},
     op::{Bits, Composite, ReduceOp},
     scalar::{Inst, ScalarOp, ScalarProgram},
@@ -20,7 +21,8 @@ pub fn sources(weights: DType) -> Vec<(&'static str, Arc<str>)> {
     };
     let mut table = Table::default();
     let mut found = BTreeMap::new();
-    for spec in specs() {
+    let specs = specs().into_iter().flat_map(|s| [rounded(&target, &s), s]);
+    for spec in specs {
         for c in table.candidates(&target, &spec) {
             let mut jobs = table.offer(c.kernel).jobs;
             for (i, format) in c.prepare {
@@ -33,7 +35,27 @@ pub fn sources(weights: DType) -> Vec<(&'static str, Arc<str>)> {
             }
         }
     }
+    for job in super::pairs::examples() {
+        if let Job::Kernel(k) = job {
+            found.insert(k.source, k.entry);
+        }
+    }
     found.into_iter().map(|(s, e)| (e, s)).collect()
+}
+
+/// `spec` with everything in bf16 that may be.
+fn rounded(target: &Target, spec: &KernelSpec) -> KernelSpec {
+    let mut half = spec.clone();
+    let votes = super::halves(target, spec);
+    let outs = half.outputs.iter_mut().map(Option::as_mut);
+    for (o, vote) in half.inputs.iter_mut().map(Some).chain(outs).zip(votes) {
+        if let (Some(o), May | Wanted) = (o, vote)
+            && o.dtype == DType::F32
+        {
+            o.dtype = DType::BF16;
+        }
+    }
+    half
 }
 
 fn specs() -> Vec<KernelSpec> {

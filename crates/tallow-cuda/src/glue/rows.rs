@@ -1,10 +1,11 @@
 //! Kernels that make a row of the result from a row of the operands: norms, softmax, and their gradients.
 //! Invariant: a block makes a whole row, so the result does not depend on how rows are spread.
 //! Absent on purpose: rows in pieces.
-use super::{Arg, Job, Offer, kernel, source, word};
+use super::{Arg, Job, Offer, c_type, early, elementwise::one_type, kernel, source, word};
 use tallow_core::{
     kernel::KernelSpec,
     op::{Bits, RmsNormGrad},
+    types::DType,
 };
 
 const FILE: &str = include_str!("rows.cu");
@@ -18,6 +19,12 @@ fn threads(c: usize) -> u32 {
     }
 }
 
+fn text(entry: &str, types: &[(&'static str, DType)]) -> std::sync::Arc<str> {
+    let mut defines = vec![("KERNEL", format!("KERNEL_{entry}"))];
+    defines.extend(types.iter().map(|(name, d)| (*name, c_type(*d).to_owned())));
+    source(FILE, &defines)
+}
+
 /// One block a row. Arguments: operands, results, `c`, row strides of the first `rows` operands, of the results.
 fn offer(
     entry: &'static str,
@@ -25,6 +32,21 @@ fn offer(
     row_ins: &[usize],
     extra: &[Arg],
 ) -> Option<Offer> {
+    typed(entry, spec, row_ins, extra, &[])
+}
+
+/// The same for a kernel that takes several types; one that names none takes f32 alone.
+fn typed(
+    entry: &'static str,
+    spec: &KernelSpec,
+    row_ins: &[usize],
+    extra: &[Arg],
+    types: &[(&'static str, DType)],
+) -> Option<Offer> {
+    let mut all = spec.inputs.iter().chain(spec.outputs.iter().flatten());
+    if types.is_empty() && all.any(|o| o.dtype != DType::F32) {
+        return None;
+    }
     let shape = &spec.inputs[row_ins[0]].layout.shape;
     let vectors = (0..spec.inputs.len()).filter(|i| !row_ins.contains(i));
     if vectors.into_iter().any(|i| !spec.inputs[i].is_dense()) {
@@ -41,7 +63,7 @@ fn offer(
         args.push(word(row?)?);
     }
     args.extend(extra);
-    let source = source(FILE, &[("KERNEL", format!("KERNEL_{entry}"))]);
+    let source = text(entry, types);
     let grid = u32::try_from(shape.rows())
         .ok()
         .filter(|g| *g > 0 && *g < 1 << 31)?;
@@ -52,7 +74,11 @@ fn offer(
 }
 
 pub(super) fn rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
-    offer("rms_norm_f32", spec, &[0], &[Arg::F32(eps.get())])
+    let types = [
+        ("X", one_type(&spec.inputs[..1])?),
+        ("Y", one_type(spec.outputs.iter().flatten())?),
+    ];
+    typed("rms_norm", spec, &[0], &[Arg::F32(eps.get())], &types)
 }
 
 pub(super) fn add_rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
@@ -61,6 +87,17 @@ pub(super) fn add_rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
 
 pub(super) fn layer_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
     offer("layer_norm_f32", spec, &[0], &[Arg::F32(eps.get())])
+}
+
+pub(super) fn top(spec: &KernelSpec) -> Option<Offer> {
+    let mut offer = offer("top_f32", spec, &[0], &[])?;
+    offer.jobs = offer.jobs.into_iter().map(early).collect();
+    for job in &mut offer.jobs {
+        if let Job::Kernel(k) = job {
+            k.block = 1024;
+        }
+    }
+    Some(offer)
 }
 
 pub(super) fn softmax(spec: &KernelSpec) -> Option<Offer> {
@@ -84,7 +121,14 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
         word(x.layout.row_stride()?)?,
         word(dy.layout.row_stride()?)?,
     );
-    let source = source(FILE, &[("KERNEL", "KERNEL_rms_norm_grad_f32".into())]);
+    let dx_type = spec.outputs[0].as_ref().map_or(DType::F32, |o| o.dtype);
+    let types = [
+        ("X", x.dtype),
+        ("D", dy.dtype),
+        ("R", spec.inputs.get(3).map_or(DType::F32, |o| o.dtype)),
+        ("Y", dx_type),
+    ];
+    let source = text("rms_norm_grad", &types);
     let (mut jobs, mut scratch): (Vec<Job>, usize) = (vec![], 0);
     // One inverse rms a row, for the sum over rows below.
     let inverse = Arg::Scratch(0);
@@ -108,7 +152,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             Arg::F32(n.eps.get()),
         ];
         jobs.push(kernel(
-            "rms_norm_grad_f32",
+            "rms_norm_grad",
             source.clone(),
             rows as u32,
             threads(c),
@@ -148,6 +192,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             shared: 0,
             args,
             unless_same: None,
+            early: false,
         }));
         let args = vec![Arg::Scratch(parts), Arg::Write(1), word(chunks)?, word(c)?];
         jobs.push(kernel(
@@ -158,5 +203,5 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             args,
         ));
     }
-    Some(Offer::new("rms_norm_grad_f32", jobs).scratch(scratch))
+    Some(Offer::new("rms_norm_grad", jobs).scratch(scratch))
 }

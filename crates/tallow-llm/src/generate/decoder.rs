@@ -34,6 +34,8 @@ pub struct Decoder {
     /// Recordings by number of rows, made when first needed.
     steps: BTreeMap<usize, Step>,
     position: usize,
+    /// Rows of the recording that ran last.
+    last: usize,
     logits: Vec<f32>,
 }
 
@@ -44,7 +46,7 @@ struct Step {
     pos: (Tensor, Vec<u32>),
     /// `[1]`: the row whose logits are wanted. A single row needs none.
     last: Option<Tensor>,
-    /// Its output: the logits `[1, vocab]`.
+    /// Its outputs: the logits `[1, vocab]` and, on a device behind a bus, the likeliest token `[1, 2]`.
     program: Program,
 }
 
@@ -60,6 +62,7 @@ impl Decoder {
             adapter: adapter.cloned(),
             steps: BTreeMap::new(),
             position: 0,
+            last: 0,
             logits: vec![0.0; model.config.vocab],
         })
     }
@@ -84,10 +87,49 @@ impl Decoder {
     /// # Errors
     /// No tokens, tokens outside the vocabulary, more than fit; nothing has changed then.
     pub fn feed(&mut self, ids: &[u32]) -> Result<&mut [f32]> {
+        self.advance(ids)?;
+        self.scores()
+    }
+
+    /// Appends tokens (at least one) and waits for the likeliest token that follows them. A device behind a bus
+    /// chooses it itself, so that the scores stay there; `None` where it finds none, and elsewhere: see
+    /// [`Decoder::scores`].
+    ///
+    /// # Errors
+    /// As [`Decoder::feed`].
+    pub fn feed_likeliest(&mut self, ids: &[u32]) -> Result<Option<u32>> {
+        self.advance(ids)?;
+        let top = self
+            .steps
+            .get(&self.last)
+            .and_then(|s| s.program.outputs.get(1));
+        let Some(top) = top else { return Ok(None) };
+        let mut best = [0.0; 2];
+        self.model.session.read_into(top, &mut best)?;
+        let [id, score] = best;
+        let found = score.is_finite() && (id as usize) < self.model.config.vocab;
+        Ok(found.then_some(id as u32))
+    }
+
+    /// The scores `[vocab]` behind the tokens fed last.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn scores(&mut self) -> Result<&mut [f32]> {
+        if let Some(step) = self.steps.get(&self.last) {
+            let out = &step.program.outputs[0];
+            self.model.session.read_into(out, &mut self.logits)?;
+        }
+        Ok(&mut self.logits)
+    }
+
+    /// Appends tokens without waiting.
+    pub(super) fn advance(&mut self, ids: &[u32]) -> Result<()> {
         self.check(ids)?;
         let mut rest = ids;
         while !rest.is_empty() {
             let rows = piece(rest.len(), self.capacity());
+            self.last = rows;
             let (now, later) = rest.split_at(rest.len().min(rows));
             if !self.steps.contains_key(&rows) {
                 let step = self.record(rows)?;
@@ -95,15 +137,11 @@ impl Decoder {
             }
             if let Some(step) = self.steps.get_mut(&rows) {
                 step.run(&self.model, now, self.position)?;
-                if later.is_empty() {
-                    let out = &step.program.outputs[0];
-                    self.model.session.read_into(out, &mut self.logits)?;
-                }
             }
             self.position += now.len();
             rest = later;
         }
-        Ok(&mut self.logits)
+        Ok(())
     }
 
     fn check(&self, ids: &[u32]) -> Result<()> {
@@ -143,8 +181,11 @@ impl Decoder {
             x = x.gather(last, x.dtype())?;
         }
         let logits = self.model.logits_with(&x, adapter)?;
+        let mut outs = vec![&logits];
+        let top = session.backend().far().then(|| logits.top()).transpose()?;
+        outs.extend(&top);
         Ok(Step {
-            program: session.record(&[&logits], &hidden.updates)?,
+            program: session.record(&outs, &hidden.updates)?,
             ids: (ids, vec![0; rows]),
             pos: (pos, vec![PADDING; rows]),
             last,
