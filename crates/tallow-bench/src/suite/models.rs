@@ -220,7 +220,11 @@ pub fn work(
         }));
     }
     let cost = cost(&model, dtype, doing, &size);
-    Ok((Ours::new(o, subject)?, cost))
+    let ours = Ours::new(o, subject)?;
+    Ok(match dtype {
+        DType::BF16 => (ours.in_half(), cost),
+        _ => (ours, cost),
+    })
 }
 
 /// The adapter of a cache, which has one sequence.

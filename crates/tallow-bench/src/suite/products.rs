@@ -1,6 +1,7 @@
 //! Products with and without an adapter: 128x512 @ 512x8, where this project began, and LoRA forwards.
 //! Invariant: the oracle judges rows and columns drawn anew each time, the first and the last among them.
 
+use half::bf16;
 use tallow::core::graph::Builder;
 use tallow::core::op::{Block, Linear};
 use tallow::core::oracle::Value;
@@ -117,45 +118,37 @@ fn filled(
 }
 
 /// Some rows and columns of the result: the same op, in the oracle, over the rows of `x` and `W` that they need.
+/// With weights in bf16 a kernel may round `x` for the product with `W`, exactly, or take it as it is: both are right.
 fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sample> {
     let LoraShape { m, k, n, rank } = shape;
     let mut rng = fastrand::Rng::with_seed(seed ^ 0x5eed);
     let rows = some(m, SAMPLED[0], &mut rng);
     let cols = some(n, SAMPLED[1], &mut rng);
-    let mut b = Builder::default();
-    let mut values = vec![];
-    let mut ins = vec![];
-    let mut add = |b: &mut Builder, ty: TensorType, data: Vec<f64>| {
-        ins.push(b.input(Role::Data, ty.clone()));
-        values.push(Value::new(ty, data));
-    };
     let take = |of: &[f64], which: &[usize], wide: usize| -> Vec<f64> {
         let row = |i: &usize| of[i * wide..(i + 1) * wide].to_vec();
         which.iter().flat_map(row).collect()
     };
-    add(
-        &mut b,
-        TensorType::f32([rows.len(), k]),
-        take(v[0], &rows, k),
-    );
+    let f32s = |shape: [usize; 2], data: Vec<f64>| Value::new(TensorType::f32(shape), data);
+    let x = f32s([rows.len(), k], take(v[0], &rows, k));
     let wide = TensorType::new([cols.len(), k], dtype);
-    add(&mut b, wide, take(v[1], &cols, k));
-    if rank > 0 {
-        add(&mut b, TensorType::f32([rank, k]), v[2].to_vec());
+    let w = Value::new(wide, take(v[1], &cols, k));
+    let adapter = (rank > 0).then(|| {
         let up = take(v[3], &cols, rank);
-        add(&mut b, TensorType::f32([cols.len(), rank]), up);
+        [f32s([rank, k], v[2].to_vec()), f32s([cols.len(), rank], up)]
+    });
+    let exact = product(&x, &w, adapter.as_ref())?;
+    let mut want = vec![exact];
+    if dtype == DType::BF16 {
+        let rounded = x.data.iter().map(|v| bf16::from_f64(*v).to_f64());
+        let rounded = product(&f32s([rows.len(), k], rounded.collect()), &w, None)?;
+        let bare = product(&x, &w, None)?;
+        let mut with = want[0].clone();
+        let differences = rounded.value.data.iter().zip(&bare.value.data);
+        for (to, (r, b)) in with.value.data.iter_mut().zip(differences) {
+            *to += r - b;
+        }
+        want.push(with);
     }
-    let block = Block {
-        n: cols.len(),
-        bias: false,
-        adapters: vec![(rank > 0).then(|| (rank, SCALE.into()))],
-    };
-    let op = Linear {
-        blocks: vec![block],
-        residual: false,
-    };
-    let y = b.composite(op, &ins)?;
-    let want: Bounded = eval_bounded(&b.finish(y, vec![]), &values)?.remove(0);
     let at = rows
         .iter()
         .flat_map(|i| cols.iter().map(move |j| i * n + j));
@@ -163,6 +156,31 @@ fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sam
         at: at.collect(),
         want,
     })
+}
+
+/// The op in the oracle.
+fn product(x: &Value, w: &Value, adapter: Option<&[Value; 2]>) -> Result<Bounded> {
+    let mut b = Builder::default();
+    let operands: Vec<&Value> = [x, w]
+        .into_iter()
+        .chain(adapter.into_iter().flatten())
+        .collect();
+    let ins: Vec<_> = operands
+        .iter()
+        .map(|v| b.input(Role::Data, v.ty.clone()))
+        .collect();
+    let block = Block {
+        n: w.ty.shape.0[0],
+        bias: false,
+        adapters: vec![adapter.map(|[a, _]| (a.ty.shape.0[0], SCALE.into()))],
+    };
+    let op = Linear {
+        blocks: vec![block],
+        residual: false,
+    };
+    let y = b.composite(op, &ins)?;
+    let values: Vec<Value> = operands.into_iter().cloned().collect();
+    Ok(eval_bounded(&b.finish(y, vec![]), &values)?.remove(0))
 }
 
 /// Up to `count` different numbers below `n`, the first and the last among them.
