@@ -139,7 +139,8 @@ fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sam
     let exact = product(&x, &w, adapter.as_ref())?;
     let mut want = vec![exact];
     if dtype == DType::BF16 {
-        let rounded = x.data.iter().map(|v| bf16::from_f64(*v).to_f64());
+        // By way of f32, which these are: `from_f64` looks at the upper half of a number only.
+        let rounded = x.data.iter().map(|v| bf16::from_f32(*v as f32).to_f64());
         let rounded = product(&f32s([rows.len(), k], rounded.collect()), &w, None)?;
         let bare = product(&x, &w, None)?;
         let mut with = want[0].clone();
