@@ -224,7 +224,8 @@ impl Peer for Python {
                 changes: asked.changes,
             }),
             floor: cx.probe.floor(&asked.cost, cx.threads),
-            lazy: self.lazy,
+            // A step reads what the one before it wrote: none can be left out.
+            lazy: self.lazy && !asked.changes,
         }))
     }
 }
