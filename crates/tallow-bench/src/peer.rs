@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::measure::Contender;
 use crate::suite::Context;
+use crate::suite::layers::Layer;
 use crate::suite::models::{Adapted, Doing};
 use crate::suite::products::LoraShape;
 use crate::{Error, Result};
@@ -48,6 +49,8 @@ pub enum Job {
     Lora(LoraShape),
     /// A norm or a softmax.
     Rows(RowOp),
+    /// A layer of a model.
+    Layer(Layer),
     /// A whole model.
     Model(ModelJob),
 }

@@ -67,7 +67,7 @@ impl Peer for Local {
                 shape.cost(cx.dtype),
             ),
             Job::Rows(op) => (judged(rows::work(cx, *op)?), rows::cost(*op)),
-            Job::Model(_) => return Ok(None),
+            Job::Layer(_) | Job::Model(_) => return Ok(None),
         };
         let Some(engine) = engine(self.0, job, &judged, cx.threads)? else {
             return Ok(None);
@@ -211,7 +211,7 @@ fn engine(
                 y: vec![f32::NAN; shape.m * shape.n],
             }))
         }
-        (_, Job::Rows(_) | Job::Model(_)) => None,
+        (_, Job::Rows(_) | Job::Layer(_) | Job::Model(_)) => None,
     })
 }
 
@@ -322,7 +322,7 @@ impl Candle {
             }
             Job::Rows(RowOp::Softmax) => candle_nn::ops::softmax_last_dim(x),
             Job::Rows(RowOp::RmsNorm) => candle_nn::ops::rms_norm(x, &w[0], EPS),
-            Job::Model(_) => candle_core::bail!("no whole model here (bug in tallow)"),
+            Job::Layer(_) | Job::Model(_) => candle_core::bail!("not here (bug in tallow)"),
             Job::Rows(RowOp::LayerNorm) => candle_nn::ops::layer_norm(x, &w[0], &w[1], EPS),
         }
     }

@@ -18,6 +18,7 @@ use super::{Job, ModelJob, Peer, RowOp};
 use crate::measure::Contender;
 use crate::ours::judge::{Judged, judged, judged_half};
 use crate::probe::Cost;
+use crate::suite::layers::Layer;
 use crate::suite::models::{self, Doing, Part};
 use crate::suite::products::{LoraShape, SCALE};
 use crate::suite::rows::{EPS, SHAPE};
@@ -199,8 +200,9 @@ impl Peer for Python {
         let asked = match job {
             Job::Lora(shape) => self.product(*shape, cx)?,
             // A norm has no weight matrix that could be bf16.
-            Job::Rows(_) if half => return Ok(None),
+            Job::Rows(_) | Job::Layer(_) if half => return Ok(None),
             Job::Rows(op) => self.row_op(*op, cx)?,
+            Job::Layer(layer) => self.layer(*layer, cx)?,
             Job::Model(job) => self.model(job, cx)?,
         };
         #[derive(Deserialize)]
@@ -218,11 +220,12 @@ impl Peer for Python {
                 server: self.server.clone(),
                 judged: asked.judged,
                 slot,
-                whole: matches!(job, Job::Model(_)),
+                whole: matches!(job, Job::Layer(_) | Job::Model(_)),
                 changes: asked.changes,
             }),
             floor: cx.probe.floor(&asked.cost, cx.threads),
-            lazy: self.lazy,
+            // A step reads what the one before it wrote: none can be left out.
+            lazy: self.lazy && !asked.changes,
         }))
     }
 }
@@ -284,6 +287,20 @@ impl Python {
             judged,
             cost: rows::cost(op),
             job: json!({ "kind": kind, "shape": SHAPE, "eps": EPS }),
+            changes: false,
+        })
+    }
+
+    fn layer(&self, layer: Layer, cx: &Context) -> Result<Asked> {
+        let (ours, cost) = layer.work(cx)?;
+        let judged = judged(ours);
+        let (kind, shapes) = layer.described();
+        let backward = layer.is_backward();
+        Ok(Asked {
+            weights: self.weights(&judged, ["w", "", ""])?,
+            judged,
+            cost,
+            job: json!({ "kind": kind, "shapes": shapes, "backward": backward }),
             changes: false,
         })
     }

@@ -7,6 +7,7 @@ use tallow::{DType, Mask, Tensor, TensorType, value_and_grad};
 use super::{Context, Suite, Task};
 use crate::Result;
 use crate::ours::{Fill, Join, Operands, Ours, Reference, Subject};
+use crate::peer::Job;
 use crate::probe::Cost;
 
 /// Query heads, key and value heads, elements of a head.
@@ -15,46 +16,125 @@ const HEADS: [usize; 3] = [8, 4, 64];
 const MLP: [usize; 2] = [128, 1376];
 /// Rows, channels and vocabulary of the loss.
 const LOSS: [usize; 3] = [128, 256, 4096];
+/// Tokens that are turned.
+const ROPE_TOKENS: usize = 128;
 /// Parameters of the optimizer.
 const PARAMETERS: usize = 1 << 18;
+
+/// A layer to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// Causal, over so many tokens; with its gradients or without.
+    Attention(usize, bool),
+    /// With its gradients or without.
+    SwiGlu(bool),
+    /// Output projection and loss; with the gradient of what goes in, or without.
+    CrossEntropy(bool),
+    /// Forward only.
+    Rope,
+    /// A step.
+    AdamW,
+}
+
+impl std::fmt::Display for Layer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Layer::Attention(t, _) => write!(f, "attention {t} tokens, 8 heads (4 kv) of 64"),
+            Layer::SwiGlu(_) => write!(f, "SwiGLU 128x1376"),
+            Layer::CrossEntropy(_) => write!(f, "cross entropy 128x256 @ 256x4096"),
+            Layer::Rope => write!(f, "rope 128 tokens, 8 heads of 64"),
+            Layer::AdamW => write!(f, "AdamW 262144 parameters"),
+        }?;
+        match self.is_backward() {
+            true => write!(f, ", forward + backward"),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Layer {
+    /// Are gradients the result?
+    #[must_use]
+    pub fn is_backward(self) -> bool {
+        match self {
+            Layer::Attention(_, b) | Layer::SwiGlu(b) | Layer::CrossEntropy(b) => b,
+            Layer::Rope | Layer::AdamW => false,
+        }
+    }
+
+    /// Name and extents of the operands that vary, in the order they are made, for engines elsewhere.
+    #[must_use]
+    pub fn described(self) -> (&'static str, Vec<Vec<usize>>) {
+        let [h, hk, d] = HEADS;
+        let [n, c, _] = LOSS;
+        let (name, mut shapes, out) = match self {
+            Layer::Attention(t, _) => (
+                "attention",
+                vec![
+                    vec![1, t, h, d],
+                    vec![1, t, hk, d],
+                    vec![1, t, hk, d],
+                    vec![1, t],
+                ],
+                vec![1, t, h, d],
+            ),
+            Layer::SwiGlu(_) => ("swiglu", vec![MLP.to_vec(); 2], MLP.to_vec()),
+            Layer::CrossEntropy(_) => ("cross_entropy", vec![vec![n, c], vec![n]], vec![n]),
+            Layer::Rope => (
+                "rope",
+                vec![
+                    vec![1, ROPE_TOKENS, h, d],
+                    vec![1, ROPE_TOKENS],
+                    vec![d / 2],
+                ],
+                vec![],
+            ),
+            Layer::AdamW => ("adamw", vec![vec![PARAMETERS]; 4], vec![]),
+        };
+        if self.is_backward() {
+            shapes.push(out);
+        }
+        (name, shapes)
+    }
+
+    /// The work in tallow, and its cost.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn work(self, cx: &Context) -> Result<(Ours, Cost)> {
+        match self {
+            Layer::Attention(t, backward) => attention(cx, t, backward),
+            Layer::SwiGlu(backward) => swiglu(cx, backward),
+            Layer::CrossEntropy(backward) => cross_entropy(cx, backward),
+            Layer::Rope => rope(cx),
+            Layer::AdamW => adamw(cx),
+        }
+    }
+}
 
 /// The tasks.
 #[must_use]
 pub fn tasks(cx: &Context) -> Vec<Task> {
     let lengths: &[usize] = if cx.quick { &[128] } else { &[128, 512] };
     let mut all = vec![];
-    for t in lengths.iter().copied() {
-        for backward in [false, true] {
-            let name = format!(
-                "attention {t} tokens, 8 heads (4 kv) of 64{}",
-                tail(backward)
-            );
-            all.push(task(name, move |cx| attention(cx, t, backward)));
-        }
+    for t in lengths {
+        all.extend([false, true].map(|b| Layer::Attention(*t, b)));
     }
     for backward in [false, true] {
-        let name = format!("SwiGLU 128x1376{}", tail(backward));
-        all.push(task(name, move |cx| swiglu(cx, backward)));
-        let name = format!("cross entropy 128x256 @ 256x4096{}", tail(backward));
-        all.push(task(name, move |cx| cross_entropy(cx, backward)));
+        all.extend([Layer::SwiGlu(backward), Layer::CrossEntropy(backward)]);
     }
-    all.push(task("rope 128 tokens, 8 heads of 64".to_owned(), rope));
-    all.push(task("AdamW 262144 parameters".to_owned(), adamw));
-    all
+    all.extend([Layer::Rope, Layer::AdamW]);
+    all.into_iter().map(task).collect()
 }
 
-fn tail(backward: bool) -> &'static str {
-    if backward { ", forward + backward" } else { "" }
-}
-
-fn task(name: String, make: impl Fn(&Context) -> Result<(Ours, Cost)> + 'static) -> Task {
+fn task(layer: Layer) -> Task {
     Task {
         suite: Suite::Layers,
-        name,
+        name: layer.to_string(),
         tokens: None,
-        peers: vec![],
+        peers: vec![(String::new(), Job::Layer(layer))],
         make: Box::new(move |cx| {
-            let (work, cost) = make(cx)?;
+            let (work, cost) = layer.work(cx)?;
             Ok(vec![cx.ours("tallow", work, &cost)])
         }),
     }
@@ -157,7 +237,7 @@ fn cross_entropy(cx: &Context, backward: bool) -> Result<(Ours, Cost)> {
 }
 
 fn rope(cx: &Context) -> Result<(Ours, Cost)> {
-    let ([h, _, d], t) = (HEADS, 128);
+    let ([h, _, d], t) = (HEADS, ROPE_TOKENS);
     let mut o = Operands::new(&cx.session, 16);
     let x = o.data(TensorType::f32([1, t, h, d]), Fill::Signed(1.0))?;
     let pos = o.data(TensorType::u32([1, t]), Fill::Positions)?;

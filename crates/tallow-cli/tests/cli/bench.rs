@@ -92,7 +92,10 @@ fn a_product_is_explained_by_all_its_kernels() {
 
 #[test]
 fn nonsense_is_refused() {
-    refused(&["bench", "speed"], &["seed, layers, tax, train, decode or busy"]);
+    refused(
+        &["bench", "speed"],
+        &["seed, layers, tax, train, decode or busy"],
+    );
     refused(&["bench", "--against", "abacus"], &["abacus", "--against"]);
     refused(&["bench", "--shape", "70b", "train"], &["70b", "8b"]);
     refused(&["bench", "compare", "a.json"], &["AFTER"]);

@@ -50,6 +50,7 @@ class Job:
                 rows = [x.reshape(1, -1, self.c["num_key_value_heads"], d) for x in xs[2 + 2 * i : 4 + 2 * i]]
                 c.keys, c.values = [mx.contiguous(x.transpose(0, 2, 1, 3).astype(self.dtype)) for x in rows]
                 mx.eval(c.keys, c.values)
+            self.kept = [(c.keys, c.values) for c in self.cache]
             return
         self.x, self.targets = ids.reshape(self.b, self.t), xs[1].astype(mx.int32).reshape(self.b, self.t)
         if self.kind != "train":
@@ -84,8 +85,9 @@ class Job:
         if self.kind == "train":
             return list(self.step(self.x, self.targets))
         if self.kind == "cached":
-            for c in self.cache:
-                c.offset = self.b
+            # Each run from the same cache, so that none has to wait for the one before.
+            for c, (keys, values) in zip(self.cache, self.kept):
+                c.keys, c.values, c.offset = keys, values, self.b
             return [self.model(self.x, cache=self.cache)[:, -1].astype(mx.float32)]
         logits = self.model(self.x).astype(mx.float32)
         return [nn.losses.cross_entropy(logits, self.targets, reduction="none")]

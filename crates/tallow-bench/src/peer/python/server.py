@@ -59,6 +59,41 @@ class Torch:
         f = self.plain(job, w)
         return self.t.compile(f) if f and self.name == "torch-compiled" else f
 
+    def layer(self, job, w):
+        if self.name == "peft":
+            return None
+        f, kind = self.t.nn.functional, job["kind"]
+        if kind == "attention":
+
+            def run(q, k, v, *_):
+                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+                return f.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        elif kind == "swiglu":
+
+            def run(gate, up, *_):
+                return f.silu(gate) * up
+        elif kind == "cross_entropy":
+
+            def run(x, target, *_):
+                return f.cross_entropy(x @ w["w"].T, target.long(), reduction="none")
+        elif kind == "rope":
+
+            def run(x, cos, sin):
+                half = x.shape[-1] // 2
+                return x * cos + self.t.cat([-x[..., half:], x[..., :half]], -1) * sin
+        else:
+            return None
+        return self.t.compile(run) if self.name == "torch-compiled" else run
+
+    def tables(self, pos, freq):
+        angles = pos.reshape(-1, 1, 1) * self.t.cat([freq, freq])
+        return angles.cos(), angles.sin()
+
+    def gradients(self, f, xs, wrt):
+        for x in wrt:
+            x.requires_grad_()
+        return self.t.autograd.grad(f(*xs), wrt, xs[-1])
+
     def plain(self, job, w):
         t = self.t
         if job["kind"] == "lora":
@@ -101,14 +136,21 @@ class Torch:
         return model
 
     def feed(self, x, v):
-        x.view(-1)[-1] = v
+        x.detach().view(-1)[-1] = v
         return x
 
     def run(self, f, x):
         with self.t.inference_mode():
             return f(x)
 
-    def settle(self, f, y):
+    def all(self, ys):
+        pass
+
+    def many(self, f, xs):
+        with self.t.inference_mode():
+            return f(*xs)
+
+    def settle(self, f, ys):
         pass
 
     def wait(self, y):
@@ -141,6 +183,43 @@ class Mlx:
     def tensor(self, values, shape=None):
         x = self.mx.array(memoryview(values))
         return x if shape is None else x.reshape(shape).astype(self.dtype)
+
+    def layer(self, job, w):
+        mx, kind = self.mx, job["kind"]
+        if self.name != "mlx":
+            return None
+        import mlx.nn as nn
+
+        if kind == "attention":
+
+            def run(q, k, v, *_):
+                q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+                scale = q.shape[-1] ** -0.5
+                return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal").transpose(0, 2, 1, 3)
+        elif kind == "swiglu":
+
+            def run(gate, up, *_):
+                return nn.silu(gate) * up
+        elif kind == "cross_entropy":
+
+            def run(x, target, *_):
+                return nn.losses.cross_entropy(x @ w["w"].T, target.astype(mx.int32), reduction="none")
+        elif kind == "rope":
+
+            def run(x, cos, sin):
+                half = x.shape[-1] // 2
+                return x * cos + mx.concatenate([-x[..., half:], x[..., :half]], -1) * sin
+        else:
+            return None
+        return run
+
+    def tables(self, pos, freq):
+        angles = pos.reshape(-1, 1, 1) * self.mx.concatenate([freq, freq])
+        return self.mx.cos(angles), self.mx.sin(angles)
+
+    def gradients(self, f, xs, wrt):
+        rest = xs[len(wrt) :]
+        return self.mx.vjp(lambda *w: f(*w, *rest), list(wrt), [xs[-1]])[1]
 
     def model(self, job):
         if self.name != "mlx-lm" or job["kind"] == "train again":
@@ -188,6 +267,12 @@ class Mlx:
     def run(self, f, x):
         return f(x)
 
+    def many(self, f, xs):
+        return f(*xs)
+
+    def all(self, ys):
+        self.mx.eval(*ys)
+
     def settle(self, f, ys):
         f.wait(ys)
 
@@ -233,7 +318,30 @@ class Layer:
         return [self.e.run(self.f, self.x)]
 
     def wait(self, ys):
+        self.e.all(ys)
         return self.e.wait(ys[0])
+
+
+class Many(Layer):
+    """A function of several tensors, or its gradients."""
+
+    def __init__(self, engine, f, job):
+        super().__init__(engine, f, None)
+        self.job = job
+
+    def renew(self, paths):
+        self.xs = [self.e.tensor(load(p), s) for p, s in zip(paths, self.job["shapes"])]
+        if self.job["kind"] == "rope":
+            self.xs[1:] = self.e.tables(*self.xs[1:])
+
+    def feed(self, link, scale):
+        self.xs[0] = self.e.feed(self.xs[0], f32(scale * link))
+
+    def run(self):
+        if not self.job["backward"]:
+            return [self.e.many(self.f, self.xs)]
+        wrt = {"attention": 3, "swiglu": 2, "cross_entropy": 1}[self.job["kind"]]
+        return self.e.gradients(self.f, self.xs, self.xs[:wrt])
 
 
 class Model:
@@ -269,6 +377,9 @@ class Server:
         if "dir" in job:
             f = self.e.model(job)
             one = f and Model(self.e, f, job["vocab"])
+        elif "shapes" in job:
+            f = self.e.layer(job, {k: self.e.tensor(load(p), s) for k, (p, s) in r["weights"].items()})
+            one = f and Many(self.e, f, job)
         else:
             weights = {k: self.e.tensor(load(p), s) for k, (p, s) in r["weights"].items()}
             f = self.e.make(job, weights)
