@@ -26,6 +26,9 @@ pub const MAX_THREADS: usize = 1024;
 /// about half of this.
 pub const DEFAULT_SPIN: Duration = Duration::from_micros(80);
 
+/// How long the leader spins for tasks that others took, before it sleeps.
+const LONG_WAIT: Duration = Duration::from_micros(100);
+
 /// The most tasks of a job: the word holds two numbers up to this.
 const MAX_TASKS: u64 = (1 << TASK_BITS) - 1;
 const TASK_BITS: u32 = 20;
@@ -102,6 +105,9 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
     beds: Box<[Bed]>,
+    /// The leader, while it sleeps because a task takes long.
+    leader: Mutex<Option<Thread>>,
+    leader_sleeps: AtomicBool,
     spin: Duration,
     /// More threads than cores: a spinning one must let others run.
     crowded: bool,
@@ -139,6 +145,8 @@ impl Pool {
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
             beds: (1..threads).map(|_| bed()).collect(),
+            leader: Mutex::new(None),
+            leader_sleeps: AtomicBool::new(false),
             spin,
             crowded: threads > cores,
         });
@@ -282,6 +290,7 @@ impl Shared {
                     ran += 1;
                     if worker != 0 {
                         self.finished.0.fetch_add(1, Ordering::Release);
+                        self.call_leader();
                     }
                     word = self.word.0.load(Ordering::Acquire);
                 }
@@ -303,14 +312,43 @@ impl Shared {
 
     /// Waits until workers have finished `count` tasks: those that they took.
     fn wait_for(&self, count: usize) {
+        let mut since = None;
         let mut spins = 0u32;
         while self.finished.0.load(Ordering::Acquire) != count {
             spins += 1;
-            // A worker whose core was taken away needs ours.
-            if self.crowded || spins > 20_000 {
+            if self.crowded {
                 thread::yield_now();
-            } else {
+            } else if !spins.is_multiple_of(32) {
                 std::hint::spin_loop();
+            } else if since.get_or_insert_with(Instant::now).elapsed() >= LONG_WAIT {
+                self.sleep_until(count);
+            }
+        }
+    }
+
+    /// Sleeps until workers have finished `count` tasks. A worker whose core was taken away may be long in coming; who
+    /// spins meanwhile uses up the time that this thread would need afterwards.
+    #[cold]
+    fn sleep_until(&self, count: usize) {
+        let lock = || self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+        *lock() = Some(thread::current());
+        self.leader_sleeps.store(true, Ordering::SeqCst);
+        // Pairs with the fence in `take_all`: either the count is seen here or the sleeper there.
+        fence(Ordering::SeqCst);
+        while self.finished.0.load(Ordering::Acquire) != count {
+            thread::park();
+        }
+        self.leader_sleeps.store(false, Ordering::Relaxed);
+        *lock() = None;
+    }
+
+    /// Wakes the leader if it sleeps.
+    fn call_leader(&self) {
+        fence(Ordering::SeqCst);
+        if self.leader_sleeps.load(Ordering::Relaxed) {
+            let leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(leader) = &*leader {
+                leader.unpark();
             }
         }
     }

@@ -62,6 +62,24 @@ fn a_parked_pool_wakes() {
 }
 
 #[test]
+fn a_leader_that_waits_long_is_woken() {
+    let pool = Pool::new(3);
+    for _ in 0..20 {
+        let late = AtomicUsize::new(0);
+        let barrier = Barrier::new(3);
+        pool.run(3, &|_, worker| {
+            // All three have a task; the leader is done first and falls asleep.
+            barrier.wait();
+            if worker != 0 {
+                thread::sleep(Duration::from_millis(2 * worker as u64));
+                late.fetch_add(1, Relaxed);
+            }
+        });
+        assert_eq!(late.load(Relaxed), 2);
+    }
+}
+
+#[test]
 fn panics_reach_the_caller_and_the_pool_goes_on() {
     let pool = Pool::new(3);
     for bad in [0, 5, 31] {
