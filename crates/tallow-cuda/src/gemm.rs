@@ -27,7 +27,7 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 /// Products with at least this much arithmetic are worth timing their algorithms.
 const WORTH_TIMING_FLOPS: f64 = 2e8;
 /// Algorithms timed.
-const TIMED: usize = 6;
+const TIMED: usize = 16;
 
 /// A row-major matrix, or a batch of them.
 #[derive(Clone, Copy, Debug)]

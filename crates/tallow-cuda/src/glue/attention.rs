@@ -227,7 +227,9 @@ pub(super) fn decode_then(
     next: &Next,
 ) -> Option<(Vec<Job>, usize)> {
     let z = sizes(spec)?;
-    if z.b * z.t != 1 || next.k != z.h * z.d {
+    // What the parts need of `A` lies in shared memory.
+    let shared = next.rank * z.d * 4;
+    if z.b * z.t != 1 || next.k != z.h * z.d || shared > 16 << 10 {
         return None;
     }
     let (starts, args) = forward_args(z, spec)?;

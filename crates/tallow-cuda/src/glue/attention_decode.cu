@@ -71,7 +71,13 @@ extern "C" __global__ void __launch_bounds__(128) decode(ARGS) {
 extern "C" __global__ void __launch_bounds__(128, 1) join(ARGS, u32 splits PARAMS) {
   extern __shared__ float weight[];
 #if NEXT > 0
-  __shared__ float made[D];
+  __shared__ float made[D], weigh[NEXT][D];
+  for (u32 e = threadIdx.x; e < NEXT * D; e += 128) {
+    const u32 r = e / D;
+    const float* down = 0;
+    NEXT_ROW
+    weigh[r][e % D] = down[blockIdx.y * D + e % D];
+  }
 #endif
   GRID_WAIT;
   const u32 i = blockIdx.x, head = blockIdx.y, b = blockIdx.z, rows = G * t, r = (head % G) * t + i;
@@ -108,10 +114,8 @@ extern "C" __global__ void __launch_bounds__(128, 1) join(ARGS, u32 splits PARAM
 #if NEXT > 0
   __syncthreads();
   for (u32 r = threadIdx.x >> 5; r < NEXT; r += 4) {
-    const float* down = 0;
-    NEXT_ROW
     float h = 0.f;
-    for (u32 c = threadIdx.x & 31; c < D; c += 32) h += down[head * D + c] * made[c];
+    for (u32 c = threadIdx.x & 31; c < D; c += 32) h += weigh[r][c] * made[c];
     h = warp_sum(h);
     if ((threadIdx.x & 31) == 0) np[r * gridDim.y + head] = h;
   }

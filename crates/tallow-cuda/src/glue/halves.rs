@@ -45,7 +45,7 @@ pub(super) fn halves(t: &Target, spec: &KernelSpec) -> Vec<Half> {
             Composite::AttentionGrad(_) if attention::takes_halves(spec) => {
                 mark(&[0, 1, 2, 4, 6, ins, ins + 1, ins + 2], Wanted);
             }
-            Composite::RmsNorm(_) => mark(&[0, ins], May),
+            Composite::RmsNorm(_) => mark(&[0, ins], Wanted),
             Composite::RmsNormGrad(n) => {
                 mark(&[0, 2, ins], May);
                 mark(&if n.residual { vec![3] } else { vec![] }, May);

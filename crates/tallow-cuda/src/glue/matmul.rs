@@ -224,11 +224,9 @@ impl Outer {
 pub(crate) fn side_by_side(all: &[(Outer, [Arg; 3])], parts: Arg) -> Option<(Job, usize)> {
     let one = all.first()?.0;
     let columns: usize = all.iter().map(|(o, _)| o.columns()).sum();
-    // A few blocks for each of many processors, each with at least 128 rows.
-    let chunk = one
-        .rows
-        .div_ceil(600 / columns.min(600))
-        .next_multiple_of(128);
+    // Two blocks for each of many processors, each with at least 128 rows.
+    let wanted = (264 / columns).max(1);
+    let chunk = one.rows.div_ceil(wanted).next_multiple_of(128);
     let chunks = one.rows.div_ceil(chunk);
     let (mut params, mut names, mut args) = (String::new(), String::new(), vec![]);
     let (mut picks, mut offset) = (vec![], 0);

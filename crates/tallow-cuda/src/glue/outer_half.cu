@@ -17,6 +17,47 @@ DEV uint4 eight(const bf16* p, u32 left, bool wide) {
   for (int i = 0; i < 8; ++i) if (i < left) w[i / 2] |= (u32)p[i].bits << (i % 2 * 16);
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
+// acc += fewᵀ many for 16 rows, of which a lane has rows 2t, 2t + 1, 2t + 8 and 2t + 9: eight columns of many, and of few
+// the columns g and g + 8 of every 16.
+DEV void add(float acc[MT][8][4], const uint4* x, const float v[MT][2][4]) {
+  u32 b[2][8];
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    const uint4 p = x[2 * q], s = x[2 * q + 1];
+    const u32 lo[4] = {p.x, p.y, p.z, p.w}, hi[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      b[q][2 * i] = __byte_perm(lo[i], hi[i], 0x5410);
+      b[q][2 * i + 1] = __byte_perm(lo[i], hi[i], 0x7632);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+    const u32 a[4] = {pack2(v[m][0][0], v[m][0][1]), pack2(v[m][1][0], v[m][1][1]),
+                      pack2(v[m][0][2], v[m][0][3]), pack2(v[m][1][2], v[m][1][3])};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) mma(acc[m][j], a, b[0][j], b[1][j]);
+  }
+}
+// The same where rows or columns end inside.
+DEV void slow(float acc[MT][8][4], const F* few, const bf16* many, u32 r0, u32 end, u32 col, u32 left, bool wide, u32 fr, u32 mr) {
+  const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  uint4 x[4];
+  float v[MT][2][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const u32 r = r0 + 2 * t + (i >> 1) * 8 + (i & 1);
+    x[i] = eight(many + (u64)r * mr + col, r < end ? left : 0, wide);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const u32 c = m * 16 + h * 8 + g;
+        v[m][h][i] = c < FEW && r < end ? ld(few + (u64)r * fr + c) : 0.f;
+      }
+  }
+  add(acc, x, v);
+}
 struct One { const F* few; const bf16* many; float* part; float* out; u32 column, n, fr, mr, row; float alpha; bool turned; };
 DEV One product_of(u32 o, float* part PARAMS) {
   One p = {};
@@ -25,7 +66,7 @@ DEV One product_of(u32 o, float* part PARAMS) {
 }
 // Blocks of a column that are done; 0 between launches, which come one after another.
 __device__ u32 arrived[COLUMNS];
-extern "C" __global__ void __launch_bounds__(256) outer(float* parts, u32 rows, u32 chunk PARAMS) {
+extern "C" __global__ void __launch_bounds__(256, 2) outer(float* parts, u32 rows, u32 chunk PARAMS) {
   const One p = product_of(blockIdx.x, parts NAMES);
   const F* few = p.few;
   const bf16* many = p.many;
@@ -38,32 +79,34 @@ extern "C" __global__ void __launch_bounds__(256) outer(float* parts, u32 rows, 
   const u32 left = col < n ? n - col : 0;
   const bool wide = (mr & 7) == 0 && ((u64)many & 15) == 0;
   float acc[MT][8][4] = {};
-  for (u32 r0 = blockIdx.y * chunk + warp * 16; r0 < end; r0 += 128) {
-    u32 b[2][8], a[MT][4];
+  const u32 r0 = blockIdx.y * chunk + warp * 16;
+  // The whole block goes one way: the lanes of a warp multiply together.
+  if (wide && first + 64 <= n && FEW % 8 == 0) {
+    // Whole tiles: many loads are under way at once.
+    const u32 whole = end / 16 * 16;
+    u32 r = r0;
+#pragma unroll 4
+    for (; r < whole; r += 128) {
+      const bf16* from = many + (u64)(r + 2 * t) * mr + col;
+      const F* f = few + (u64)(r + 2 * t) * fr + g;
+      uint4 x[4];
+      float v[MT][2][4];
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      const u32 r = r0 + q * 8 + 2 * t;
-      const bf16* from = many + (u64)r * mr + col;
-      const uint4 x = eight(from, r < end ? left : 0, wide), y = eight(from + mr, r + 1 < end ? left : 0, wide);
-      const u32 v[4] = {x.x, x.y, x.z, x.w}, w[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        b[q][2 * i] = __byte_perm(v[i], w[i], 0x5410);
-        b[q][2 * i + 1] = __byte_perm(v[i], w[i], 0x7632);
-      }
+      for (int i = 0; i < 4; ++i) x[i] = *(const uint4*)(from + (u64)((i >> 1) * 8 + (i & 1)) * mr);
 #pragma unroll
       for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const u32 c = m * 16 + i * 8 + g;
-          const F* f = few + (u64)r * fr + c;
-          a[m][q * 2 + i] = pack2(c < FEW && r < end ? ld(f) : 0.f, c < FEW && r + 1 < end ? ld(f + fr) : 0.f);
-        }
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            v[m][h][i] = 0.f;
+            if (m * 16 + h * 8 < FEW) v[m][h][i] = ld(f + (u64)((i >> 1) * 8 + (i & 1)) * fr + m * 16 + h * 8);
+          }
+      add(acc, x, v);
     }
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) mma(acc[m][j], a[m], b[0][j], b[1][j]);
+    if (r < end) slow(acc, few, many, r, end, col, left, wide, fr, mr);
+  } else {
+    for (u32 r = r0; r < end; r += 128) slow(acc, few, many, r, end, col, left, wide, fr, mr);
   }
 #pragma unroll
   for (int m = 0; m < MT; ++m) {

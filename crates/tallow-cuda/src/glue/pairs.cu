@@ -6,7 +6,13 @@
 // Constants: K inner extent, UNITS pairs, R and NEXT ranks, LOADS 16-byte loads a lane and row.
 #define LANES (32 * SPLIT)
 #define PAIRS (8 / SPLIT)
-#define AHEAD ((PARTS + 31) / 32 < 20 ? (PARTS + 31) / 32 : 20)
+#define ROUNDS ((R + 7) / 8)
+#define MOST (ROUNDS < 2 ? 20 : ROUNDS < 20 ? 20 / ROUNDS : 1)
+#define AHEAD ((PARTS + 31) / 32 < MOST ? (PARTS + 31) / 32 : MOST)
+// Loads of x of a thread that are under way at once, and whether there are more.
+#define XALL ((K / 4 + 255) / 256)
+#define XLOADS (XALL < (NORM ? 2 : 5) ? XALL : (NORM ? 2 : 5))
+#define XREST (XALL > XLOADS)
 #define VALUES (KIND == 1 ? PAIRS : 2 * PAIRS)
 struct Row { const bf16* w; const float* up; const float* bias; float scale; u32 r0, rank; };
 DEV Row row_of(u32 o LOCATE) {
@@ -23,16 +29,21 @@ DEV float dot8(uint4 q, float4 a, float4 b) {
   return as_f32(q.x << 16) * a.x + as_f32(q.x & 0xffff0000u) * a.y + as_f32(q.y << 16) * a.z + as_f32(q.y & 0xffff0000u) * a.w
        + as_f32(q.z << 16) * b.x + as_f32(q.z & 0xffff0000u) * b.y + as_f32(q.w << 16) * b.z + as_f32(q.w & 0xffff0000u) * b.w;
 }
-// Four blocks a processor where the registers go that far without spilling.
-#if __CUDA_ARCH__ >= 900
-#define BLOCKS (LOADS == 4 ? 5 : 4)
+// Where many blocks must fit a processor, a lane holds HOLD loads of a row ahead of time; the others are on their way
+// to the cache.
+#if SPLIT == 1 && LOADS == 4
+#define HOLD 2
+#define BLOCKS 4
 #else
+#define HOLD LOADS
+#define BLOCKS (LOADS <= 2 ? 4 : LOADS <= 5 ? 3 : 2)
+#endif
+#if __CUDA_ARCH__ < 900
+#undef BLOCKS
 #define BLOCKS 2
 #endif
-// A row that is not held in registers ahead of time is on its way to the cache.
-#define HELD (LOADS < 4)
 DEV void fetch(const bf16* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-extern "C" __global__ void __launch_bounds__(256, LOADS > 5 ? 2 : BLOCKS) pairs(const float* x, float* y, const float* past, const float* norm, float eps,
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) pairs(const float* x, float* y, const float* past, const float* norm, float eps,
     const float* hp, float* np, const float* nw, const u32* pos, const float* freq, float* kc, float* vc, u32 slots PARAMS) {
   extern __shared__ float4 xs[];
 #if R > 0
@@ -55,15 +66,14 @@ extern "C" __global__ void __launch_bounds__(256, LOADS > 5 ? 2 : BLOCKS) pairs(
   const u32 head = unit / (D / 2), e = unit % (D / 2), oa = head * D + e, ob = oa + D / 2;
 #endif
   const Row a = row_of(real ? oa : 0 NAMES), b = row_of(real && ob < OUTPUTS ? ob : 0 NAMES);
-  uint4 qa[LOADS], qb[LOADS];
+  uint4 qa[HOLD], qb[HOLD];
 #pragma unroll
   for (int i = 0; i < LOADS; ++i) {
     const u32 c = (i * LANES + lane) * 8;
-    qa[i] = qb[i] = make_uint4(0, 0, 0, 0);
+    if (i < HOLD) qa[i] = qb[i] = make_uint4(0, 0, 0, 0);
     if (!real || c >= K) continue;
-    qa[i] = stream(a.w + c);
-    if (HELD) qb[i] = stream(b.w + c);
-    else if (lane % 8 == 0) fetch(b.w + c);
+    if (i < HOLD) { qa[i] = stream(a.w + c); qb[i] = stream(b.w + c); }
+    else if (lane % 8 == 0) { fetch(a.w + c); fetch(b.w + c); }
   }
   // What a lane has of the tail of each sum, and what lane 0 adds.
   float ua = 0.f, ub = 0.f, ca = 0.f, cb = 0.f;
@@ -87,31 +97,55 @@ extern "C" __global__ void __launch_bounds__(256, LOADS > 5 ? 2 : BLOCKS) pairs(
 #elif KIND == 2
   const u32 p = pos[0];
 #endif
+  // x is on its way before anything waits for it.
+  float4 xv[XLOADS], nv[XLOADS];
+#pragma unroll
+  for (int i = 0; i < XLOADS; ++i) {
+    const u32 at = i * 256 + threadIdx.x;
+    xv[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (at < K / 4) xv[i] = *(const float4*)(x + at * 4);
+    if (NORM && at < K / 4) nv[i] = *(const float4*)(norm + at * 4);
+  }
 #if R > 0
-  // One warp a rank; many parts are asked for before the first is added.
-  for (u32 q = warp; q < R; q += 8) {
-    float h = 0.f;
-    for (u32 from = threadIdx.x & 31; from < PARTS; from += 32 * AHEAD) {
-      float part[AHEAD];
+  // A warp has every eighth rank; many parts are asked for before the first is added.
+  float part[ROUNDS][AHEAD];
 #pragma unroll
-      for (u32 i = 0; i < AHEAD; ++i) part[i] = from + i * 32 < PARTS ? __ldcg(hp + q * PARTS + from + i * 32) : 0.f;
+  for (u32 k = 0; k < ROUNDS; ++k)
 #pragma unroll
-      for (u32 i = 0; i < AHEAD; ++i) h += part[i];
+    for (u32 i = 0; i < AHEAD; ++i) {
+      const u32 q = warp + 8 * k, at = (threadIdx.x & 31) + 32 * i;
+      part[k][i] = q < R && at < PARTS ? __ldcg(hp + q * PARTS + at) : 0.f;
     }
+#pragma unroll
+  for (u32 k = 0; k < ROUNDS; ++k) {
+    const u32 q = warp + 8 * k;
+    float h = 0.f;
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; ++i) h += part[k][i];
+    for (u32 at = (threadIdx.x & 31) + 32 * AHEAD; q < R && at < PARTS; at += 32) h += __ldcg(hp + q * PARTS + at);
     h = warp_sum(h);
-    if ((threadIdx.x & 31) == 0) hs[q] = h;
+    if (q < R && (threadIdx.x & 31) == 0) hs[q] = h;
   }
 #endif
   // Eight values of x lie in two places, so that neighbouring lanes read neighbouring banks.
   float s = 0.f;
-#pragma unroll 2
-  for (u32 i = threadIdx.x; i < K / 4; i += 256) {
-    const float4 v = *(const float4*)(x + i * 4);
+#pragma unroll
+  for (int i = 0; i < XLOADS; ++i) {
+    const u32 at = i * 256 + threadIdx.x;
+    if (at >= K / 4) continue;
+    float4 v = xv[i];
     s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    float4 k = make_float4(1.f, 1.f, 1.f, 1.f);
-    if (NORM) k = *(const float4*)(norm + i * 4);
-    xs[(i & 1) * (K / 8) + i / 2] = make_float4(v.x * k.x, v.y * k.y, v.z * k.z, v.w * k.w);
+    if (NORM) { v.x *= nv[i].x; v.y *= nv[i].y; v.z *= nv[i].z; v.w *= nv[i].w; }
+    xs[(at & 1) * (K / 8) + at / 2] = v;
   }
+#if XREST
+  for (u32 i = XLOADS * 256 + threadIdx.x; i < K / 4; i += 256) {
+    float4 v = *(const float4*)(x + i * 4);
+    s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    if (NORM) { const float4 k = *(const float4*)(norm + i * 4); v.x *= k.x; v.y *= k.y; v.z *= k.z; v.w *= k.w; }
+    xs[(i & 1) * (K / 8) + i / 2] = v;
+  }
+#endif
   const float r = NORM ? rsqrtf(block_sum(s) / K + eps) : 1.f;
   __syncthreads();
   float sa = 0.f, sb = 0.f;
@@ -120,9 +154,8 @@ extern "C" __global__ void __launch_bounds__(256, LOADS > 5 ? 2 : BLOCKS) pairs(
     const u32 c = i * LANES + lane;
     if (c < K / 8) {
       const float4 lo = xs[c], hi = xs[K / 8 + c];
-      if (!HELD && real) qb[i] = stream(b.w + c * 8);
-      sa += dot8(qa[i], lo, hi);
-      sb += dot8(qb[i], lo, hi);
+      sa += dot8(i < HOLD ? qa[i] : stream(a.w + c * 8), lo, hi);
+      sb += dot8(i < HOLD ? qb[i] : stream(b.w + c * 8), lo, hi);
     }
   }
 #if R > 0
