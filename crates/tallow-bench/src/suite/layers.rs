@@ -233,7 +233,11 @@ fn cross_entropy(cx: &Context, backward: bool) -> Result<(Ours, Cost)> {
         dtype: cx.dtype,
     };
     let forward: Forward = Box::new(move |x| Ok(x[0].cross_entropy(&w, &target)?));
-    Ok((layer(o, vec![x], forward, (backward, Join::Add))?, cost))
+    let ours = layer(o, vec![x], forward, (backward, Join::Add))?;
+    Ok(match cx.dtype {
+        DType::BF16 => (ours.in_half(), cost),
+        _ => (ours, cost),
+    })
 }
 
 fn rope(cx: &Context) -> Result<(Ours, Cost)> {
