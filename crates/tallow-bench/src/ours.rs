@@ -180,6 +180,9 @@ pub const TWIN: f64 = 2e-3;
 /// How far the results of somebody who rounds everything to bf16 may be apart, relative to the largest element.
 pub const HALF: f64 = 2e-2;
 
+/// The same of kernels that round the operands of products with bf16 weights, and nothing else.
+const PAIRS: f64 = 1e-2;
+
 /// See [`Reference::Sampled`].
 pub type SampleFn = Box<dyn Fn(&[&[f64]], u64) -> Result<Sample>>;
 
@@ -221,8 +224,8 @@ struct Graphed {
     /// What the operands were drawn from, and what was fed last.
     seed: Cell<u64>,
     link: Cell<f32>,
-    /// Is what is judged rounded to bf16 on the way?
-    half: Cell<bool>,
+    /// How far what is rounded to bf16 on the way may be apart, relative to the largest element.
+    half: Cell<Option<f64>>,
 }
 
 /// A graph under the clock.
@@ -254,7 +257,7 @@ impl Ours {
             outs,
             seed: Cell::new(0),
             link: Cell::new(0.0),
-            half: Cell::new(false),
+            half: Cell::new(None),
         };
         Ok(Ours {
             graph: Rc::new(graph),
@@ -265,7 +268,7 @@ impl Ours {
     /// The same work of kernels that round operands to bf16 on the way, layer after layer.
     #[must_use]
     pub fn in_half(self) -> Self {
-        self.graph.half.set(true);
+        self.graph.half.set(Some(PAIRS));
         self
     }
 
@@ -356,8 +359,8 @@ impl Graphed {
                 let low = lower(&self.outs, &self.subject.updates)?;
                 let values = self.values(&low.leaves, carried)?;
                 for (got, want) in got.iter().zip(&eval_bounded(&low.graph, &values)?) {
-                    if self.half.get() {
-                        errors.rounded(got, want);
+                    if let Some(part) = self.half.get() {
+                        errors.rounded(got, want, part);
                         continue;
                     }
                     errors.add(got, want);
@@ -383,8 +386,8 @@ impl Graphed {
                 let judged = s.want.iter().map(|want| {
                     let mut by_this = Errors::default();
                     match self.half.get() {
-                        true => by_this.rounded(&got, want),
-                        false => by_this.add(&got, want),
+                        Some(part) => by_this.rounded(&got, want, part),
+                        None => by_this.add(&got, want),
                     }
                     by_this
                 });
@@ -399,7 +402,7 @@ impl Graphed {
                 twin.feed(self.link.get())?;
                 twin.start()?;
                 for (got, want) in got.iter().zip(twin.results()?) {
-                    errors.near(got, &want, if self.half.get() { HALF } else { TWIN });
+                    errors.near(got, &want, self.half.get().unwrap_or(TWIN));
                     errors.compared += got.len();
                 }
             }
@@ -450,8 +453,8 @@ impl Errors {
         self.compared += got.len();
     }
 
-    fn rounded(&mut self, got: &[f64], want: &Bounded) {
-        self.near(got, &want.value.data, HALF);
+    fn rounded(&mut self, got: &[f64], want: &Bounded, part: f64) {
+        self.near(got, &want.value.data, part);
         self.compared += got.len();
     }
 

@@ -20,7 +20,7 @@ pub fn judged(ours: Ours) -> Judged {
 /// The same, for an engine that rounds everything to bf16.
 #[must_use]
 pub fn judged_half(ours: Ours) -> Judged {
-    ours.graph.half.set(true);
+    ours.graph.half.set(Some(super::HALF));
     judged(ours)
 }
 

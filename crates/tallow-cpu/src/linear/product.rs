@@ -17,9 +17,6 @@ const CONFLICT_BYTES: usize = 4096;
 /// What a copied row is longer than its piece, so that the copies do not.
 const APART: usize = 16;
 
-/// Weights up to this size stay in the second-level cache by themselves.
-const NEAR_BYTES: usize = 512 << 10;
-
 mod pairs;
 pub(super) use pairs::forget;
 
@@ -121,23 +118,27 @@ impl<E: Element> Product<E> {
         }
     }
 
+    /// The panels of a range in the order they are worked on, each with the one to ask memory for meanwhile. Small weights
+    /// too come from afar, for a model has many of them; but with few rows the panel itself is what memory is asked for.
+    fn in_order(&self, panels: Range<usize>) -> impl Iterator<Item = (usize, Option<usize>)> {
+        let (descending, many) = (self.descending, self.m > 2 * MR);
+        (0..panels.len()).map(move |i| {
+            let (p, next) = match descending {
+                true => (panels.end - 1 - i, (panels.end - 1 - i).checked_sub(1)),
+                false => (panels.start + i, Some(panels.start + i + 1)),
+            };
+            (p, next.filter(|_| many))
+        })
+    }
+
     /// # Safety
     /// As for [`Product::run`], for the terms of `piece`.
     unsafe fn tiles(&self, panels: Range<usize>, piece: &Piece, tails: &Tails<'_>) {
         // SAFETY: the caller's promise.
         let (x, x_row) = unsafe { self.near(piece) };
-        // With fewer rows the panel itself is what memory is asked for.
-        let far = self.m > 2 * MR && self.k * self.n * size_of::<E>() > NEAR_BYTES;
         let (shares, first) = self.shares;
-        for i in 0..panels.len() {
-            let (p, next) = match self.descending {
-                true => (panels.end - 1 - i, (panels.end - 1 - i).checked_sub(1)),
-                false => (panels.start + i, Some(panels.start + i + 1)),
-            };
-            let next = match next {
-                Some(next) if far => self.panel(next, piece),
-                _ => std::ptr::null(),
-            };
+        for (p, next) in self.in_order(panels) {
+            let next = next.map_or(std::ptr::null(), |p| self.panel(p, piece));
             for segment in shares.cut(first, self.m) {
                 let tail = tails.of(segment, p);
                 let row = segment.start;

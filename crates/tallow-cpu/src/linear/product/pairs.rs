@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::{PIECE, Product, Tails};
 use crate::linear::Segment;
-use crate::tile::{Head, MR, NR, PairStrip, PairTile, Pairs, narrow, run_pair_strip, run_pairs};
+use crate::tile::{Head, NR, PairStrip, PairTile, Pairs, narrow, run_pair_strip, run_pairs};
 
 /// What a rounded row is longer than its piece, in pairs: rows then do not fight for cache lines.
 const APART: usize = 8;
@@ -130,17 +130,10 @@ impl Product<Pairs> {
         x: *const u32,
         tails: &Tails<'_>,
     ) {
-        // With fewer rows the panel itself is what memory is asked for. Small weights too come from afar, for a model
-        // has many of them; asking for what is near costs next to nothing.
-        let far = self.m > 2 * MR;
         let (shares, first) = self.shares;
         let x_row = piece.len + APART;
-        for i in 0..panels.len() {
-            let (p, next) = match self.descending {
-                true => (panels.end - 1 - i, (panels.end - 1 - i).checked_sub(1)),
-                false => (panels.start + i, Some(panels.start + i + 1)),
-            };
-            let next = next.filter(|_| far).map(|p| self.pair_panel(p, piece));
+        for (p, next) in self.in_order(panels) {
+            let next = next.map(|p| self.pair_panel(p, piece));
             for segment in shares.cut(first, self.m) {
                 let tail = tails.of(segment, p);
                 let row = segment.start;
