@@ -216,7 +216,7 @@ pub fn task(shape: LoraShape) -> Task {
     }
 }
 
-/// The product and the LoRA forwards of the suite.
+/// The product, others as thin, and the LoRA forwards of the suite.
 #[must_use]
 pub fn tasks(cx: &Context) -> Vec<Task> {
     let (sizes, ranks): (&[usize], &[usize]) = match cx.quick {
@@ -224,6 +224,16 @@ pub fn tasks(cx: &Context) -> Vec<Task> {
         false => (&[512, 1024, 2048, 4096], &[0, 4, 8, 16, 32, 64]),
     };
     let mut all = vec![task(FIRST)];
+    if !cx.quick {
+        let thin = |m: usize, n: usize| task(LoraShape { m, n, ..FIRST });
+        let rows = [1, 8, 128, 512].into_iter();
+        let all_thin = rows.flat_map(|m| [4, 8, 16, 32, 64].map(|n| (m, n)));
+        all.extend(
+            all_thin
+                .filter(|t| *t != (FIRST.m, FIRST.n))
+                .map(|(m, n)| thin(m, n)),
+        );
+    }
     for m in [1, 128] {
         for k in sizes {
             let shape = |rank: &usize| LoraShape {
