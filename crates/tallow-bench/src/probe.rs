@@ -84,6 +84,10 @@ const SMALLEST: usize = 16 << 10;
 const LARGEST: usize = 256 << 20;
 /// How long each rate is looked for, in seconds: about a second for all.
 const PATIENCE_S: f64 = 0.02;
+/// How long the peak of several threads is looked for while it is far from theirs alone: at first they may share a core.
+const LONG_PATIENCE_S: f64 = 0.5;
+/// Of their peaks alone, what several threads should reach together.
+const SCALING: f64 = 0.9;
 /// Least bytes read in one call.
 const PASS_BYTES: usize = 32 << 20;
 /// Multiply-adds of one probe, in rounds of the kernel.
@@ -105,7 +109,7 @@ impl Probe {
                 let part = &data[..bytes / 4];
                 // Long enough that handing the work to the threads does not count.
                 let passes = (PASS_BYTES / bytes).max(1);
-                let bytes_per_s = best(clock, || read(exec, part, passes) as f64);
+                let bytes_per_s = best(clock, 0.0, || read(exec, part, passes) as f64);
                 probe.bandwidth.push(Bandwidth {
                     threads,
                     bytes,
@@ -113,7 +117,12 @@ impl Probe {
                 });
             }
             for (product, dtype) in [(Product::F32, DType::F32), (Product::BF16, DType::BF16)] {
-                let flops = best(clock, || multiply_adds(exec, product, STEPS));
+                let alone = probe
+                    .peak
+                    .iter()
+                    .find(|p| p.threads == 1 && p.dtype == dtype.name());
+                let hoped = alone.map_or(0.0, |p| SCALING * p.flops * threads as f64);
+                let flops = best(clock, hoped, || multiply_adds(exec, product, STEPS));
                 probe.peak.push(Peak {
                     threads,
                     dtype: dtype.name().to_owned(),
@@ -168,10 +177,14 @@ impl Probe {
     }
 }
 
-/// Most work a second, of many runs; each run says how much it did.
-fn best(clock: &dyn Clock, mut run: impl FnMut() -> f64) -> f64 {
+/// Most work a second, of many runs; each run says how much it did. Less than `hoped` for is looked into for longer.
+fn best(clock: &dyn Clock, hoped: f64, mut run: impl FnMut() -> f64) -> f64 {
     let (begin, mut most, mut runs) = (clock.now(), 0.0f64, 0);
-    while runs < 3 || clock.now() - begin < PATIENCE_S {
+    let patience = |most: f64| match most < hoped {
+        true => LONG_PATIENCE_S,
+        false => PATIENCE_S,
+    };
+    while runs < 3 || clock.now() - begin < patience(most) {
         let start = clock.now();
         let done = run();
         most = most.max(done / (clock.now() - start));
@@ -242,6 +255,30 @@ mod tests {
             }
         }
         let clock = Steps(std::cell::Cell::new(0));
-        assert_eq!(best(&clock, || 3.0), 6.0);
+        assert_eq!(best(&clock, 0.0, || 3.0), 6.0);
+    }
+
+    #[test]
+    fn what_is_hoped_for_is_waited_for() {
+        struct Even(std::cell::Cell<f64>);
+        impl Clock for Even {
+            fn now(&self) -> f64 {
+                self.0.set(self.0.get() + 0.01);
+                self.0.get()
+            }
+        }
+        let rate = |hoped: f64| {
+            let mut runs = 0;
+            // The tenth run is the first on two cores.
+            let work = || {
+                runs += 1;
+                if runs < 10 { 1.0 } else { 10.0 }
+            };
+            best(&Even(std::cell::Cell::new(0.0)), hoped, work).round()
+        };
+        assert_eq!(rate(0.0), 100.0);
+        assert_eq!(rate(900.0), 1000.0);
+        // What never comes is not waited for without end.
+        assert_eq!(rate(1e9), 1000.0);
     }
 }
