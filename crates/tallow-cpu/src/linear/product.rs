@@ -94,17 +94,7 @@ impl<E: Element> Product<E> {
             // SAFETY: the caller's promise; only panels of `Pairs` are to be multiplied as they are.
             return unsafe { self.as_pairs().run_pairs(panels, tails) };
         }
-        let pieces = self.k.div_ceil(PIECE).max(1);
-        let mut from = 0;
-        for piece in 0..pieces {
-            let len = (self.k - from).div_ceil(pieces - piece);
-            let last = piece + 1 == pieces;
-            let tails = if last { tails } else { &Tails::None };
-            let piece = Piece {
-                from,
-                len,
-                accumulate: self.accumulate || piece > 0,
-            };
+        for (piece, tails) in self.pieces(self.k, tails) {
             // SAFETY: terms `from..from + len` are part of the sums; the caller's promise.
             unsafe {
                 match (self.m, tails) {
@@ -114,8 +104,27 @@ impl<E: Element> Product<E> {
                     _ => self.tiles(panels.clone(), &piece, tails),
                 }
             }
-            from += len;
         }
+    }
+
+    /// Sums of `terms` terms in even pieces, the last with the tails.
+    fn pieces<'t>(
+        &self,
+        terms: usize,
+        tails: &'t Tails<'t>,
+    ) -> impl Iterator<Item = (Piece, &'t Tails<'t>)> + use<'t, E> {
+        let pieces = terms.div_ceil(PIECE).max(1);
+        let (adds, mut from) = (self.accumulate, 0);
+        (0..pieces).map(move |i| {
+            let piece = Piece {
+                from,
+                len: (terms - from).div_ceil(pieces - i),
+                accumulate: adds || i > 0,
+            };
+            from += piece.len;
+            let last = i + 1 == pieces;
+            (piece, if last { tails } else { &Tails::None })
+        })
     }
 
     /// The panels of a range in the order they are worked on, each with the one to ask memory for meanwhile. Small weights
@@ -230,7 +239,7 @@ impl<E: Element> Product<E> {
     }
 }
 
-/// A run of terms of a sum.
+/// A run of terms of a sum, or of pairs of them.
 struct Piece {
     from: usize,
     len: usize,

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{PIECE, Product, Tails};
+use super::{Piece, Product, Tails};
 use crate::linear::Segment;
 use crate::tile::{Head, NR, PairStrip, PairTile, Pairs, narrow, run_pair_strip, run_pairs};
 
@@ -28,13 +28,6 @@ const _: () = assert!(size_of::<Key>() <= KEY * size_of::<f32>());
 /// Makes a scratch hold no rounded rows. Each call begins so, for its `x` may lie where the last one's did.
 pub(in crate::linear) fn forget(scratch: &mut [f32]) {
     scratch[..KEY].fill(0.0);
-}
-
-/// A run of pairs of a sum.
-struct Piece {
-    from: usize,
-    len: usize,
-    accumulate: bool,
 }
 
 impl<E> Product<E> {
@@ -70,17 +63,7 @@ impl Product<Pairs> {
     /// As for [`Product::run`].
     pub(super) unsafe fn run_pairs(&self, panels: Range<usize>, tails: &Tails<'_>) {
         // Twice as many terms as of f32 in the same room.
-        let pieces = self.pairs().div_ceil(PIECE).max(1);
-        let mut from = 0;
-        for piece in 0..pieces {
-            let len = (self.pairs() - from).div_ceil(pieces - piece);
-            let last = piece + 1 == pieces;
-            let tails = if last { tails } else { &Tails::None };
-            let piece = Piece {
-                from,
-                len,
-                accumulate: self.accumulate || piece > 0,
-            };
+        for (piece, tails) in self.pieces(self.pairs(), tails) {
             // SAFETY: pairs `from..from + len` are part of the sums; the caller's promise.
             unsafe {
                 let x = self.rounded(&piece);
@@ -91,7 +74,6 @@ impl Product<Pairs> {
                     _ => self.tiles_of_pairs(panels.clone(), &piece, x, tails),
                 }
             }
-            from += len;
         }
     }
 
