@@ -19,9 +19,6 @@ use crate::work::{Chain, Check, Judge, Work};
 mod chain;
 pub mod judge;
 
-/// How many times the first-order rounding bound a kernel may be off, as in the conformance suite.
-pub const SLACK: f64 = 4.0;
-
 /// What an operand is filled with.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fill {
@@ -434,15 +431,8 @@ struct Errors {
 
 impl Errors {
     fn add(&mut self, got: &[f64], want: &Bounded) {
-        let ulp = match want.value.ty.dtype {
-            DType::F32 => f64::from(f32::EPSILON),
-            DType::BF16 => 2f64.powi(-8),
-            DType::F16 => 2f64.powi(-11),
-            DType::I32 | DType::U32 | DType::U8 => 0.0,
-        };
-        let wanted = want.value.data.iter().zip(&want.bound);
-        for (got, (w, bound)) in got.iter().zip(wanted) {
-            let tolerance = SLACK * f64::from(f32::EPSILON) * bound + ulp * w.abs() + 1e-30;
+        let wanted = want.value.data.iter().zip(want.tolerances());
+        for (got, (w, tolerance)) in got.iter().zip(wanted) {
             let off = (got - w).abs() / tolerance;
             self.worst = if off.is_finite() {
                 self.worst.max(off)

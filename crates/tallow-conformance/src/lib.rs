@@ -7,7 +7,7 @@
 mod cases;
 mod compare;
 pub use cases::{Case, composites, dtypes, inside, layouts, structural, training};
-pub use compare::{Failure, SLACK, check, check_all, distance};
+pub use compare::{Failure, check, check_all, distance};
 
 /// Makes one test for each part of the suite, on the session that `$session` opens.
 #[macro_export]

@@ -39,8 +39,6 @@ const REPLAY_S: f64 = 200e-6;
 const MOST_STEPS: usize = 64;
 /// Rounds, as long as there is time.
 const ROUNDS: usize = 15;
-/// How many times the first-order rounding bound a kernel may be off, as in the conformance suite.
-const SLACK: f64 = 4.0;
 /// Above this much arithmetic not even a dispute is brought before the oracle.
 const DISPUTE_FLOPS: f64 = 1e9;
 /// How far, by norm, results may be apart that are judged by each other; the second where products are rounded to bf16.
@@ -423,15 +421,8 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn within(got: &[f64], want: &Bounded) -> bool {
-    let ulp = match want.value.ty.dtype {
-        DType::F32 => f64::from(f32::EPSILON),
-        DType::BF16 => 2f64.powi(-8),
-        DType::F16 => 2f64.powi(-11),
-        DType::I32 | DType::U32 | DType::U8 => 0.0,
-    };
-    let wanted = want.value.data.iter().zip(&want.bound);
-    got.iter().zip(wanted).all(|(got, (w, bound))| {
-        let tolerance = SLACK * f64::from(f32::EPSILON) * bound + ulp * w.abs() + 1e-30;
-        (got - w).abs() <= tolerance
-    })
+    let wanted = want.value.data.iter().zip(want.tolerances());
+    got.iter()
+        .zip(wanted)
+        .all(|(got, (w, tolerance))| (got - w).abs() <= tolerance)
 }

@@ -1,7 +1,7 @@
 //! How far an f32 kernel may be from the oracle: a first-order running error bound.
 //! Invariant: a result's bound counts one rounding for every term that went into it, in units of the
 //! f32 epsilon: `Σ|x||w|` for a product of exact operands, and what later ops make of it.
-//! Absent on purpose: the constant in front. Tests choose it, in one place.
+//! Absent on purpose: a tolerance of each kernel's own. The one constant in front is [`SLACK`].
 use super::{Value, check_inputs, gather, matmul, node, reduce};
 use crate::{
     Result,
@@ -12,6 +12,10 @@ use crate::{
     types::DType,
 };
 
+/// How many times the first-order rounding bound a kernel may be off: fused multiply-adds, other
+/// orders of summation and approximations of a few ulp in `exp`, `sin`, `cos`.
+pub const SLACK: f64 = 4.0;
+
 /// A result with its error bound.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bounded {
@@ -19,6 +23,20 @@ pub struct Bounded {
     pub value: Value,
     /// For each element, how far an evaluation in f32 may be off, in units of the f32 epsilon.
     pub bound: Vec<f64>,
+}
+
+impl Bounded {
+    /// For each element, how far a kernel's result may be off: [`SLACK`] bounds, and one rounding to the type it is stored as.
+    pub fn tolerances(&self) -> impl Iterator<Item = f64> + '_ {
+        let ulp = match self.value.ty.dtype {
+            DType::F32 => f64::from(f32::EPSILON),
+            DType::BF16 => 2f64.powi(-8),
+            DType::F16 => 2f64.powi(-11),
+            DType::I32 | DType::U32 | DType::U8 => 0.0,
+        };
+        let all = self.value.data.iter().zip(&self.bound);
+        all.map(move |(v, bound)| SLACK * f64::from(f32::EPSILON) * bound + ulp * v.abs() + 1e-30)
+    }
 }
 
 /// [`eval`](super::eval) with error bounds. Inputs count as exact.

@@ -1,5 +1,5 @@
 //! The self-test of `doctor`: two rates, and some ops against the f64 oracle.
-//! Invariant: the tolerance is the oracle's own rounding bound of each element, times [`SLACK`].
+//! Invariant: the tolerance is the oracle's own rounding bound of each element, times the constant that all tests share.
 //! Absent on purpose: every op; that is the conformance suite's business.
 use crate::out;
 use anyhow::Result;
@@ -13,8 +13,6 @@ use tallow::{
     },
 };
 
-/// How many times the first-order rounding bound a kernel may be off.
-const SLACK: f64 = 4.0;
 /// How long each rate is measured, in seconds.
 const PATIENCE: f64 = 0.5;
 const READ_BYTES: usize = 256 << 20;
@@ -209,12 +207,8 @@ fn check(
     let got = session.eval(&outs)?;
     let mut worst = 0.0_f64;
     for (got, want) in got.iter().zip(&want) {
-        for (g, (w, bound)) in session
-            .read(got)?
-            .iter()
-            .zip(want.value.data.iter().zip(&want.bound))
-        {
-            let tolerance = f64::from(f32::EPSILON) * (SLACK * bound + w.abs()) + 1e-30;
+        let wanted = want.value.data.iter().zip(want.tolerances());
+        for (g, (w, tolerance)) in session.read(got)?.iter().zip(wanted) {
             let off = (f64::from(*g) - w).abs() / tolerance;
             worst = if off.is_nan() {
                 f64::INFINITY
