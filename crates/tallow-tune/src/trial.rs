@@ -23,7 +23,9 @@ use tallow_core::types::DType;
 pub(crate) enum Tried {
     /// The time of one run.
     Seconds(f64),
-    /// It failed, or its result did.
+    /// Its result failed the check.
+    Wrong(String),
+    /// It could not be run.
     Refused(String),
 }
 
@@ -95,7 +97,7 @@ pub(crate) fn run(
         run, result, verdict,
     ) {
         (Err(e), ..) | (_, Err(e), _) => Tried::Refused(e.to_string()),
-        (.., Some(wrong)) => Tried::Refused(wrong),
+        (.., Some(wrong)) => Tried::Wrong(wrong),
         (Ok(run), ..) => Tried::Seconds(run.best_s),
     };
     Ok(runs.iter().zip(&results).zip(verdicts).map(one).collect())
