@@ -112,14 +112,16 @@ fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -
     };
     for peer in &mut plan.peers {
         for (label, job) in &task.peers {
-            let name = match &**label {
-                "" => peer.name().to_owned(),
-                label => format!("{}, {label}", peer.name()),
+            let named = |engine: &str| match &**label {
+                "" => engine.to_owned(),
+                label => format!("{engine}, {label}"),
             };
-            match peer.contender(job, cx) {
-                Ok(Some(c)) => contenders.push(Contender { engine: name, ..c }),
-                Ok(None) => {}
-                Err(e) => missing.push(absent(&name, e.to_string())),
+            match peer.contenders(job, cx) {
+                Ok(all) => contenders.extend(all.into_iter().map(|c| Contender {
+                    engine: named(&c.engine),
+                    ..c
+                })),
+                Err(e) => missing.push(absent(&named(peer.name()), e.to_string())),
             }
         }
     }
@@ -143,5 +145,6 @@ fn absent(engine: &str, what: String) -> Row {
             bound: Bound::Bandwidth,
         },
         verdict: Verdict::Invalid(Reason::Failed { what }),
+        memory: None,
     }
 }

@@ -64,7 +64,11 @@ fn group(g: &Group) -> String {
     for (i, row) in g.rows.iter().enumerate() {
         out += &line(g, i, row);
     }
-    out += "</table>\n<details><summary>samples, µs</summary>\n";
+    out += "</table>\n";
+    if let Some(why) = table::no_plan(g) {
+        out += &format!("<p class=\"facts\">No time in a plan: {}.</p>\n", text(why));
+    }
+    out += "<details><summary>samples, µs</summary>\n";
     for row in &g.rows {
         if let Some(f) = row.figures() {
             let all = f.waited.samples.iter().map(|s| format!("{:.2}", s * 1e6));
@@ -109,6 +113,7 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
     if let Some(r) = g.ratio(i) {
         more.push(format!("{:.3}× ({:.3} – {:.3})", r.middle, r.low, r.high));
     }
+    more.extend(row.memory.as_ref().map(table::memory));
     let more = more.join(", ");
     let cells: String = cells
         .iter()

@@ -39,7 +39,7 @@ pub(crate) struct Args {
     #[command(subcommand)]
     what: Option<What>,
     /// What to measure: seed (products, adapters, norms), layers, tax (with and without adapters), train, decode,
-    /// busy (alone and beside a program that keeps every core busy) [default: seed].
+    /// sweep (adapters trained side by side), busy (alone and beside a program that keeps every core busy) [default: seed].
     #[arg(value_name = "SUITE", value_parser = suite)]
     suites: Vec<Suite>,
     /// Fewer shapes, fewer rounds.
@@ -48,7 +48,7 @@ pub(crate) struct Args {
     /// Type of the weight matrices: f32 or bf16.
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = open::dtype)]
     dtype: ComputeDType,
-    /// Folder of a model for tax, train and decode; may be given several times [default: the built-in model and one
+    /// Folder of a model for tax, train, decode and sweep; may be given several times [default: the built-in model and one
     /// of hidden size 256].
     #[arg(long, value_name = "DIR")]
     model: Vec<PathBuf>,
@@ -213,8 +213,8 @@ fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Resu
 
 /// The models of the suites that need one: those asked for, or the built-in one and a random one.
 fn models(args: &Args, suites: &[Suite], scratch: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let wanted = |s: &Suite| matches!(s, Suite::Tax | Suite::Train | Suite::Decode | Suite::Busy);
-    if !suites.iter().any(wanted) {
+    let unwanted = |s: &Suite| matches!(s, Suite::Seed | Suite::Layers);
+    if suites.iter().all(unwanted) {
         return Ok(vec![]);
     }
     let mut all = vec![];
