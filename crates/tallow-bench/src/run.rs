@@ -4,8 +4,6 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tallow::cpu::simd::Isa;
-
 use crate::Result;
 use crate::measure::{Contender, Reason, Row, Settings, Verdict, measure};
 use crate::peer::Peer;
@@ -50,7 +48,6 @@ pub struct Plan<'a> {
 pub fn run(
     cx: &Context,
     mut plan: Plan<'_>,
-    isa: Isa,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Report> {
@@ -62,7 +59,7 @@ pub fn run(
         missing: peers(&plan, false),
         command: plan.command.clone(),
         unix_s: since.map_or(0, |d| d.as_secs()),
-        machine: Machine::here(isa),
+        machine: Machine::here(&cx.session)?,
         threads: cx.threads,
         dtype: cx.dtype.name().to_owned(),
         settings: plan.settings,

@@ -37,10 +37,16 @@ pub fn head(report: &Report) -> Vec<String> {
         .map(|(name, version)| format!("; {name} {version}"));
     let mut lines = vec![
         format!("tallow {}{}", report.tallow, peers.collect::<String>()),
-        format!(
-            "{}, {}, {} of {} threads, {} weights{load}",
-            m.processor, m.isa, report.threads, m.logical, report.dtype
-        ),
+        match &m.device {
+            None => format!(
+                "{}, {}, {} of {} threads, {} weights{load}",
+                m.processor, m.isa, report.threads, m.logical, report.dtype
+            ),
+            Some(device) => format!(
+                "{device}, {} weights; behind {}{load}",
+                report.dtype, m.processor
+            ),
+        },
     ];
     let missing = report.missing.iter();
     lines.extend(missing.map(|(name, why)| format!("{name} takes no part: {why}")));

@@ -59,6 +59,7 @@ pub(crate) fn report(scale: f64) -> Report {
         machine: Machine {
             processor: "a processor".into(),
             isa: "avx512".into(),
+            device: None,
             logical: 2,
             system: "x86_64-linux".into(),
             load: Some(0.0),

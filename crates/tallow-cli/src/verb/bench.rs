@@ -15,7 +15,7 @@ use std::{
 };
 use tallow::{
     DType,
-    cpu::{pool, simd::Isa},
+    cpu::pool,
     llm::{ComputeDType, ModelConfig, files},
 };
 use tallow_bench::{
@@ -117,7 +117,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     };
     let scratch = tempfile::tempdir().context("cannot make a folder for models")?;
     let models = models(args, suites, scratch.path())?;
-    let (cx, isa) = context(args, global, models)?;
+    let cx = context(args, global, models)?;
     let plan = Plan {
         suites,
         settings: if args.quick {
@@ -129,7 +129,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         peers: peer::open(&args.against, cx.threads)?,
     };
     let mut shown = Shown::new(args);
-    let report = bench(&cx, plan, isa, &interrupt::asked, &mut |e| shown.event(&e))?;
+    let report = bench(&cx, plan, &interrupt::asked, &mut |e| shown.event(&e))?;
     shown.end()?;
     write(args, &report)?;
     drop(polite);
@@ -192,23 +192,26 @@ fn spinner() -> Result<Option<Vec<OsString>>> {
     Ok(Some(std::iter::once(program.into()).chain(args).collect()))
 }
 
-fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Result<(Context, Isa)> {
+fn dtype(args: &Args) -> DType {
+    match args.dtype {
+        ComputeDType::F32 => DType::F32,
+        ComputeDType::BF16 => DType::BF16,
+    }
+}
+
+fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Result<Context> {
     let session = open::session(global, args.dtype)?;
-    let isa = Isa::detect()?;
     let threads = threads(global)?;
-    let cx = Context {
+    let dtype = dtype(args);
+    Ok(Context {
+        probe: Probe::of(&Wall::new(), &session, dtype, threads)?,
         session,
         threads,
-        dtype: match args.dtype {
-            ComputeDType::F32 => DType::F32,
-            ComputeDType::BF16 => DType::BF16,
-        },
+        dtype,
         quick: args.quick,
-        probe: Probe::run(&Wall::new(), isa, threads),
         models,
         spinner: spinner()?,
-    };
-    Ok((cx, isa))
+    })
 }
 
 /// The models of the suites that need one: those asked for, or the built-in one and a random one.
@@ -225,6 +228,10 @@ fn models(args: &Args, suites: &[Suite], scratch: &Path) -> Result<Vec<(String, 
     let mut shapes = args.shape.clone();
     if args.model.is_empty() && args.shape.is_empty() {
         shapes.push(SMALL);
+    }
+    // All of them, before the first is written.
+    for shape in &shapes {
+        shape.fits(dtype(args))?;
     }
     for shape in &shapes {
         let dir = scratch.join(shape.name);
