@@ -111,7 +111,9 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
         more.push(format!("{:.0} tokens/s", tokens as f64 / f.waited.median));
     }
     if let Some(r) = g.ratio(i) {
-        more.push(format!("{:.3}× ({:.3} – {:.3})", r.middle, r.low, r.high));
+        let first = &g.rows[0].engine;
+        let ratio = format!("{:.3} × {first} ({:.3} – {:.3})", r.middle, r.low, r.high);
+        more.push(ratio);
     }
     more.extend(row.memory.as_ref().map(table::memory));
     let more = more.join(", ");
