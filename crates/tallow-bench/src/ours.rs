@@ -14,7 +14,7 @@ use tallow::core::tensor::lower;
 use tallow::{DType, Plan, Program, Role, Session, Tensor, TensorType};
 
 use crate::Result;
-use crate::work::{Chain, Check, Judge, Work};
+use crate::work::{Chained, Check, Clock, Judge, Looped, Work, link};
 
 mod chain;
 pub mod judge;
@@ -188,8 +188,8 @@ pub type Again = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>>;
 
 /// How one repetition in a plan depends on the one before.
 pub enum Join {
-    /// There is no chain.
-    None,
+    /// There is no chain; why.
+    None(&'static str),
     /// Results are the next operands.
     Feed,
     /// The next operand is the old one plus the last column of the result.
@@ -508,6 +508,35 @@ impl Work for Ours {
         Ok(f32::from_le_bytes(bytes))
     }
 
+    fn waited(&mut self, clock: &dyn Clock, n: usize, first: f32) -> Result<Looped> {
+        // Behind a bus what feeds the next repetition takes as long as a small work, and is nobody else's time. On this
+        // side of it that is a store, and a second look at the clock would take longer.
+        let apart = self.graph.session.backend().far();
+        let (mut links, mut next, mut seconds) = (Vec::with_capacity(n), first, 0.0);
+        let begin = clock.now();
+        for i in 0..n {
+            self.feed(next)?;
+            let start = match apart {
+                true => {
+                    self.graph.session.backend().wait()?;
+                    clock.now()
+                }
+                false => begin,
+            };
+            self.start()?;
+            let y = self.finish()?;
+            if apart {
+                seconds += clock.now() - start;
+            }
+            links.push((next, y));
+            next = link(y, i);
+        }
+        if !apart {
+            seconds = clock.now() - begin;
+        }
+        Ok(Looped { seconds, links })
+    }
+
     fn check(&mut self, returned: f32) -> Result<Check> {
         self.graph.check(&self.results()?, returned)
     }
@@ -516,7 +545,7 @@ impl Work for Ours {
         !self.graph.subject.updates.is_empty()
     }
 
-    fn chain(&mut self, n: usize) -> Result<Option<Box<dyn Chain>>> {
+    fn chain(&mut self, n: usize) -> Result<Chained> {
         chain::make(&self.graph, &self.program, n)
     }
 }
