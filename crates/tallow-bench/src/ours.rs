@@ -116,7 +116,7 @@ impl<'a> Operands<'a> {
     pub fn filled(&mut self, shape: &[usize], dtype: DType, fill: Fill) -> Result<Tensor> {
         let ty = TensorType::new(shape, dtype);
         let host = fill.draw(&ty, &mut self.rng);
-        let bytes = encode(dtype, &host);
+        let bytes = dtype.encode(&host);
         let all = 0..bytes.len();
         let leaf = self.session.adopt(Arc::new(bytes), all, ty)?;
         self.made.push(Operand {
@@ -550,22 +550,9 @@ impl Work for Ours {
     }
 }
 
-/// Elements as little-endian bytes.
-fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(values.len() * dtype.bytes());
-    for v in values {
-        match dtype {
-            DType::BF16 => out.extend(bf16::from_f64(*v).to_le_bytes()),
-            DType::U32 => out.extend((*v as u32).to_le_bytes()),
-            _ => out.extend((*v as f32).to_le_bytes()),
-        }
-    }
-    out
-}
-
 fn upload(session: &Session, t: &Tensor, values: &[f64]) -> Result<()> {
     match t.buffer() {
-        Some(b) => Ok(session.backend().upload(b, 0, &encode(t.dtype(), values))?),
+        Some(b) => Ok(session.backend().upload(b, 0, &t.dtype().encode(values))?),
         None => Ok(()),
     }
 }
@@ -576,30 +563,7 @@ pub(crate) fn download(session: &Session, t: &Tensor) -> Result<Vec<f64>> {
     if let Some(b) = t.buffer() {
         session.backend().download(b, 0, &mut bytes)?;
     }
-    let four = |c: &[u8]| [c[0], c[1], c[2], c[3]];
-    Ok(match t.dtype() {
-        DType::BF16 => {
-            let one = |c: &[u8]| bf16::from_le_bytes([c[0], c[1]]).to_f64();
-            bytes.chunks_exact(2).map(one).collect()
-        }
-        DType::F16 => {
-            let one = |c: &[u8]| half::f16::from_le_bytes([c[0], c[1]]).to_f64();
-            bytes.chunks_exact(2).map(one).collect()
-        }
-        DType::U32 => {
-            let one = |c: &[u8]| f64::from(u32::from_le_bytes(four(c)));
-            bytes.chunks_exact(4).map(one).collect()
-        }
-        DType::I32 => {
-            let one = |c: &[u8]| f64::from(i32::from_le_bytes(four(c)));
-            bytes.chunks_exact(4).map(one).collect()
-        }
-        DType::F32 => {
-            let one = |c: &[u8]| f64::from(f32::from_le_bytes(four(c)));
-            bytes.chunks_exact(4).map(one).collect()
-        }
-        DType::U8 => bytes.into_iter().map(f64::from).collect(),
-    })
+    Ok(t.dtype().decode(&bytes))
 }
 
 #[cfg(test)]

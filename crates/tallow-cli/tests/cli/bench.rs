@@ -103,7 +103,10 @@ fn a_run_that_is_interrupted_leaves_what_is_done() {
     assert!((1..8).contains(&found.len()), "{found:?}");
     // Each of them is on the screen as well.
     let table = text(&out.stdout);
-    assert!(found.iter().all(|(task, _)| table.contains(task)), "{table}");
+    assert!(
+        found.iter().all(|(task, _)| table.contains(task)),
+        "{table}"
+    );
 }
 
 #[test]

@@ -9,11 +9,7 @@ use crate::{
 };
 use anyhow::Result;
 use serde_json::json;
-use tallow::{
-    DType,
-    cpu::pool,
-    llm::ComputeDType,
-};
+use tallow::{DType, cpu::pool, llm::ComputeDType};
 use tallow_bench::{
     measure::{Row, Settings, Verdict, measure},
     probe::Probe,
