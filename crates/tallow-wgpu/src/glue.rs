@@ -14,6 +14,8 @@ use tallow_core::{
 };
 
 mod elementwise;
+mod linear;
+mod matmul;
 mod reduce;
 mod rows;
 
@@ -62,6 +64,8 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
     let one = |o: Option<Offer>| o.into_iter().collect();
     match &spec.body {
         Body::Composite(c) => match c {
+            Composite::Linear(l) => linear::forward(t, l, spec),
+            Composite::LinearGrad(l) => one(linear::backward(t, l, spec)),
             Composite::RmsNorm(n) => one(rows::rms_norm(t, n.eps, spec)),
             Composite::RmsNormGrad(n) => one(rows::rms_norm_grad(t, n, spec)),
             Composite::AddRmsNorm(n) => one(rows::add_rms_norm(t, n.eps, spec)),
@@ -71,7 +75,7 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
             // No kernel: it runs as its decomposition.
             _ => vec![],
         },
-        Body::MatMul { .. } => vec![],
+        Body::MatMul { ta, tb, alpha } => matmul::offers(t, *ta, *tb, alpha.get(), spec),
         Body::Reduce(r, axis) => one(reduce::offer(t, *r, *axis, spec)),
         // No kernel yet.
         Body::Gather | Body::ScatterAdd => vec![],
@@ -83,8 +87,7 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
 
 /// The dispatches that write a frozen operand in one of this backend's formats.
 pub(crate) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Kernel>> {
-    let _ = (t, format, op);
-    None
+    linear::prepare(t, format, op)
 }
 
 /// Threads of a workgroup over elements.
