@@ -1,6 +1,6 @@
 // y[row, col] (+)= alpha sum_i x[row, i] w[col, i] + scale sum_r h[row, r] b[col, r] + bias[col] + past[row, col], for
 // matrices of any strides: the low-rank part runs on in the same accumulators. Sums in f32.
-// A workgroup of 256 makes 64 x 64 of the result, a thread 4 x 4 of it. FIND gives where each matrix begins:
+// A workgroup of 256 makes 64 x 64 of the result, a thread 4 x 4 of it. The text put in says where each matrix begins:
 // x0, w0, y0. XK, WK, BK: are x, w, b dense along the sum? Then neighbouring threads run along it.
 var<workgroup> xs: array<vec4<f32>, 256>;
 var<workgroup> ws: array<vec4<f32>, 256>;
