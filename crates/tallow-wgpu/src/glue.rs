@@ -15,6 +15,7 @@ use tallow_core::{
 
 mod elementwise;
 mod linear;
+mod linear_few;
 mod matmul;
 mod reduce;
 mod rows;
