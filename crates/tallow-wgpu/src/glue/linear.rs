@@ -190,7 +190,7 @@ impl Call<'_> {
 
 impl Call<'_> {
     /// `h [m, Σr]` of `share` `g`, in one dispatch.
-    fn into_adapters(
+    fn down_to_adapters(
         &self,
         t: &Target,
         spec: &KernelSpec,
@@ -215,7 +215,7 @@ impl Call<'_> {
         }
     }
     /// `dh [m, Σr]` of `share` `g`, in one dispatch.
-    fn out_of_adapters(&self, t: &Target, spec: &KernelSpec, g: usize) -> Option<Vec<Kernel>> {
+    fn back_to_adapters(&self, t: &Target, spec: &KernelSpec, g: usize) -> Option<Vec<Kernel>> {
         let share = &self.shares[g];
         let (mut ways, mut n0) = (vec![], 0);
         for (b, at) in self.blocks.iter().zip(&self.at) {
@@ -265,7 +265,7 @@ fn by_few(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     let k = spec.inputs[0].layout.shape.last();
     let mut jobs = vec![];
     for (g, share) in c.shares.iter().enumerate() {
-        jobs.extend(c.into_adapters(t, spec, g, k)?);
+        jobs.extend(c.down_to_adapters(t, spec, g, k)?);
         jobs.push(linear_few::forward(t, c, spec, g, share)?);
     }
     Some(offer(c, ["linear_few", "lora_linear_few"], jobs))
@@ -276,7 +276,7 @@ fn by_tiles(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     let k = spec.inputs[0].layout.shape.last();
     let mut jobs = vec![];
     for (g, share) in c.shares.iter().enumerate() {
-        jobs.extend(c.into_adapters(t, spec, g, k)?);
+        jobs.extend(c.down_to_adapters(t, spec, g, k)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
         for ((b, at), w) in c.blocks.iter().zip(&c.at).zip(&c.weights) {
             let mut tail = None;
@@ -323,7 +323,7 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
     let k = spec.inputs[1].layout.shape.last();
     let mut jobs = vec![];
     for (g, share) in c.shares.iter().enumerate() {
-        jobs.extend(c.out_of_adapters(t, spec, g)?);
+        jobs.extend(c.back_to_adapters(t, spec, g)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
         for (i, ((b, at), w)) in c.blocks.iter().zip(&c.at).zip(&c.weights).enumerate() {
             if !wants_dx {
