@@ -8,5 +8,7 @@ fn top(id: Id) {
     if (key > mine.x || (key == mine.x && i < mine.y)) { mine = vec2(key, i); }
   }
   let found = best(mine, id.t);
-  if (id.t == 0u) { LEAVE }
+  if (id.t == 0u) {
+    LEAVE
+  }
 }
