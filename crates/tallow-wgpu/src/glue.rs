@@ -13,9 +13,14 @@ use tallow_core::{
     types::DType,
 };
 
+mod attention;
 mod elementwise;
+mod loss;
+mod pointwise;
 mod reduce;
 mod rows;
+mod table;
+mod top;
 
 /// Offers handed out so far.
 #[derive(Default)]
@@ -62,6 +67,16 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
     let one = |o: Option<Offer>| o.into_iter().collect();
     match &spec.body {
         Body::Composite(c) => match c {
+            Composite::LogitsCrossEntropy(_) => one(loss::of_logits(t, spec)),
+            Composite::Dropout(d) => one(pointwise::dropout(t, d, spec)),
+            Composite::Attention(a) => one(attention::forward(t, a, spec)),
+            Composite::AttentionGrad(a) => one(attention::backward(t, &a.0, spec)),
+            Composite::KvWrite(_) => one(table::kv_write(t, spec)),
+            Composite::Top(_) => one(top::top(t, spec)),
+            Composite::Rope(r) => one(pointwise::rope(t, r.inverse, spec)),
+            Composite::SwiGlu(_) => one(pointwise::swiglu(t, spec)),
+            Composite::SwiGluGrad(_) => one(pointwise::swiglu_grad(t, spec)),
+            Composite::AdamW(_) => one(pointwise::adamw(t, spec)),
             Composite::RmsNorm(n) => one(rows::rms_norm(t, n.eps, spec)),
             Composite::RmsNormGrad(n) => one(rows::rms_norm_grad(t, n, spec)),
             Composite::AddRmsNorm(n) => one(rows::add_rms_norm(t, n.eps, spec)),
@@ -73,8 +88,8 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
         },
         Body::MatMul { .. } => vec![],
         Body::Reduce(r, axis) => one(reduce::offer(t, *r, *axis, spec)),
-        // No kernel yet.
-        Body::Gather | Body::ScatterAdd => vec![],
+        Body::Gather => one(table::gather(t, spec)),
+        Body::ScatterAdd => one(table::scatter_add(t, spec)),
         Body::Map(_) | Body::Copy | Body::Fill(_) | Body::Iota(_) | Body::Random(_) => {
             one(elementwise::generated(t, spec))
         }

@@ -68,12 +68,7 @@ struct Case<'a> {
 
 impl<'a> Case<'a> {
     /// `known`: operands without starts; `floats`: those of them that are f32.
-    fn new(
-        a: &'a Attention,
-        spec: &'a KernelSpec,
-        known: usize,
-        floats: &[usize],
-    ) -> Option<Self> {
+    fn new(a: &'a Attention, spec: &'a KernelSpec, known: usize, floats: &[usize]) -> Option<Self> {
         let floats = floats.iter().map(|i| &spec.inputs[*i]);
         let mut all = floats.chain(spec.outputs.iter().flatten());
         all.all(|o| o.dtype == F32).then_some(Case {
@@ -217,13 +212,7 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
     args.extend(strides(O, spec.outputs[0].as_ref())?);
     let loads = [("q", "ta"), ("k", "tb"), ("v", "tb")];
     let body = tiled(z, FORWARD, &loads, &["o"]);
-    let job = c.kernel(
-        t,
-        "attention",
-        &body,
-        [z.t.div_ceil(TILE), z.h, z.b],
-        args,
-    )?;
+    let job = c.kernel(t, "attention", &body, [z.t.div_ceil(TILE), z.h, z.b], args)?;
     Some(Offer::new("attention_tiles_f32", vec![job]))
 }
 
@@ -237,11 +226,7 @@ fn decode(t: &Target, c: &Case<'_>) -> Option<Offer> {
         scratch("part", 0, parts * z.d * 4, F32),
         scratch("stats", stats_at, parts * 8, F32),
     ];
-    let numbers = [
-        word("s", z.s)?,
-        word("hk", z.hk)?,
-        word("splits", splits)?,
-    ];
+    let numbers = [word("s", z.s)?, word("hk", z.hk)?, word("splits", splits)?];
     let more = vec![("T", format!("{}u", z.t)), ("ROWS", format!("{queries}u"))];
     let (mut args, strides_in) = qkv(spec)?;
     args.extend(c.rows());
@@ -249,14 +234,7 @@ fn decode(t: &Target, c: &Case<'_>) -> Option<Offer> {
     args.extend(numbers.clone());
     args.extend(strides_in);
     let body = [COMMON, &repeated(DECODE, "ROW", queries)].concat();
-    let first = c.kernel_with(
-        t,
-        "decode",
-        &body,
-        [splits, z.hk, z.b],
-        args,
-        more.clone(),
-    )?;
+    let first = c.kernel_with(t, "decode", &body, [splits, z.hk, z.b], args, more.clone())?;
     let mut args = left.to_vec();
     args.extend(c.rows());
     args.extend([write("o", 0, F32), write("lse", 1, F32)]);

@@ -50,7 +50,7 @@ fn attention(id: Id) {
       for (var j = 0u; j < 8u; j++) { m = max(m, row_parts[at + j]); }
       let r = range[ty * 4u + i];
       let e = select(vec4<f32>(), exp(s[i] - m), (keys >= vec4(r.x)) & (keys < vec4(r.y)));
-      keep[i] = exp(max(top[i] - m, -100.0));
+      keep[i] = exp_of(max(top[i] - m, -100.0));
       sum[i] = sum[i] * keep[i] + (e.x + e.y) + (e.z + e.w);
       top[i] = m;
       tp[row(ty * 4u + i) + tx] = e;
@@ -73,7 +73,7 @@ fn attention(id: Id) {
     let real = all_keys > 0.0;
     if (real) { scale[i] = 1.0 / all_keys; }
     if (LIVE_lse && tx == 0u && first + r < a.t) {
-      st_lse((w.z * a.h + w.y) * a.t + first + r, select(0.0, log(max(all_keys, 1e-30)) + top[i], real));
+      st_lse((w.z * a.h + w.y) * a.t + first + r, select(0.0, log_of(max(all_keys, 1e-30)) + top[i], real));
     }
   }
   // each CHUNK

@@ -93,7 +93,7 @@ fn decode(id: Id) {
   if (mine < ROWS) {
     for (var i = lane % 4u; i < 64u; i += 4u) {
       let x = ps[mine * 64u + i];
-      let e = select(0.0, exp(x - m), x > LOW);
+      let e = select(0.0, exp_of(x - m), x > LOW);
       ps[mine * 64u + i] = e;
       sum += e;
     }

@@ -21,7 +21,7 @@ fn join(id: Id) {
   var sum = 0.0;
   for (var p = first; p < last; p++) {
     let at = (base + p * ROWS) * 2u;
-    sum += exp(max(ld_stats(at) - m, -100.0)) * ld_stats(at + 1u);
+    sum += exp_of(max(ld_stats(at) - m, -100.0)) * ld_stats(at + 1u);
   }
   let scale = select(0.0, 1.0 / max(sum, 1e-30), sum > 0.0);
   if (LIVE_o) {
@@ -29,12 +29,12 @@ fn join(id: Id) {
       var x = 0.0;
       for (var p = first; p < last; p++) {
         let at = base + p * ROWS;
-        x += exp(max(ld_stats(at * 2u) - m, -100.0)) * ld_part(at * D + c);
+        x += exp_of(max(ld_stats(at * 2u) - m, -100.0)) * ld_part(at * D + c);
       }
       st_o(w.z * a.ob + w.x * a.ot + w.y * a.oh + c, x * scale);
     }
   }
   if (LIVE_lse && lane == 0u) {
-    st_lse((w.z * a.hk * G + w.y) * T + w.x, select(0.0, log(max(sum, 1e-30)) + m, sum > 0.0));
+    st_lse((w.z * a.hk * G + w.y) * T + w.x, select(0.0, log_of(max(sum, 1e-30)) + m, sum > 0.0));
   }
 }

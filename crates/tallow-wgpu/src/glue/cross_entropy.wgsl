@@ -10,15 +10,15 @@ fn cross_entropy(id: Id) {
   var s = 0.0;
   for (var i = id.t; i < a.v; i += WG) {
     let x = ld_l(r * a.ls + i);
-    let e = exp(max(-abs(x - m), -100.0));
+    let e = exp_of(max(-abs(x - m), -100.0));
     s = select(s + e, s * e + 1.0, x > m);
     m = max(m, x);
   }
   let top = max_all(m, id);
-  s = sum_all(s * exp(max(m - top, -100.0)), id);
+  s = sum_all(s * exp_of(max(m - top, -100.0)), id);
   if (id.t == 0u) {
     var loss = 0.0;
-    if (counted) { loss = log(s) - (ld_l(r * a.ls + goal) - top); }
+    if (counted) { loss = log_of(s) - (ld_l(r * a.ls + goal) - top); }
     st_nll(a.first + r, loss);
   }
   if (!LIVE_dl) { return; }
@@ -27,7 +27,7 @@ fn cross_entropy(id: Id) {
   workgroupBarrier();
   let scale = select(0.0, 1.0 / s, counted);
   for (var i = id.t; i < a.v; i += WG) {
-    let p = exp(max(ld_l(r * a.ls + i) - top, -100.0)) * scale;
+    let p = exp_of(max(ld_l(r * a.ls + i) - top, -100.0)) * scale;
     st_dl(r * a.ds + i, select(p, p - 1.0, counted && i == goal));
   }
 }

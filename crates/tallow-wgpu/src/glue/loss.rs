@@ -45,7 +45,12 @@ fn fits(spec: &KernelSpec, target: usize) -> bool {
     let floats = |o: &&Operand| o.dtype == DType::F32;
     dense(&spec.inputs[target])
         && spec.outputs[0].as_ref().is_none_or(dense)
-        && spec.outputs.iter().flatten().chain([&spec.inputs[0]]).all(|o| floats(&o))
+        && spec
+            .outputs
+            .iter()
+            .flatten()
+            .chain([&spec.inputs[0]])
+            .all(|o| floats(&o))
 }
 
 pub(super) fn of_logits(t: &Target, spec: &KernelSpec) -> Option<Offer> {

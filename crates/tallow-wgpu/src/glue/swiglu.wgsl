@@ -7,5 +7,5 @@ fn swiglu(id: Id) {
   let col = i % a.c;
   let x = ld_g(row * a.gs + col);
   // No exp of more than 80: what an overflow makes is not said.
-  st_y(row * a.ys + col, x / (1.0 + exp(min(-x, 80.0))) * ld_u(row * a.us + col));
+  st_y(row * a.ys + col, x / (1.0 + exp_of(min(-x, 80.0))) * ld_u(row * a.us + col));
 }

@@ -8,7 +8,7 @@ fn swiglu_grad(id: Id) {
   let x = ld_g(row * a.gs + col);
   let u = ld_u(row * a.us + col);
   let d = ld_dy(row * a.ds + col);
-  let s = 1.0 / (1.0 + exp(min(-x, 80.0)));
+  let s = 1.0 / (1.0 + exp_of(min(-x, 80.0)));
   st_dg(row * a.dgs + col, d * u * (s * (1.0 + x * (1.0 - s))));
   st_du(row * a.dus + col, d * (x * s));
 }

@@ -115,7 +115,13 @@ pub(super) fn kv_write(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let mut keep = kernel(t, spec, keep)?;
     keep.unless_same = Some((0, 0));
     let mut args = vec![read("x", 1, new.dtype), read("pos", 2, DType::U32), y];
-    let sizes = [("n", b * tokens), ("t", tokens), ("s", s), ("h", h), ("d", d)];
+    let sizes = [
+        ("n", b * tokens),
+        ("t", tokens),
+        ("s", s),
+        ("h", h),
+        ("d", d),
+    ];
     let strides = ["xb", "xt", "xh"].into_iter().zip(head_strides(new)?);
     for (name, v) in sizes.into_iter().chain(strides) {
         args.push(word(name, v)?);
