@@ -15,12 +15,14 @@ use tallow_core::{
 
 mod attention;
 mod elementwise;
+mod listing;
 mod loss;
 mod pointwise;
 mod reduce;
 mod rows;
 mod table;
 mod top;
+pub use listing::{Source, sources};
 
 /// Offers handed out so far.
 #[derive(Default)]
