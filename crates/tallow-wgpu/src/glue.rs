@@ -15,8 +15,10 @@ use tallow_core::{
 
 mod attention;
 mod elementwise;
+mod linear;
 mod listing;
 mod loss;
+mod matmul;
 mod pointwise;
 mod reduce;
 mod rows;
@@ -69,6 +71,9 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
     let one = |o: Option<Offer>| o.into_iter().collect();
     match &spec.body {
         Body::Composite(c) => match c {
+            Composite::Linear(l) => linear::forward(t, l, spec),
+            Composite::LinearGrad(l) => one(linear::backward(t, l, spec)),
+            Composite::CrossEntropy(_) => one(loss::cross_entropy(t, spec)),
             Composite::LogitsCrossEntropy(_) => one(loss::of_logits(t, spec)),
             Composite::Dropout(d) => one(pointwise::dropout(t, d, spec)),
             Composite::Attention(a) => one(attention::forward(t, a, spec)),
@@ -88,7 +93,7 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
             // No kernel: it runs as its decomposition.
             _ => vec![],
         },
-        Body::MatMul { .. } => vec![],
+        Body::MatMul { ta, tb, alpha } => matmul::offers(t, *ta, *tb, alpha.get(), spec),
         Body::Reduce(r, axis) => one(reduce::offer(t, *r, *axis, spec)),
         Body::Gather => one(table::gather(t, spec)),
         Body::ScatterAdd => one(table::scatter_add(t, spec)),
@@ -100,8 +105,7 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
 
 /// The dispatches that write a frozen operand in one of this backend's formats.
 pub(crate) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Kernel>> {
-    let _ = (t, format, op);
-    None
+    linear::prepare(t, format, op)
 }
 
 /// Threads of a workgroup over elements.

@@ -2,9 +2,8 @@
 //! Invariant: all work goes through one queue, in the order asked; a failure is kept and told by every later call.
 //! Absent on purpose: specs and plans.
 use crate::{
-    adapter,
     error::{Error, Result},
-    launch::{Arg, Kernel},
+    launch::Kernel,
     shader::Target,
 };
 use std::{
@@ -164,8 +163,7 @@ impl Gpu {
     }
     /// How `k`'s arguments are bound.
     pub(crate) fn layout(&self, k: &Kernel) -> Layout {
-        let bound = |a: &&Arg| !matches!(a, Arg::U32(..) | Arg::F32(..));
-        let buffers = k.args.iter().filter(bound).count();
+        let buffers = k.args.iter().filter(|a| a.is_buffer()).count();
         let immediate = if k.uniform {
             0
         } else {
@@ -252,9 +250,6 @@ impl Gpu {
                 log: format!("{e}"),
             }),
         }
-    }
-    pub(crate) fn is_software(&self) -> bool {
-        adapter::is_software(&self.info)
     }
 }
 

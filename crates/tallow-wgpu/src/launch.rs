@@ -40,6 +40,8 @@ pub(crate) enum Arg {
         bytes: usize,
         ty: Ty,
     },
+    /// An operand that this spec does not have: it reads as zeros.
+    Absent(Name),
     /// A number.
     U32(Name, u32),
     /// A number.
@@ -72,6 +74,13 @@ pub(crate) fn scratch(name: impl Into<Name>, at: usize, bytes: usize, d: DType) 
         at,
         bytes,
         ty,
+    }
+}
+
+impl Arg {
+    /// Is it a buffer to be bound?
+    pub(crate) fn is_buffer(&self) -> bool {
+        !matches!(self, Arg::U32(..) | Arg::F32(..) | Arg::Absent(_))
     }
 }
 

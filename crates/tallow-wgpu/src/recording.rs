@@ -55,7 +55,7 @@ impl<'a> Places<'a> {
                 bytes: *bytes,
                 ..s
             }),
-            Arg::U32(..) | Arg::F32(..) => None,
+            Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => None,
         }
     }
 }
@@ -76,6 +76,7 @@ impl Bound {
             let word = match a {
                 Arg::U32(_, v) => *v,
                 Arg::F32(_, v) => v.to_bits(),
+                Arg::Absent(_) => continue,
                 Arg::Read { name, ty, .. }
                 | Arg::Write { name, ty, .. }
                 | Arg::Scratch { name, ty, .. } => {

@@ -8,7 +8,8 @@
 //!   `array<atomic<u32>>`; a [`Ty::Wide`] operand: `array<vec4<..>>`), and `a.x_at`, the element where `x` begins;
 //! - `ld_x(i) -> f32` (`u32`, `i32`): element `i`; `ld4_x(i) -> vec4<f32>`: elements `i..i + 4` of a float type;
 //! - `st_x(i, v)`: writes element `i` of a result; does nothing where nobody wants it;
-//! - `LIVE_x: bool`: does anybody want this result? So work for it can be left out.
+//! - `LIVE_x: bool`: does anybody want this result? So work for it can be left out;
+//! - `HAS_x: bool`: has this spec this operand? Where not ([`Arg::Absent`]), `ld_x` and `ld4_x` give zeros.
 //!
 //! Numbers are `a.name`. `group(id)` is the number of the workgroup in a grid made by [`line`].
 use crate::launch::{Arg, Kernel, Ty};
@@ -69,11 +70,12 @@ pub(crate) fn line(n: usize) -> Option<[u32; 3]> {
 pub(crate) fn kernel(t: &Target, spec: &KernelSpec, d: Draft<'_>) -> Option<Kernel> {
     let wanted = |a: &Arg| match a {
         Arg::Write { result, .. } => spec.outputs.get(*result).is_some_and(Option::is_some),
+        Arg::Absent(_) => false,
         _ => true,
     };
     let (args, unwanted): (Vec<Arg>, Vec<Arg>) = d.args.into_iter().partition(wanted);
     let words = args.len();
-    let bound = |a: &&Arg| !matches!(a, Arg::U32(..) | Arg::F32(..));
+    let bound = |a: &&Arg| a.is_buffer();
     let buffers = args.iter().filter(bound).count();
     let uniform = words * 4 > t.immediates;
     let fits = buffers <= t.buffers && d.threads <= t.threads && d.grid.iter().all(|n| *n <= AXIS);
@@ -120,6 +122,7 @@ fn numbers(text: &mut String, args: &[Arg], buffers: usize, uniform: bool) {
             }
             Arg::U32(name, _) => writeln!(text, "  {name}: u32,"),
             Arg::F32(name, _) => writeln!(text, "  {name}: f32,"),
+            Arg::Absent(_) => Ok(()),
         };
     }
     *text += "}\n";
@@ -134,7 +137,7 @@ fn buffer(text: &mut String, body: &str, i: usize, a: &Arg) {
     let (name, ty, written) = match a {
         Arg::Read { name, ty, .. } => (name, *ty, false),
         Arg::Write { name, ty, .. } | Arg::Scratch { name, ty, .. } => (name, *ty, true),
-        Arg::U32(..) | Arg::F32(..) => return,
+        Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => return,
     };
     let element = match (ty, ty.dtype()) {
         (Ty::Wide(_), DType::F32) => "vec4<f32>",
@@ -149,9 +152,12 @@ fn buffer(text: &mut String, body: &str, i: usize, a: &Arg) {
         text,
         "@group(0) @binding({i}) var<storage, read_write> {name}: array<{element}>;"
     );
-    if matches!(a, Arg::Write { .. }) {
-        let _ = writeln!(text, "const LIVE_{name} = true;");
-    }
+    let known = if matches!(a, Arg::Write { .. }) {
+        "LIVE"
+    } else {
+        "HAS"
+    };
+    let _ = writeln!(text, "const {known}_{name} = true;");
     let names = |f: &str| body.contains(&format!("{f}_{name}("));
     if names("ld") || names("ld4") {
         load(text, name, ty, written);
@@ -230,15 +236,23 @@ fn store(text: &mut String, name: &str, d: DType) {
     );
 }
 
-/// A result that nobody wants.
+/// A result that nobody wants, or an operand that is not there.
 fn nothing(text: &mut String, a: &Arg) {
-    if let Arg::Write { name, ty, .. } = a {
-        let number = number(ty.dtype());
-        let _ = writeln!(
+    let _ = match a {
+        Arg::Write { name, ty, .. } => {
+            let number = number(ty.dtype());
+            writeln!(
+                text,
+                "const LIVE_{name} = false;\nfn st_{name}(i: u32, v: {number}) {{}}"
+            )
+        }
+        Arg::Absent(name) => writeln!(
             text,
-            "const LIVE_{name} = false;\nfn st_{name}(i: u32, v: {number}) {{}}"
-        );
-    }
+            "const HAS_{name} = false;\nfn ld_{name}(i: u32) -> f32 {{ return 0.0; }}\n\
+             fn ld4_{name}(i: u32) -> vec4<f32> {{ return vec4<f32>(0.0); }}"
+        ),
+        _ => Ok(()),
+    };
 }
 
 /// What an element is to a kernel.

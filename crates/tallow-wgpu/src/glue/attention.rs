@@ -89,13 +89,13 @@ impl<'a> Case<'a> {
             ("SCALE", format!("{:?}f", self.a.scale.get())),
             ("CAUSAL", causal.to_string()),
             ("WINDOW", format!("{window}u")),
-            ("STARTS", self.starts.is_some().to_string()),
         ]
     }
-    /// Positions, and starts of documents; without any, something to bind in their place that nobody reads.
+    /// Positions, and starts of documents.
     fn rows(&self) -> [Arg; 2] {
-        let starts = self.starts.unwrap_or(3);
-        [read("pos", 3, U32), read("starts", starts, U32)]
+        let none = || Arg::Absent("starts".into());
+        let starts = self.starts.map_or_else(none, |i| read("starts", i, U32));
+        [read("pos", 3, U32), starts]
     }
     fn kernel(
         &self,
@@ -155,7 +155,7 @@ fn repeated(text: &str, token: &str, count: usize) -> String {
 
 /// A body on tiles: loads as (buffer, tile), stores by buffer.
 fn tiled(z: Sizes, file: &str, loads: &[(&str, &str)], stores: &[&str]) -> String {
-    let mut text = [COMMON, TILES].concat();
+    let mut text = String::from(TILES);
     for (name, tile) in loads {
         text += &LOAD.replace("NAME", name).replace("TILE", tile);
     }
@@ -211,7 +211,7 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
     args.extend(strides_in);
     args.extend(strides(O, spec.outputs[0].as_ref())?);
     let loads = [("q", "ta"), ("k", "tb"), ("v", "tb")];
-    let body = tiled(z, FORWARD, &loads, &["o"]);
+    let body = tiled(z, &[COMMON, FORWARD].concat(), &loads, &["o"]);
     let job = c.kernel(t, "attention", &body, [z.t.div_ceil(TILE), z.h, z.b], args)?;
     Some(Offer::new("attention_tiles_f32", vec![job]))
 }

@@ -2,10 +2,7 @@
 //! Invariant: the texts come from the same offers that a GPU gets.
 //! Absent on purpose: which specs; whoever asks brings them.
 use super::{Table, prepare};
-use crate::{
-    launch::{Arg, Kernel},
-    shader::Target,
-};
+use crate::{launch::Kernel, shader::Target};
 use std::{collections::BTreeMap, sync::Arc};
 use tallow_core::{kernel::KernelSpec, types::DType};
 
@@ -59,6 +56,5 @@ pub fn sources(specs: &[KernelSpec], subgroups: Option<u32>, weights: DType) -> 
 }
 
 fn buffers(k: &Kernel) -> usize {
-    let bound = |a: &&Arg| !matches!(a, Arg::U32(..) | Arg::F32(..));
-    k.args.iter().filter(bound).count()
+    k.args.iter().filter(|a| a.is_buffer()).count()
 }

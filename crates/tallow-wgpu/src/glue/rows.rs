@@ -122,10 +122,7 @@ pub(super) fn rms_norm_grad(t: &Target, n: &RmsNormGrad, spec: &KernelSpec) -> O
         let draft = Draft {
             entry,
             body: part(FILE, entry),
-            consts: &[
-                ("RESIDUAL", n.residual.to_string()),
-                ("CHUNK", format!("{CHUNK}u")),
-            ],
+            consts: &[("CHUNK", format!("{CHUNK}u"))],
             threads,
             grid,
             args,
@@ -140,11 +137,16 @@ pub(super) fn rms_norm_grad(t: &Target, n: &RmsNormGrad, spec: &KernelSpec) -> O
     if let Some(dx) = live(0) {
         let mut args = operands();
         args.push(read("w", 1, spec.inputs[1].dtype));
-        // Without a gradient past the norm its name stands for another operand, never read.
-        let past = if n.residual { 3 } else { 2 };
-        args.push(read("past", past, spec.inputs[past].dtype));
+        let past = spec.inputs.get(3).filter(|_| n.residual);
+        args.push(match past {
+            Some(o) => read("past", 3, o.dtype),
+            None => Arg::Absent("past".into()),
+        });
         args.push(write("dx", 0, dx.dtype));
-        args.push(word("pasts", spec.inputs[past].layout.row_stride()?)?);
+        args.push(word(
+            "pasts",
+            past.map_or(Some(0), |o| o.layout.row_stride())?,
+        )?);
         args.extend([word("dxs", dx.layout.row_stride()?)?, eps(n.eps)]);
         jobs.push(job("rms_norm_grad", line(rows)?, threads(c), args)?);
     }

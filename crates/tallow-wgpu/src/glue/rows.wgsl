@@ -85,7 +85,7 @@
   let k = sum_all(d, id) / f32(a.c) * r * r;
   for (var i = id.t; i < a.c; i += WG) {
     var v = (ld_dy(d0 + i) * ld_w(i) - ld_x(x0 + i) * k) * r;
-    if (RESIDUAL) { v += ld_past(row * a.pasts + i); }
+    if (HAS_past) { v += ld_past(row * a.pasts + i); }
     st_dx(row * a.dxs + i, v);
   }
 }
