@@ -13,12 +13,19 @@ use tallow_core::{
     types::DType,
 };
 
+mod attention;
 mod elementwise;
 mod linear;
 mod linear_few;
+mod listing;
+mod loss;
 mod matmul;
+mod pointwise;
 mod reduce;
 mod rows;
+mod table;
+mod top;
+pub use listing::{Source, sources};
 
 /// Offers handed out so far.
 #[derive(Default)]
@@ -67,6 +74,17 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
         Body::Composite(c) => match c {
             Composite::Linear(l) => linear::forward(t, l, spec),
             Composite::LinearGrad(l) => one(linear::backward(t, l, spec)),
+            Composite::CrossEntropy(_) => one(loss::cross_entropy(t, spec)),
+            Composite::LogitsCrossEntropy(_) => one(loss::of_logits(t, spec)),
+            Composite::Dropout(d) => one(pointwise::dropout(t, d, spec)),
+            Composite::Attention(a) => one(attention::forward(t, a, spec)),
+            Composite::AttentionGrad(a) => one(attention::backward(t, &a.0, spec)),
+            Composite::KvWrite(_) => one(table::kv_write(t, spec)),
+            Composite::Top(_) => one(top::top(t, spec)),
+            Composite::Rope(r) => one(pointwise::rope(t, r.inverse, spec)),
+            Composite::SwiGlu(_) => one(pointwise::swiglu(t, spec)),
+            Composite::SwiGluGrad(_) => one(pointwise::swiglu_grad(t, spec)),
+            Composite::AdamW(_) => one(pointwise::adamw(t, spec)),
             Composite::RmsNorm(n) => one(rows::rms_norm(t, n.eps, spec)),
             Composite::RmsNormGrad(n) => one(rows::rms_norm_grad(t, n, spec)),
             Composite::AddRmsNorm(n) => one(rows::add_rms_norm(t, n.eps, spec)),
@@ -78,8 +96,8 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
         },
         Body::MatMul { ta, tb, alpha } => matmul::offers(t, *ta, *tb, alpha.get(), spec),
         Body::Reduce(r, axis) => one(reduce::offer(t, *r, *axis, spec)),
-        // No kernel yet.
-        Body::Gather | Body::ScatterAdd => vec![],
+        Body::Gather => one(table::gather(t, spec)),
+        Body::ScatterAdd => one(table::scatter_add(t, spec)),
         Body::Map(_) | Body::Copy | Body::Fill(_) | Body::Iota(_) | Body::Random(_) => {
             one(elementwise::generated(t, spec))
         }

@@ -100,13 +100,17 @@ impl Product {
         ]);
         Some(args)
     }
-    /// The tiled kernel. `find`: WGSL for `x0`, `w0`, `y0` of batch `z`, of which there are `count`.
+    /// The tiled kernel. `find`: WGSL for `x0`, `w0`, `y0` of batch `z`, of which there are `count`; `numbers`: what
+    /// it names beside `z`.
     pub(super) fn tiled(
         &self,
         t: &Target,
         spec: &KernelSpec,
         (find, count): (&str, usize),
+        numbers: &[Arg],
     ) -> Option<Kernel> {
+        let mut args = self.args()?;
+        args.extend_from_slice(numbers);
         let rank = self.tail.as_ref().map_or(0, |t| t.rank);
         let mut consts = vec![("RANK", format!("{rank}u")), ("ADD", self.add.to_string())];
         let b = self.tail.as_ref().map_or([1, 1], |t| t.b.strides);
@@ -123,17 +127,20 @@ impl Product {
             consts: &consts,
             threads: 256,
             grid: [tiles(n)?, tiles(m)?, u32::try_from(count).ok()?],
-            args: self.args()?,
+            args,
         };
         kernel(t, spec, draft)
     }
     /// The tiled kernel for one product, whose matrices begin where their sides say.
     pub(super) fn alone(&self, t: &Target, spec: &KernelSpec) -> Option<Kernel> {
-        let find = format!(
-            "let x0 = {}u; let w0 = {}u; let y0 = {}u;",
-            self.x.at, self.w.at, self.y.at
-        );
-        self.tiled(t, spec, (&find, 1))
+        // Numbers, not text: products that differ in them alone share a pipeline.
+        let starts = [
+            word("x_first", self.x.at)?,
+            word("w_first", self.w.at)?,
+            word("y_first", self.y.at)?,
+        ];
+        let find = "let x0 = a.x_first; let w0 = a.w_first; let y0 = a.y_first;";
+        self.tiled(t, spec, (find, 1), &starts)
     }
 }
 
@@ -180,7 +187,7 @@ fn general(t: &Target, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Opt
         past: None,
         add: false,
     };
-    let job = product.tiled(t, spec, (&find, shape.iter().product()))?;
+    let job = product.tiled(t, spec, (&find, shape.iter().product()), &[])?;
     Some(Offer::new("matmul_tiled_any", vec![job]))
 }
 
