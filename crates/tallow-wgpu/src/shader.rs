@@ -36,6 +36,8 @@ pub(crate) struct Target {
     pub(crate) shared: usize,
     /// Most threads of a workgroup.
     pub(crate) threads: u32,
+    /// Most bytes of a weight that are bound at once.
+    pub(crate) binding: u64,
     /// What frozen weights are multiplied as.
     pub(crate) weights: DType,
 }
@@ -115,7 +117,10 @@ fn numbers(text: &mut String, args: &[Arg], buffers: usize, uniform: bool) {
     *text += "struct Args {\n";
     for a in args {
         let _ = match a {
-            Arg::Read { name, .. } | Arg::Write { name, .. } | Arg::Scratch { name, .. } => {
+            Arg::Read { name, .. }
+            | Arg::Part { name, .. }
+            | Arg::Write { name, .. }
+            | Arg::Scratch { name, .. } => {
                 writeln!(text, "  {name}_at: u32,")
             }
             Arg::U32(name, _) => writeln!(text, "  {name}: u32,"),
@@ -133,7 +138,7 @@ fn numbers(text: &mut String, args: &[Arg], buffers: usize, uniform: bool) {
 /// The declaration of buffer `i` and the functions that reach its elements, those that `body` names.
 fn buffer(text: &mut String, body: &str, i: usize, a: &Arg) {
     let (name, ty, written) = match a {
-        Arg::Read { name, ty, .. } => (name, *ty, false),
+        Arg::Read { name, ty, .. } | Arg::Part { name, ty, .. } => (name, *ty, false),
         Arg::Write { name, ty, .. } | Arg::Scratch { name, ty, .. } => (name, *ty, true),
         Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => return,
     };
