@@ -17,6 +17,7 @@ use std::{fmt::Write, sync::Arc};
 use tallow_core::{kernel::KernelSpec, types::DType};
 
 const PRELUDE: &str = include_str!("prelude.wgsl");
+const FUNCTIONS: &str = include_str!("functions.wgsl");
 const WITH_SUBGROUPS: &str = include_str!("prelude_subgroups.wgsl");
 const WITHOUT_SUBGROUPS: &str = include_str!("prelude_plain.wgsl");
 
@@ -83,6 +84,17 @@ pub(crate) fn kernel(t: &Target, spec: &KernelSpec, d: Draft<'_>) -> Option<Kern
         return None;
     }
     let mut text = String::from(PRELUDE);
+    let functions = [
+        "exp_of(",
+        "log_of(",
+        "sin_of(",
+        "cos_of(",
+        "tanh_of(",
+        "sigmoid_of(",
+    ];
+    if functions.iter().any(|f| d.body.contains(f)) {
+        text += FUNCTIONS;
+    }
     let _ = writeln!(text, "const WG: u32 = {}u;", d.threads);
     match t.subgroups {
         Some(smallest) => {
