@@ -16,6 +16,7 @@ use tallow_core::{
 mod attention;
 mod elementwise;
 mod linear;
+mod linear_few;
 mod listing;
 mod loss;
 mod matmul;

@@ -2,6 +2,7 @@
 //! Invariant: all work goes through one queue, in the order asked; a failure is kept and told by every later call.
 //! Absent on purpose: specs and plans.
 use crate::{
+    cache::Cache,
     error::{Error, Result},
     launch::Kernel,
     shader::Target,
@@ -30,6 +31,7 @@ pub(crate) struct Gpu {
     pipelines: Mutex<HashMap<Key, wgpu::ComputePipeline>>,
     /// Layouts by number of storage buffers, bytes of immediates, and whether numbers come in a uniform buffer.
     layouts: Mutex<HashMap<(usize, u32, bool), Layout>>,
+    cache: Option<Cache>,
     under_way: Mutex<VecDeque<wgpu::SubmissionIndex>>,
     failure: Arc<Mutex<Option<Error>>>,
 }
@@ -51,6 +53,7 @@ fn wanted() -> wgpu::Features {
         | wgpu::Features::IMMEDIATES
         | wgpu::Features::SHADER_F16
         | wgpu::Features::TIMESTAMP_QUERY
+        | wgpu::Features::PIPELINE_CACHE
 }
 
 impl Gpu {
@@ -74,6 +77,7 @@ impl Gpu {
         let failure = Arc::new(Mutex::new(None));
         watch(&device, &failure);
         Ok(Gpu {
+            cache: Cache::open(&device, &info),
             device,
             queue,
             info,
@@ -101,7 +105,6 @@ impl Gpu {
                 .limits
                 .max_compute_invocations_per_workgroup
                 .min(self.limits.max_compute_workgroup_size_x),
-            binding: self.limits.max_storage_buffer_binding_size,
             weights,
         }
     }
@@ -213,6 +216,12 @@ impl Gpu {
         lock(&self.pipelines).insert(key, made.clone());
         Ok(made)
     }
+    /// Keeps what was compiled for the next process.
+    pub(crate) fn keep_kernels(&self) {
+        if let Some(c) = &self.cache {
+            c.keep();
+        }
+    }
     fn compile(&self, k: &Kernel, layout: &Layout) -> Result<wgpu::ComputePipeline> {
         self.check()?;
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -238,11 +247,14 @@ impl Gpu {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache: self.cache.as_ref().map(|c| &c.driver),
         };
         let made = self.device.create_compute_pipeline(&how);
         let failed = pollster::block_on(scope.pop());
         self.check()?;
+        if let Some(c) = &self.cache {
+            c.compiled();
+        }
         match failed {
             None => Ok(made),
             Some(e) => Err(Error::Compile {

@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Result},
     gpu::{ALIGN, Gpu},
     launch::{Arg, Kernel, Offer},
+    transfer::{self, Landing},
 };
 use std::sync::Arc;
 use tallow_core::{
@@ -215,6 +216,7 @@ impl WgpuRecording {
             steps.push((bound.map_err(|e| wgpu.error(e))?, s.cost));
         }
         wgpu.gpu.check().map_err(|e| wgpu.error(e))?;
+        wgpu.gpu.keep_kernels();
         Ok(WgpuRecording {
             gpu: wgpu.gpu.clone(),
             device: wgpu.name().to_owned(),
@@ -245,6 +247,42 @@ impl WgpuRecording {
         }
         Ok(())
     }
+    /// Seconds of each step by the GPU's own clock.
+    fn by_clock(&self) -> Result<Vec<f64>> {
+        let mut all = vec![];
+        for steps in self.steps.chunks(wgpu::QUERY_SET_MAX_QUERIES as usize / 2) {
+            let (count, bytes) = (steps.len() as u32 * 2, steps.len() * 16);
+            let set = self.gpu.device.create_query_set(&wgpu::QuerySetDescriptor {
+                label: None,
+                ty: wgpu::QueryType::Timestamp,
+                count,
+            });
+            let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+            let ticks = self.gpu.buffer(bytes, usage)?;
+            let mut encoder = self.gpu.encoder();
+            for (i, (bounds, _)) in steps.iter().enumerate() {
+                let writes = wgpu::ComputePassTimestampWrites {
+                    query_set: &set,
+                    beginning_of_pass_write_index: Some(i as u32 * 2),
+                    end_of_pass_write_index: Some(i as u32 * 2 + 1),
+                };
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                    label: None,
+                    timestamp_writes: Some(writes),
+                });
+                bounds.iter().for_each(|b| b.encode(&mut pass));
+            }
+            encoder.resolve_query_set(&set, 0..count, &ticks, 0);
+            self.gpu.submit(encoder)?;
+            let mut words = vec![0; bytes];
+            transfer::download(&self.gpu, &Landing::default(), &ticks, 0, &mut words)?;
+            let tick = |c: &[u8]| c.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+            let period = f64::from(self.gpu.queue.get_timestamp_period()) * 1e-9;
+            let one = |c: &[u8]| tick(&c[8..]).saturating_sub(tick(&c[..8])) as f64 * period;
+            all.extend(words.chunks_exact(16).map(one));
+        }
+        Ok(all)
+    }
     /// Seconds of each step, each waited for. Includes what a submission costs.
     fn waited(&self) -> Result<Vec<f64>> {
         self.gpu.wait_for(None)?;
@@ -268,6 +306,12 @@ impl Recording for WgpuRecording {
         self.ask().map_err(|e| e.on(&self.device))
     }
     fn replay_timed(&mut self) -> tallow_core::Result<Vec<f64>> {
-        self.waited().map_err(|e| e.on(&self.device))
+        let clock = self.gpu.features.contains(wgpu::Features::TIMESTAMP_QUERY);
+        // In software the GPU's clock counts compiling too.
+        let timed = match clock && !crate::adapter::is_software(&self.gpu.info) {
+            true => self.by_clock(),
+            false => self.waited(),
+        };
+        timed.map_err(|e| e.on(&self.device))
     }
 }

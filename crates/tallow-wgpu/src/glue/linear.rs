@@ -5,24 +5,17 @@
 use super::{
     Arg, Offer, Target,
     elementwise::generated,
+    linear_few::{self, FEW_ROWS, Way},
     matmul::{Product, SUMS, Side, Tail},
-    rows::part,
-    word,
 };
-use crate::{
-    launch::{Kernel, read, scratch, wide, write},
-    shader::{Draft, kernel, line},
-};
+use crate::launch::{Kernel, read, scratch, wide, write};
 use tallow_core::{
     kernel::{Body, Format, KernelSpec, Operand},
     op::{Bits, Block, Linear, LinearGrad, LinearIns},
     types::{DType, Layout},
 };
 
-const FEW: &str = include_str!("few.wgsl");
 const ROWS_BF16: &str = "rows_bf16";
-/// Most rows of the kernel that reads a weight once for all of them.
-const FEW_ROWS: usize = 8;
 
 /// Writes a frozen weight as rows of bf16.
 pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Kernel>> {
@@ -43,31 +36,31 @@ pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Ke
 }
 
 /// How a weight `[n, k]` is read: its type and strides then.
-struct Weight {
-    dtype: DType,
-    strides: [usize; 2],
+pub(super) struct Weight {
+    pub(super) dtype: DType,
+    pub(super) strides: [usize; 2],
 }
 
 /// Rows with adapters of their own.
-struct Share {
+pub(super) struct Share {
     /// The first of them, and how many.
-    rows: [usize; 2],
+    pub(super) rows: [usize; 2],
     /// Sum of the ranks; 0 where there is no adapter.
-    rank: usize,
+    pub(super) rank: usize,
     /// Where `h` or `dh` goes, and its row stride.
-    hidden: (Arg, usize),
+    pub(super) hidden: (Arg, usize),
 }
 
 /// What forward and backward have in common.
-struct Call<'a> {
-    blocks: &'a [Block],
-    at: Vec<LinearIns>,
+pub(super) struct Call<'a> {
+    pub(super) blocks: &'a [Block],
+    pub(super) at: Vec<LinearIns>,
     shares: Vec<Share>,
     /// Row strides of operand 0 and of result 0.
     rows: [usize; 2],
     /// The operand that is added, and its row stride.
-    past: Option<(usize, usize)>,
-    weights: Vec<Weight>,
+    pub(super) past: Option<(usize, usize)>,
+    pub(super) weights: Vec<Weight>,
     prepare: Vec<(usize, Format)>,
     scratch: usize,
 }
@@ -159,14 +152,14 @@ fn call<'a>(
 
 impl Call<'_> {
     /// Columns from `n0` on of the rows of `share` of operand 0.
-    fn input(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
+    pub(super) fn input(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
         Side {
             arg: wide("x", 0, spec.inputs[0].dtype),
             at: share.rows[0] * self.rows[0] + n0,
             strides: [self.rows[0], 1],
         }
     }
-    fn output(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
+    pub(super) fn output(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
         let dtype = spec.outputs[0].as_ref().map_or(SUMS, |o| o.dtype);
         Side {
             arg: write("y", 0, dtype),
@@ -195,67 +188,53 @@ impl Call<'_> {
     }
 }
 
-/// `h [m, r] = scale x wᵀ` over `k`, for few columns `r`.
-fn down(
-    t: &Target,
-    spec: &KernelSpec,
-    [m, r, k]: [usize; 3],
-    scale: f32,
-    [x, w, h]: [Side; 3],
-) -> Option<Kernel> {
-    // Fewer results: more threads for each.
-    let each = match m * r {
-        0..=256 => 256,
-        257..=4096 => 32,
-        _ => 8,
-    };
-    let args = vec![
-        x.arg,
-        w.arg,
-        h.arg,
-        word("m", m)?,
-        word("k", k)?,
-        word("x0", x.at)?,
-        word("xr", x.strides[0])?,
-        word("wc", w.strides[0])?,
-        word("wi", w.strides[1])?,
-        word("h0", h.at)?,
-        word("hr", h.strides[0])?,
-        Arg::F32("scale".into(), scale),
-    ];
-    let draft = Draft {
-        entry: "down",
-        body: part(FEW, "down"),
-        consts: &[
-            ("G", format!("{each}u")),
-            ("RANK", format!("{r}u")),
-            ("WK", (w.strides[1] == 1).to_string()),
-        ],
-        threads: 256,
-        grid: line((m * r).div_ceil(256 / each))?,
-        args,
-    };
-    kernel(t, spec, draft)
-}
-
-/// The kernel for at most [`FEW_ROWS`] rows, where it takes the product.
-fn few(t: &Target, spec: &KernelSpec, p: &Product) -> Option<Kernel> {
-    let [m, n, _] = p.sizes;
-    if m > FEW_ROWS || p.w.strides[1] != 1 || p.add || p.alpha != 1.0 || p.y.strides[1] != 1 {
-        return None;
+impl Call<'_> {
+    /// `h [m, Σr]` of `share` `g`, in one dispatch.
+    fn down_to_adapters(
+        &self,
+        t: &Target,
+        spec: &KernelSpec,
+        g: usize,
+        k: usize,
+    ) -> Option<Vec<Kernel>> {
+        let share = &self.shares[g];
+        let one = |(b, at): (&Block, &LinearIns)| {
+            let ((rank, _), (a, _)) = (b.adapters[g]?, at.ab[g]?);
+            Some(Way {
+                rank,
+                operand: a,
+                strides: [k, 1],
+                columns: [0, k],
+                scale: 1.0,
+            })
+        };
+        let ways: Vec<Way> = self.blocks.iter().zip(&self.at).filter_map(one).collect();
+        match ways.is_empty() {
+            true => Some(vec![]),
+            false => Some(vec![linear_few::down(t, self, spec, share, &ways)?]),
+        }
     }
-    let (mut args, mut consts) = p.common()?;
-    args.extend([word("x0", p.x.at)?, word("y0", p.y.at)?]);
-    consts.push(("ROWS", format!("{m}u")));
-    let draft = Draft {
-        entry: "few",
-        body: part(FEW, "few"),
-        consts: &consts,
-        threads: 256,
-        grid: line(n.div_ceil(8))?,
-        args,
-    };
-    kernel(t, spec, draft)
+    /// `dh [m, Σr]` of `share` `g`, in one dispatch.
+    fn back_to_adapters(&self, t: &Target, spec: &KernelSpec, g: usize) -> Option<Vec<Kernel>> {
+        let share = &self.shares[g];
+        let (mut ways, mut n0) = (vec![], 0);
+        for (b, at) in self.blocks.iter().zip(&self.at) {
+            if let (Some((rank, scale)), Some((_, up))) = (b.adapters[g], at.ab[g]) {
+                ways.push(Way {
+                    rank,
+                    operand: up,
+                    strides: [1, rank],
+                    columns: [n0, b.n],
+                    scale: scale.get(),
+                });
+            }
+            n0 += b.n;
+        }
+        match ways.is_empty() {
+            true => Some(vec![]),
+            false => Some(vec![linear_few::down(t, self, spec, share, &ways)?]),
+        }
+    }
 }
 
 pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
@@ -266,8 +245,7 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     let Some(c) = call(t, spec, &l.blocks, l.ins(), ranks, l.residual) else {
         return vec![];
     };
-    let tiled = forward_by(t, &c, spec, "tiled");
-    let few = forward_by(t, &c, spec, "few");
+    let (few, tiled) = (by_few(t, &c, spec), by_tiles(t, &c, spec));
     let many = c.shares.iter().all(|s| s.rows[1] > FEW_ROWS);
     let extra = |o: Offer, extra| Offer { extra, ..o };
     // A tile of 64 rows is mostly empty with few of them.
@@ -275,31 +253,41 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     few.into_iter().chain(tiled).collect()
 }
 
-/// `h` of every share and block, then the product of each with its tail.
-fn forward_by(t: &Target, c: &Call, spec: &KernelSpec, how: &str) -> Option<Offer> {
+fn offer(c: &Call, name: [&'static str; 2], jobs: Vec<Kernel>) -> Offer {
+    Offer {
+        prepare: c.prepare.clone(),
+        ..Offer::new(name[usize::from(c.adapted())], jobs).scratch(c.scratch)
+    }
+}
+
+/// `h` of every share, then one dispatch for all blocks.
+fn by_few(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     let k = spec.inputs[0].layout.shape.last();
     let mut jobs = vec![];
     for (g, share) in c.shares.iter().enumerate() {
+        jobs.extend(c.down_to_adapters(t, spec, g, k)?);
+        jobs.push(linear_few::forward(t, c, spec, g, share)?);
+    }
+    Some(offer(c, ["linear_few", "lora_linear_few"], jobs))
+}
+
+/// `h` of every share, then the product of each block with its tail.
+fn by_tiles(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
+    let k = spec.inputs[0].layout.shape.last();
+    let mut jobs = vec![];
+    for (g, share) in c.shares.iter().enumerate() {
+        jobs.extend(c.down_to_adapters(t, spec, g, k)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
         for ((b, at), w) in c.blocks.iter().zip(&c.at).zip(&c.weights) {
             let mut tail = None;
-            if let (Some((rank, scale)), Some((ia, ib))) = (b.adapters[g], at.ab[g]) {
-                let h = c.hidden(share, r0);
-                let down_by = Side {
-                    arg: wide("w", ia, SUMS),
-                    at: 0,
-                    strides: [k, 1],
-                };
-                let sides = [c.input(spec, share, 0), down_by, h.clone()];
-                jobs.push(down(t, spec, [m, rank, k], 1.0, sides)?);
-                let up_by = Side {
-                    arg: read("b", ib, SUMS),
-                    at: 0,
-                    strides: [rank, 1],
-                };
+            if let (Some((rank, scale)), Some((_, up))) = (b.adapters[g], at.ab[g]) {
                 tail = Some(Tail {
-                    h,
-                    b: up_by,
+                    h: c.hidden(share, r0),
+                    b: Side {
+                        arg: read("b", up, SUMS),
+                        at: 0,
+                        strides: [rank, 1],
+                    },
                     rank,
                     scale: scale.get(),
                 });
@@ -320,23 +308,11 @@ fn forward_by(t: &Target, c: &Call, spec: &KernelSpec, how: &str) -> Option<Offe
                 past: c.past(spec, share, n0),
                 add: false,
             };
-            jobs.push(match how {
-                "few" => few(t, spec, &product)?,
-                _ => product.alone(t, spec)?,
-            });
+            jobs.push(product.alone(t, spec)?);
             n0 += b.n;
         }
     }
-    let name = match (how, c.adapted()) {
-        ("few", true) => "lora_linear_few",
-        ("few", false) => "linear_few",
-        (_, true) => "lora_linear_tiled",
-        (_, false) => "linear_tiled",
-    };
-    Some(Offer {
-        prepare: c.prepare.clone(),
-        ..Offer::new(name, jobs).scratch(c.scratch)
-    })
+    Some(offer(c, ["linear_tiled", "lora_linear_tiled"], jobs))
 }
 
 /// `dh_i = s dy_i B_i`, then `dx = Σ dy_i W_i + Σ dh_i A_i` and what is added, block by block.
@@ -347,61 +323,52 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
     let k = spec.inputs[1].layout.shape.last();
     let mut jobs = vec![];
     for (g, share) in c.shares.iter().enumerate() {
+        jobs.extend(c.back_to_adapters(t, spec, g)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
         for (i, ((b, at), w)) in c.blocks.iter().zip(&c.at).zip(&c.weights).enumerate() {
+            if !wants_dx {
+                break;
+            }
             let mut tail = None;
-            if let (Some((rank, scale)), Some((ia, ib))) = (b.adapters[g], at.ab[g]) {
-                let dh = c.hidden(share, r0);
-                let by = Side {
-                    arg: wide("w", ib, SUMS),
-                    at: 0,
-                    strides: [1, rank],
-                };
-                let sides = [c.input(spec, share, n0), by, dh.clone()];
-                jobs.push(down(t, spec, [m, rank, b.n], scale.get(), sides)?);
-                let by = Side {
-                    arg: read("b", ia, SUMS),
-                    at: 0,
-                    strides: [1, k],
-                };
+            if let (Some((rank, _)), Some((a, _))) = (b.adapters[g], at.ab[g]) {
                 tail = Some(Tail {
-                    h: dh,
-                    b: by,
+                    h: c.hidden(share, r0),
+                    b: Side {
+                        arg: read("b", a, SUMS),
+                        at: 0,
+                        strides: [1, k],
+                    },
                     rank,
                     scale: 1.0,
                 });
                 r0 += rank;
             }
-            if wants_dx {
-                let product = Product {
-                    sizes: [m, k, b.n],
-                    x: c.input(spec, share, n0),
-                    w: Side {
-                        arg: wide("w", at.w, w.dtype),
-                        at: 0,
-                        strides: [w.strides[1], w.strides[0]],
-                    },
-                    y: c.output(spec, share, 0),
-                    alpha: 1.0,
-                    tail,
-                    bias: None,
-                    past: if i == 0 { c.past(spec, share, 0) } else { None },
-                    add: i > 0,
-                };
-                jobs.push(product.alone(t, spec)?);
-            }
+            let product = Product {
+                sizes: [m, k, b.n],
+                x: c.input(spec, share, n0),
+                w: Side {
+                    arg: wide("w", at.w, w.dtype),
+                    at: 0,
+                    strides: [w.strides[1], w.strides[0]],
+                },
+                y: c.output(spec, share, 0),
+                alpha: 1.0,
+                tail,
+                bias: None,
+                past: if i == 0 { c.past(spec, share, 0) } else { None },
+                add: i > 0,
+            };
+            jobs.push(product.alone(t, spec)?);
             n0 += b.n;
         }
     }
     if jobs.is_empty() {
         return None;
     }
-    let name = match c.adapted() {
-        true => "lora_linear_grad_tiled",
-        false => "linear_grad_tiled",
-    };
+    let prepare = if wants_dx { c.prepare.clone() } else { vec![] };
+    let names = ["linear_grad_tiled", "lora_linear_grad_tiled"];
     Some(Offer {
-        prepare: if wants_dx { c.prepare } else { vec![] },
-        ..Offer::new(name, jobs).scratch(c.scratch)
+        prepare,
+        ..offer(&c, names, jobs)
     })
 }

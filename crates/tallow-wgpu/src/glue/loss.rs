@@ -16,7 +16,7 @@ use tallow_core::{
 };
 
 const FILE: &str = include_str!("cross_entropy.wgsl");
-const SUM: &str = include_str!("sum_parts.wgsl");
+const JOIN: &str = include_str!("cross_entropy_join.wgsl");
 /// Most bytes of logits held at a time.
 const CHUNK_BYTES: usize = 256 << 20;
 
@@ -77,7 +77,14 @@ pub(super) fn of_logits(t: &Target, spec: &KernelSpec) -> Option<Offer> {
         write("dl", 1, DType::F32),
     ];
     let sizes = [v, l.layout.row_stride()?, dl_row, 0];
-    let job = rows(t, spec, FILE, n, buffers, sizes)?;
+    let job = rows(
+        t,
+        spec,
+        &format!("const HOT = true;\n{FILE}"),
+        n,
+        buffers,
+        sizes,
+    )?;
     Some(Offer::new("logits_cross_entropy_f32", vec![job]))
 }
 
@@ -182,19 +189,24 @@ impl Call<'_> {
         let row = dx.layout.row_stride()?;
         let n = m * self.c;
         let draft = Draft {
-            entry: "sum_parts",
-            body: SUM,
+            entry: "join_loss",
+            body: JOIN,
             consts: &[],
             threads: THREADS,
             grid: line(n.div_ceil(THREADS as usize))?,
             args: vec![
                 self.parts.arg("part", f32s),
+                self.weight(),
+                read("goal", 2, DType::U32),
                 write("y", 1, DType::F32),
                 word("n", n)?,
                 word("c", self.c)?,
+                word("v", self.v)?,
                 word("count", whole + usize::from(rest > 0))?,
+                word("first", first)?,
+                word("wr", wr)?,
+                word("wc", wc)?,
                 word("ys", row)?,
-                word("y_first", first * row)?,
             ],
         };
         jobs.push(kernel(self.t, self.spec, draft)?);
@@ -237,7 +249,7 @@ pub(super) fn cross_entropy(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let dx = spec.outputs[1].as_ref();
     // The gradient lies in place of the logits.
     let body = format!(
-        "const LIVE_dl = {};\n{}",
+        "const LIVE_dl = {};\nconst HOT = false;\n{}",
         dx.is_some(),
         FILE.replace("st_dl(", "st_l(")
     );

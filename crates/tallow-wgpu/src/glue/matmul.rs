@@ -55,8 +55,8 @@ fn absent(name: &'static str) -> Arg {
 }
 
 impl Product {
-    /// Numbers and arguments that all kernels of a product have, and the constants `RANK` and `ADD`.
-    pub(super) fn common(&self) -> Option<(Vec<Arg>, Vec<(&'static str, String)>)> {
+    /// Buffers and numbers, but where the matrices begin.
+    fn args(&self) -> Option<Vec<Arg>> {
         let mut args = vec![self.x.arg.clone(), self.w.arg.clone(), self.y.arg.clone()];
         let [m, n, k] = self.sizes;
         args.extend([word("m", m)?, word("n", n)?, word("k", k)?]);
@@ -90,9 +90,15 @@ impl Product {
                 args.extend([word("past0", 0)?, word("pastr", 0)?]);
             }
         }
-        let rank = self.tail.as_ref().map_or(0, |t| t.rank);
-        let consts = vec![("RANK", format!("{rank}u")), ("ADD", self.add.to_string())];
-        Some((args, consts))
+        args.extend([
+            word("xi", self.x.strides[1])?,
+            word("wi", self.w.strides[1])?,
+        ]);
+        args.extend([
+            word("yc", self.y.strides[1])?,
+            Arg::F32("alpha".into(), self.alpha),
+        ]);
+        Some(args)
     }
     /// The tiled kernel. `find`: WGSL for `x0`, `w0`, `y0` of batch `z`, of which there are `count`; `numbers`: what
     /// it names beside `z`.
@@ -103,16 +109,8 @@ impl Product {
         (find, count): (&str, usize),
         numbers: &[Arg],
     ) -> Option<Kernel> {
-        let (mut args, mut consts) = self.common()?;
-        args.extend_from_slice(numbers);
-        args.extend([
-            word("xi", self.x.strides[1])?,
-            word("wi", self.w.strides[1])?,
-        ]);
-        args.extend([
-            word("yc", self.y.strides[1])?,
-            Arg::F32("alpha".into(), self.alpha),
-        ]);
+        let rank = self.tail.as_ref().map_or(0, |t| t.rank);
+        let mut consts = vec![("RANK", format!("{rank}u")), ("ADD", self.add.to_string())];
         let b = self.tail.as_ref().map_or([1, 1], |t| t.b.strides);
         for (name, [row, along]) in [("XK", self.x.strides), ("WK", self.w.strides), ("BK", b)] {
             consts.push((name, (along == 1 || row != 1).to_string()));
@@ -127,7 +125,7 @@ impl Product {
             consts: &consts,
             threads: 256,
             grid: [tiles(n)?, tiles(m)?, u32::try_from(count).ok()?],
-            args,
+            args: [self.args()?, numbers.to_vec()].concat(),
         };
         kernel(t, spec, draft)
     }
