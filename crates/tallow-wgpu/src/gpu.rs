@@ -105,6 +105,7 @@ impl Gpu {
                 .limits
                 .max_compute_invocations_per_workgroup
                 .min(self.limits.max_compute_workgroup_size_x),
+            binding: self.limits.max_storage_buffer_binding_size,
             weights,
         }
     }

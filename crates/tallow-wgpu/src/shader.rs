@@ -36,6 +36,8 @@ pub(crate) struct Target {
     pub(crate) shared: usize,
     /// Most threads of a workgroup.
     pub(crate) threads: u32,
+    /// Most bytes of one binding.
+    pub(crate) binding: u64,
     /// What frozen weights are multiplied as.
     pub(crate) weights: DType,
 }

@@ -1,7 +1,7 @@
 //! What single kernels must do beyond the examples that every op brings: large angles, values that are no numbers, sums
 //! over many workgroups.
 //! Invariant: expectations come from the oracle or from f64 arithmetic written here, never from a kernel.
-use super::gpu;
+use super::{Way, gpu};
 use std::sync::Arc;
 use tallow_conformance::{Case, check_all};
 use tallow_core::{
@@ -14,7 +14,7 @@ use tallow_core::{
 };
 
 fn session() -> Option<Session> {
-    Some(Session::new(gpu(false)? as Arc<_>))
+    Some(Session::new(gpu(Way::Usual)? as Arc<_>))
 }
 
 /// `c` on operands of these types, drawn at random: a case for the oracle.
