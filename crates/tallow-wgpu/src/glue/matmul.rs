@@ -109,6 +109,8 @@ impl Product {
         (find, count): (&str, usize),
         numbers: &[Arg],
     ) -> Option<Kernel> {
+        let mut args = self.args()?;
+        args.extend_from_slice(numbers);
         let rank = self.tail.as_ref().map_or(0, |t| t.rank);
         let mut consts = vec![("RANK", format!("{rank}u")), ("ADD", self.add.to_string())];
         let b = self.tail.as_ref().map_or([1, 1], |t| t.b.strides);
@@ -125,7 +127,7 @@ impl Product {
             consts: &consts,
             threads: 256,
             grid: [tiles(n)?, tiles(m)?, u32::try_from(count).ok()?],
-            args: [self.args()?, numbers.to_vec()].concat(),
+            args,
         };
         kernel(t, spec, draft)
     }
