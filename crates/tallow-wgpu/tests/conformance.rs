@@ -1,6 +1,9 @@
 //! The conformance suite on an adapter of this machine: a real GPU if there is one, else software Vulkan.
 //! Invariant: a machine without any adapter prints why and passes; `TALLOW_REQUIRE_WGPU=1` makes that a failure.
 //! Absent on purpose: speed.
+#[path = "conformance/kernels.rs"]
+mod kernels;
+
 use std::sync::{Arc, OnceLock};
 use tallow_conformance::{
     Case, check_all, composites, distance, dtypes, layouts, structural, training,

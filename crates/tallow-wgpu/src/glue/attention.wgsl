@@ -17,7 +17,7 @@ fn attention(id: Id) {
   if (lane < 32u) {
     if (first + lane < a.t) {
       let i = w.z * a.t + first + lane;
-      mine = seen(ld_pos(i), ld_starts(i), a.s);
+      mine = seen(ld_pos(i), u32(ld_starts(i)), a.s);
     }
     range[lane] = mine;
   }

@@ -33,7 +33,7 @@ fn decode(id: Id) {
   let base = ((w.z * a.hk + w.y) * a.splits + w.x) * ROWS;
   if (lane < T) {
     let i = w.z * T + lane;
-    range[lane] = seen(ld_pos(i), ld_starts(i), a.s);
+    range[lane] = seen(ld_pos(i), u32(ld_starts(i)), a.s);
   }
   workgroupBarrier();
   if (lane == 0u) {

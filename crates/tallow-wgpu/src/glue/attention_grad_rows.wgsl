@@ -16,7 +16,7 @@ fn grad_rows(id: Id) {
   }
   s = sum_of(8u, s, id);
   if (lane % 8u == 0u && r < n) {
-    let see = seen(ld_pos(b * a.t + i), ld_starts(b * a.t + i), a.s);
+    let see = seen(ld_pos(b * a.t + i), u32(ld_starts(b * a.t + i)), a.s);
     st_rows(r * 4u, bitcast<u32>(ld_lse(r)));
     st_rows(r * 4u + 1u, bitcast<u32>(s));
     st_rows(r * 4u + 2u, see.x);

@@ -8,7 +8,7 @@ fn join(id: Id) {
   let r = w.y % G * T + w.x;
   let base = (w.z * a.hk + w.y / G) * a.splits * ROWS + r;
   let i = w.z * T + w.x;
-  let see = seen(ld_pos(i), ld_starts(i), a.s);
+  let see = seen(ld_pos(i), u32(ld_starts(i)), a.s);
   // Parts of keys that this query does not see have no weight.
   let first = see.x / 64u;
   var last = 0u;

@@ -1,5 +1,5 @@
 // nll = logsumexp(l) - l[target] and dl = softmax(l) - onehot(target), one workgroup a row of V logits. A target at or
-// past V is not counted: both are 0. dl may lie in place of l. Bound by reading the logits twice and writing once.
+// past V is not counted: both are 0. dl may lie in place of l; not HOT: dl = softmax(l). Bound by reading the logits twice and writing once.
 @compute @workgroup_size(WG)
 fn cross_entropy(id: Id) {
   let r = group(id);
@@ -28,6 +28,6 @@ fn cross_entropy(id: Id) {
   let scale = select(0.0, 1.0 / s, counted);
   for (var i = id.t; i < a.v; i += WG) {
     let p = exp_of(max(ld_l(r * a.ls + i) - top, -100.0)) * scale;
-    st_dl(r * a.ds + i, select(p, p - 1.0, counted && i == goal));
+    st_dl(r * a.ds + i, select(p, p - 1.0, HOT && counted && i == goal));
   }
 }

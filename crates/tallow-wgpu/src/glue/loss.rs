@@ -7,7 +7,7 @@ use super::{
     word,
 };
 use crate::{
-    launch::{Arg, Kernel, Offer, Ty, read, scratch, wide, write},
+    launch::{Arg, Kernel, Offer, Ty, read, wide, write},
     shader::{Draft, Target, kernel, line},
 };
 use tallow_core::{
@@ -16,8 +16,9 @@ use tallow_core::{
 };
 
 const FILE: &str = include_str!("cross_entropy.wgsl");
-/// Bytes of logits held at a time: half of what every adapter can bind.
-const CHUNK_BYTES: usize = 64 << 20;
+const JOIN: &str = include_str!("cross_entropy_join.wgsl");
+/// Most bytes of logits held at a time.
+const CHUNK_BYTES: usize = 256 << 20;
 
 /// The kernel over `n` rows of logits: losses, and the gradient where wanted.
 /// `buffers`: logits, targets, losses, gradient; `sizes`: columns, row strides of both, first row of targets and losses.
@@ -76,7 +77,14 @@ pub(super) fn of_logits(t: &Target, spec: &KernelSpec) -> Option<Offer> {
         write("dl", 1, DType::F32),
     ];
     let sizes = [v, l.layout.row_stride()?, dl_row, 0];
-    let job = rows(t, spec, FILE, n, buffers, sizes)?;
+    let job = rows(
+        t,
+        spec,
+        &format!("const HOT = true;\n{FILE}"),
+        n,
+        buffers,
+        sizes,
+    )?;
     Some(Offer::new("logits_cross_entropy_f32", vec![job]))
 }
 
@@ -99,64 +107,169 @@ fn side(arg: Arg, at: usize, strides: [usize; 2]) -> Side {
     Side { arg, at, strides }
 }
 
+/// Part of the scratch memory: where it begins, and its bytes.
+#[derive(Clone, Copy)]
+struct Room {
+    at: usize,
+    bytes: usize,
+}
+
+impl Room {
+    fn arg(self, name: &'static str, ty: Ty) -> Arg {
+        let (name, Room { at, bytes }) = (name.into(), self);
+        Arg::Scratch {
+            name,
+            at,
+            bytes,
+            ty,
+        }
+    }
+}
+
+/// Where everything of a cross entropy lies: extents `[n, c, v]`, the weight's strides, the row stride of logits.
+struct Call<'a> {
+    t: &'a Target,
+    spec: &'a KernelSpec,
+    c: usize,
+    v: usize,
+    x_row: usize,
+    w: [usize; 2],
+    pitch: usize,
+    logits: Room,
+    parts: Room,
+}
+
+impl Call<'_> {
+    /// Columns of logits that one workgroup sums over on the way back: so that many work side by side.
+    fn part(v: usize) -> usize {
+        v.div_ceil(32).next_multiple_of(64).max(1024).min(v)
+    }
+    fn weight(&self) -> Arg {
+        wide("w", 1, self.spec.inputs[1].dtype)
+    }
+    /// `l = x wᵀ` for `m` rows from `first` on.
+    fn logits(&self, first: usize, m: usize) -> Option<Kernel> {
+        let x = wide("x", 0, DType::F32);
+        let sides = [
+            side(x, first * self.x_row, [self.x_row, 1]),
+            side(self.weight(), 0, self.w),
+            side(
+                self.logits.arg("y", Ty::Plain(DType::F32)),
+                0,
+                [self.pitch, 1],
+            ),
+        ];
+        product([m, self.v, self.c], sides).alone(self.t, self.spec)
+    }
+    /// `dx = dl w` for these rows: a part of the sum for each workgroup, then their sum.
+    fn back(&self, first: usize, m: usize, dx: &Operand) -> Option<Vec<Kernel>> {
+        let (part, [wr, wc]) = (Self::part(self.v), self.w);
+        let (whole, rest) = (self.v / part, self.v % part);
+        let f32s = Ty::Plain(DType::F32);
+        let sides = |from: usize| {
+            [
+                side(
+                    self.logits.arg("x", Ty::Wide(DType::F32)),
+                    from * part,
+                    [self.pitch, 1],
+                ),
+                side(self.weight(), from * part * wr, [wc, wr]),
+                side(self.parts.arg("y", f32s), from * m * self.c, [self.c, 1]),
+            ]
+        };
+        let (part_w, part_y) = (word("part_w", part * wr)?, word("part_y", m * self.c)?);
+        let find = "let x0 = z * a.part; let w0 = z * a.part_w; let y0 = z * a.part_y;";
+        let numbers = [word("part", part)?, part_w, part_y];
+        let all = product([m, self.c, part], sides(0));
+        let mut jobs = vec![all.tiled(self.t, self.spec, (find, whole), &numbers)?];
+        if rest > 0 {
+            let last = product([m, self.c, rest], sides(whole));
+            jobs.push(last.alone(self.t, self.spec)?);
+        }
+        let row = dx.layout.row_stride()?;
+        let n = m * self.c;
+        let draft = Draft {
+            entry: "join_loss",
+            body: JOIN,
+            consts: &[],
+            threads: THREADS,
+            grid: line(n.div_ceil(THREADS as usize))?,
+            args: vec![
+                self.parts.arg("part", f32s),
+                self.weight(),
+                read("goal", 2, DType::U32),
+                write("y", 1, DType::F32),
+                word("n", n)?,
+                word("c", self.c)?,
+                word("v", self.v)?,
+                word("count", whole + usize::from(rest > 0))?,
+                word("first", first)?,
+                word("wr", wr)?,
+                word("wc", wc)?,
+                word("ys", row)?,
+            ],
+        };
+        jobs.push(kernel(self.t, self.spec, draft)?);
+        Some(jobs)
+    }
+}
+
 pub(super) fn cross_entropy(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let (x, w) = (&spec.inputs[0], &spec.inputs[1]);
     if !fits(spec, 2) {
         return None;
     }
     let ([n, c], v) = ([0, 1].map(|i| x.layout.shape.0[i]), w.layout.shape.0[0]);
-    let (x_row, [wr, wc]) = (
-        x.layout.row_stride()?,
-        [w.layout.strides[0], w.layout.strides[1]],
-    );
     u32::try_from(w.layout.end()).ok()?;
     // Rows of logits begin where four can be read at once.
     let pitch = v.next_multiple_of(4);
-    let fit = (CHUNK_BYTES / (pitch * 4)).max(1);
-    let chunk = if fit > 64 { fit / 64 * 64 } else { fit }.min(n);
-    let bytes = chunk * pitch * 4;
-    let logits = |name, ty| Arg::Scratch {
-        name: std::borrow::Cow::Borrowed(name),
+    let most = CHUNK_BYTES.min(t.binding as usize / 2);
+    let fit = (most / (pitch * 4)).max(1);
+    let chunk = if fit > 64 { fit / 64 * 64 } else { fit }.min(n).max(1);
+    let count = v.div_ceil(Call::part(v));
+    let logits = Room {
         at: 0,
-        bytes,
-        ty,
+        bytes: chunk * pitch * 4,
     };
+    let parts = Room {
+        at: logits.bytes.next_multiple_of(256),
+        bytes: count * chunk * c * 4,
+    };
+    let call = Call {
+        t,
+        spec,
+        c,
+        v,
+        x_row: x.layout.row_stride()?,
+        w: [w.layout.strides[0], w.layout.strides[1]],
+        pitch,
+        logits,
+        parts,
+    };
+    let dx = spec.outputs[1].as_ref();
     // The gradient lies in place of the logits.
-    let live = spec.outputs[1].is_some();
     let body = format!(
-        "const LIVE_dl = {live};\n{}",
+        "const LIVE_dl = {};\nconst HOT = false;\n{}",
+        dx.is_some(),
         FILE.replace("st_dl(", "st_l(")
     );
     let mut jobs = vec![];
-    for first in (0..n).step_by(chunk.max(1)) {
+    for first in (0..n).step_by(chunk) {
         let m = chunk.min(n - first);
-        let made = product(
-            [m, v, c],
-            [
-                side(wide("x", 0, DType::F32), first * x_row, [x_row, 1]),
-                side(wide("w", 1, w.dtype), 0, [wr, wc]),
-                side(scratch("y", 0, bytes, DType::F32), 0, [pitch, 1]),
-            ],
-        );
-        jobs.push(made.alone(t, spec)?);
+        jobs.push(call.logits(first, m)?);
         let buffers = vec![
-            logits("l", Ty::Plain(DType::F32)),
+            logits.arg("l", Ty::Plain(DType::F32)),
             read("goal", 2, DType::U32),
             write("nll", 0, DType::F32),
         ];
         jobs.push(rows(t, spec, &body, m, buffers, [v, pitch, pitch, first])?);
-        if let Some(dx) = &spec.outputs[1] {
-            let row = dx.layout.row_stride()?;
-            let back = product(
-                [m, c, v],
-                [
-                    side(logits("x", Ty::Wide(DType::F32)), 0, [pitch, 1]),
-                    side(wide("w", 1, w.dtype), 0, [wc, wr]),
-                    side(write("y", 1, DType::F32), first * row, [row, 1]),
-                ],
-            );
-            jobs.push(back.alone(t, spec)?);
+        if let Some(dx) = dx {
+            jobs.extend(call.back(first, m, dx)?);
         }
     }
-    Some(Offer::new("cross_entropy_chunks_f32", jobs).scratch(bytes))
+    let scratch = match dx {
+        Some(_) => parts.at + parts.bytes,
+        None => logits.bytes,
+    };
+    Some(Offer::new("cross_entropy_chunks_f32", jobs).scratch(scratch))
 }
