@@ -4,8 +4,6 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tallow::cpu::simd::Isa;
-
 use crate::Result;
 use crate::measure::{Contender, Reason, Row, Settings, Verdict, measure};
 use crate::peer::Peer;
@@ -50,7 +48,6 @@ pub struct Plan<'a> {
 pub fn run(
     cx: &Context,
     mut plan: Plan<'_>,
-    isa: Isa,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Report> {
@@ -62,7 +59,7 @@ pub fn run(
         missing: peers(&plan, false),
         command: plan.command.clone(),
         unix_s: since.map_or(0, |d| d.as_secs()),
-        machine: Machine::here(isa),
+        machine: Machine::here(&cx.session)?,
         threads: cx.threads,
         dtype: cx.dtype.name().to_owned(),
         settings: plan.settings,
@@ -112,14 +109,16 @@ fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -
     };
     for peer in &mut plan.peers {
         for (label, job) in &task.peers {
-            let name = match &**label {
-                "" => peer.name().to_owned(),
-                label => format!("{}, {label}", peer.name()),
+            let named = |engine: &str| match &**label {
+                "" => engine.to_owned(),
+                label => format!("{engine}, {label}"),
             };
-            match peer.contender(job, cx) {
-                Ok(Some(c)) => contenders.push(Contender { engine: name, ..c }),
-                Ok(None) => {}
-                Err(e) => missing.push(absent(&name, e.to_string())),
+            match peer.contenders(job, cx) {
+                Ok(all) => contenders.extend(all.into_iter().map(|c| Contender {
+                    engine: named(&c.engine),
+                    ..c
+                })),
+                Err(e) => missing.push(absent(&named(peer.name()), e.to_string())),
             }
         }
     }
@@ -143,5 +142,6 @@ fn absent(engine: &str, what: String) -> Row {
             bound: Bound::Bandwidth,
         },
         verdict: Verdict::Invalid(Reason::Failed { what }),
+        memory: None,
     }
 }
