@@ -1,6 +1,6 @@
 //! Times of the kernels that are not projections: attention, loss, norms, elementwise.
 //! Invariant: inputs are random, every result is read, and the best of several runs is printed with
-//! the median, so that a disturbed machine shows.
+//! the median and the mean, so that a disturbed machine shows.
 //! Absent on purpose: peers and judgements.
 //!
 //! `cargo bench -p tallow-cpu --bench ops -- [name part]`; `TALLOW_THREADS`, `TALLOW_ISA` apply.
@@ -22,7 +22,7 @@ use tallow_cpu::rope::{Rope, Turn};
 use tallow_cpu::simd::Isa;
 use tallow_cpu::swiglu::{SwiGlu, SwiGluBackward};
 
-/// Calls `f` until half a second has passed and prints best and median.
+/// Calls `f` until half a second has passed and prints best, median and mean.
 fn time(name: &str, flops: f64, bytes: f64, mut f: impl FnMut()) {
     let filter: Vec<String> = std::env::args()
         .skip(1)
@@ -38,12 +38,14 @@ fn time(name: &str, flops: f64, bytes: f64, mut f: impl FnMut()) {
         f();
         times.push(start.elapsed().as_secs_f64());
     }
+    let mean = begin.elapsed().as_secs_f64() / times.len() as f64;
     times.sort_by(f64::total_cmp);
     let (best, median) = (times[0], times[times.len() / 2]);
     println!(
-        "{name:44} {:9.1} us best {:9.1} us median {:7.1} GFLOP/s {:6.1} GB/s",
+        "{name:44} {:9.1} us best {:9.1} us median {:9.1} us mean {:7.1} GFLOP/s {:6.1} GB/s",
         best * 1e6,
         median * 1e6,
+        mean * 1e6,
         flops / best * 1e-9,
         bytes / best * 1e-9
     );

@@ -57,6 +57,23 @@ impl Heads<*const f32> {
 }
 
 impl Heads<*mut f32> {
+    /// The same elements, to be read.
+    #[inline(always)]
+    fn read(&self) -> Heads {
+        let Heads {
+            ptr,
+            batch,
+            token,
+            head,
+        } = *self;
+        Heads {
+            ptr: ptr.cast_const(),
+            batch,
+            token,
+            head,
+        }
+    }
+
     /// The first element of `(b, i, h)`.
     #[inline(always)]
     pub(crate) fn at(&self, b: usize, i: usize, h: usize) -> *mut f32 {

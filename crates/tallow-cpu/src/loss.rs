@@ -286,11 +286,18 @@ impl Chunks<'_> {
     ) {
         let a = self.args;
         let (panel, class, column) = a.strides();
+        // Panels, and rows without gaps, are runs of 32 classes.
+        let dense = panel == NR * a.c;
         for first in classes.clone().step_by(NR) {
+            let m = NR.min(classes.end - first);
+            let next = match dense && first + NR < a.v {
+                true => a.w.wrapping_add((first / NR + 1) * panel),
+                false => std::ptr::null(),
+            };
             // SAFETY: up to 32 classes from `first` on are weights and rows of `logits`.
             unsafe {
                 let tile = Tile {
-                    m: NR.min(classes.end - first),
+                    m,
                     k: a.c,
                     x: a.w.add(first / NR * panel),
                     x_row: class,
@@ -302,7 +309,11 @@ impl Chunks<'_> {
                     y_row: LANES,
                     cols,
                     accumulate: false,
-                    next: Next::NONE,
+                    next: Next {
+                        at: next,
+                        row: 0,
+                        rows: m,
+                    },
                 };
                 tile::run(self.isa, &tile);
             }

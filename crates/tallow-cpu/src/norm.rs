@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::exec::{CHAINS, Exec, RowKernel, chains, spans};
-use crate::simd::Vector;
+use crate::simd::{Vector, prefetch};
 
 /// Rows whose part of `dw` is summed in one go.
 const DW_ROWS: usize = 32;
@@ -28,9 +28,40 @@ impl Rows<*const f32> {
 }
 
 impl Rows<*mut f32> {
+    /// The same rows, to be read.
+    #[inline(always)]
+    pub(crate) fn read(self) -> Rows {
+        Rows {
+            ptr: self.ptr.cast_const(),
+            ld: self.ld,
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn at(&self, i: usize) -> *mut f32 {
         self.ptr.wrapping_add(i * self.ld)
+    }
+}
+
+/// Asks memory for rows some way ahead. A machine sees a run of addresses only as far as the end of a page, and rows of a
+/// strided matrix are short runs.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead(usize);
+
+impl Ahead {
+    /// How far ahead, in elements at least.
+    const ELEMS: usize = 768;
+
+    /// For rows of `c` elements.
+    #[inline(always)]
+    pub(crate) fn new(c: usize) -> Self {
+        Self(Self::ELEMS.div_ceil(c.max(1)))
+    }
+
+    /// Asks for element `l` of a row ahead of row `i`. It need not exist.
+    #[inline(always)]
+    pub(crate) fn ask(self, rows: Rows, i: usize, l: usize) {
+        prefetch(rows.at(i + self.0).wrapping_add(l));
     }
 }
 
@@ -78,6 +109,7 @@ impl RmsNorm {
 unsafe impl RowKernel for RmsNorm {
     #[inline(always)]
     unsafe fn rows<V: Vector>(&self, rows: Range<usize>, _worker: usize) {
+        let ahead = Ahead::new(self.c);
         for i in rows {
             // SAFETY: row `i` is within the matrices.
             unsafe {
@@ -90,6 +122,7 @@ unsafe impl RowKernel for RmsNorm {
                         residual.sum.at(i)
                     };
                     spans!(V, self.c, l, s => {
+                        ahead.ask(residual.other, i, l);
                         s.store(s.load(x.add(l)).add(s.load(other.add(l))), sum.add(l));
                     });
                     x = sum;
@@ -97,6 +130,8 @@ unsafe impl RowKernel for RmsNorm {
                 let r = V::splat(inverse_rms::<V>(x, self.c, self.eps));
                 let y = self.y.at(i);
                 spans!(V, self.c, l, s => {
+                    ahead.ask(self.x, i, l);
+                    ahead.ask(self.y.read(), i, l);
                     s.store(s.load(x.add(l)).mul(r).mul(s.load(self.w.add(l))), y.add(l));
                 });
             }
@@ -188,11 +223,14 @@ impl RmsNormBackward {
     #[inline(always)]
     unsafe fn row<V: Vector>(&self, i: usize, dw: *mut f32) {
         let (x, dy, dx, c) = (self.x.at(i), self.dy.at(i), self.dx.at(i), self.c);
+        let ahead = Ahead::new(c);
         // SAFETY: row `i` is within the matrices.
         unsafe {
             let r = inverse_rms::<V>(x, c, self.eps);
             let mut sum = V::zero();
             spans!(V, c, l, s => {
+                ahead.ask(self.x, i, l);
+                ahead.ask(self.dy, i, l);
                 let g = s.load(dy.add(l)).mul(s.load(self.w.add(l)));
                 sum = g.mul_add(s.load(x.add(l)), sum);
             });
@@ -200,12 +238,14 @@ impl RmsNormBackward {
             let back = V::splat(-(r * r * r * (sum.sum() / c as f32)));
             let r = V::splat(r);
             spans!(V, c, l, s => {
+                ahead.ask(self.dx.read(), i, l);
                 let (x, dy) = (s.load(x.add(l)), s.load(dy.add(l)));
                 if !dw.is_null() {
                     s.store(dy.mul(x).mul_add(r, s.load(dw.add(l))), dw.add(l));
                 }
                 let mut g = dy.mul(s.load(self.w.add(l))).mul_add(r, x.mul(back));
                 if let Some(residual) = &self.residual {
+                    ahead.ask(*residual, i, l);
                     g = g.add(s.load(residual.at(i).add(l)));
                 }
                 s.store(g, dx.add(l));

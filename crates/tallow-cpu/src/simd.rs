@@ -238,6 +238,9 @@ pub unsafe trait Vector: Copy {
     unsafe fn max_lane(self) -> f32;
 }
 
+/// Elements of a cache line.
+pub(crate) const LINE_ELEMS: usize = 16;
+
 /// Asks for the cache line of `p` ahead of its use. Any address will do.
 #[inline(always)]
 pub fn prefetch<T>(p: *const T) {

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crate::exec::{Exec, RowKernel, spans};
-use crate::norm::Rows;
+use crate::norm::{Ahead, Rows};
 use crate::simd::Vector;
 use crate::vecmath::sigmoid;
 
@@ -42,9 +42,13 @@ unsafe impl RowKernel for SwiGlu {
     unsafe fn rows<V: Vector>(&self, rows: Range<usize>, _worker: usize) {
         for i in rows {
             let (g, u, y) = (self.g.at(i), self.u.at(i), self.y.at(i));
+            let ahead = Ahead::new(self.c);
             // SAFETY: row `i` is within the matrices.
             unsafe {
                 spans!(V, self.c, l, s => {
+                    ahead.ask(self.g, i, l);
+                    ahead.ask(self.u, i, l);
+                    ahead.ask(self.y.read(), i, l);
                     let g = s.load(g.add(l));
                     s.store(g.mul(sigmoid(g)).mul(s.load(u.add(l))), y.add(l));
                 });
@@ -90,9 +94,16 @@ unsafe impl RowKernel for SwiGluBackward {
         for i in rows {
             let (g, u, dy) = (self.g.at(i), self.u.at(i), self.dy.at(i));
             let (dg, du) = (self.dg.at(i), self.du.at(i));
+            let (ahead, all) = (
+                Ahead::new(self.c),
+                [self.g, self.u, self.dy, self.dg.read(), self.du.read()],
+            );
             // SAFETY: row `i` is within the matrices.
             unsafe {
                 spans!(V, self.c, l, s => {
+                    for rows in all {
+                        ahead.ask(rows, i, l);
+                    }
                     let (g, u) = (s.load(g.add(l)), s.load(u.add(l)));
                     let dy = s.load(dy.add(l));
                     let sig = sigmoid(g);

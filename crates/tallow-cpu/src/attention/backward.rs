@@ -218,10 +218,19 @@ impl Part<'_> {
                 if chunk.start < keys.start || chunk.start >= keys.end {
                     continue;
                 }
+                // The next block's rows lie far apart: they are asked for a few at a time, between the products.
+                let ask = |view: &Heads| {
+                    if first {
+                        block.ask_next(view);
+                    }
+                };
                 block.times_keys(self.isa, &a.k, &chunk, s.q_lanes, s.p);
+                ask(&a.q);
                 block.times_keys(self.isa, &a.v, &chunk, s.dout_lanes, s.ds);
+                ask(&a.dout);
                 mask::<V>(block, &chunk, s.p);
                 score_gradients::<V>(chunk.len(), s, &lse, &delta);
+                ask(&a.out);
                 if for_keys && !a.dv.ptr.is_null() {
                     block.add_to_keys(self.isa, &a.dv, &chunk, s.p, s.dout);
                 }
@@ -229,6 +238,7 @@ impl Part<'_> {
                     block.add_to_keys(self.isa, &a.dk, &chunk, s.ds, s.q);
                 }
                 if for_queries {
+                    ask(&a.dq.read());
                     block.times_values(self.isa, &a.k, &chunk, s.ds, s.dq, !first);
                 }
                 first = false;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::{Heads, Queries, Shape};
 use crate::exec::spans;
 use crate::lanes::{LANES, Row};
-use crate::simd::{Isa, Vector};
+use crate::simd::{Isa, LINE_ELEMS, Vector, prefetch_far};
 use crate::tile::{self, NR, Next, Tile};
 
 /// The 32 lanes: row `first + i` of `[t, group]`, flattened.
@@ -17,9 +17,10 @@ pub(super) struct Block<'a> {
     pub(super) b: usize,
     /// Key head.
     pub(super) kv: usize,
-    first: usize,
     /// Lanes in use.
     pub(super) n: usize,
+    /// Token and head of each.
+    places: [(usize, usize); LANES],
     /// First key that each lane sees, and one past its last, as numbers to compare with.
     pub(super) lo: Row,
     pub(super) hi: Row,
@@ -35,34 +36,42 @@ impl<'a> Block<'a> {
     /// # Safety
     /// `queries` covers `[b, t]`.
     pub(super) unsafe fn new(shape: &'a Shape, queries: &Queries, bk: usize, index: usize) -> Self {
-        let first = index * LANES;
-        let n = LANES.min(shape.t * shape.group() - first);
+        let (first, group) = (index * LANES, shape.group());
+        let n = LANES.min(shape.t * group - first);
         let mut block = Block {
             shape,
             b: bk / shape.hk,
             kv: bk % shape.hk,
-            first,
             n,
+            places: [(0, 0); LANES],
             lo: Row::splat(0.0),
             hi: Row::splat(0.0),
             any: 0..0,
             all: 0..usize::MAX,
         };
         let mut any = (usize::MAX, 0);
-        for i in 0..LANES {
-            let (mut lo, mut hi) = (0, 0);
-            if i < n {
-                let token = (first + i) / shape.group();
+        let (mut token, mut head) = (first / group, first % group);
+        let (mut lo, mut hi) = (0, 0);
+        for i in 0..n {
+            if i == 0 || head == 0 {
                 // SAFETY: `token < t`.
                 (lo, hi) = unsafe { queries.visible(shape, block.b * shape.t + token) };
+                block.all = block.all.start.max(lo)..block.all.end.min(hi);
+                if lo < hi {
+                    any = (any.0.min(lo), any.1.max(hi));
+                }
             }
             // Positions within a sequence are far below 2^24: exact.
             block.lo.0[i] = lo as f32;
             block.hi.0[i] = hi as f32;
-            block.all = block.all.start.max(lo)..block.all.end.min(hi);
-            if lo < hi {
-                any = (any.0.min(lo), any.1.max(hi));
+            block.places[i] = (token, block.kv * group + head);
+            head += 1;
+            if head == group {
+                (token, head) = (token + 1, 0);
             }
+        }
+        if n < LANES {
+            block.all = 0..0;
         }
         if any.0 < any.1 {
             block.any = any.0..any.1;
@@ -70,13 +79,26 @@ impl<'a> Block<'a> {
         block
     }
 
-    /// Token and head of lane `i`.
+    /// Token and head of lane `i`, which is in use.
+    #[inline(always)]
     pub(super) fn place(&self, i: usize) -> (usize, usize) {
-        let (row, group) = (self.first + i, self.shape.group());
-        (row / group, self.kv * group + row % group)
+        self.places[i]
+    }
+
+    /// Asks memory for about the rows of `view` that the next block of this key head will use.
+    #[inline(always)]
+    pub(super) fn ask_next(&self, view: &Heads) {
+        let ahead = LANES / self.shape.group();
+        for (token, head) in self.places {
+            let row = view.at(self.b, token + ahead, head);
+            for l in (0..self.shape.d).step_by(LINE_ELEMS) {
+                prefetch_far(row.wrapping_add(l));
+            }
+        }
     }
 
     /// Does lane `i` see anything?
+    #[inline(always)]
     pub(super) fn sees(&self, i: usize) -> bool {
         i < self.n && self.lo.0[i] < self.hi.0[i]
     }
@@ -108,7 +130,9 @@ impl<'a> Block<'a> {
                 let from = src.at(self.b, token, head);
                 let factor = V::splat(factor);
                 spans!(V, d, l, s => { s.store(s.load(from.add(l)).mul(factor), to.add(l)) });
-                to.add(d).write_bytes(0, padded - d);
+                if d < padded {
+                    to.add(d).write_bytes(0, padded - d);
+                }
             }
         }
     }

@@ -136,21 +136,22 @@ impl ForwardBlocks<'_> {
 
     /// # Safety
     /// `lse` is null or `[b, h, t]`.
+    #[inline(always)]
     unsafe fn write_lse(&self, block: &Block<'_>, state: &Softmax) {
         let a = self.args;
         if a.lse.is_null() {
             return;
         }
-        for i in 0..block.n {
+        // All lanes, used or not: that is vector code.
+        let mut all = state.max;
+        for (lse, sum) in all.0.iter_mut().zip(&state.sum.0) {
+            *lse += log_lane(*sum);
+        }
+        for (i, lse) in all.0.into_iter().enumerate().take(block.n) {
             let (token, head) = block.place(i);
             let at = (block.b * a.shape.h + head) * a.shape.t + token;
-            let lse = if block.sees(i) {
-                state.max.0[i] + log_lane(state.sum.0[i])
-            } else {
-                0.0
-            };
             // SAFETY: the caller's promise.
-            unsafe { *a.lse.add(at) = lse };
+            unsafe { *a.lse.add(at) = if block.sees(i) { lse } else { 0.0 } };
         }
     }
 }

@@ -15,8 +15,10 @@ const MIN_CYCLES: usize = 6000;
 /// Cycles to load a row of a panel: from the second-level cache, from the last one.
 const LOAD: usize = 5;
 const COLD_LOAD: usize = 16;
-/// Tasks a thread, so that a thread that comes late leaves its share to others.
-const PER_THREAD: usize = 8;
+/// Tasks a thread, so that a thread that comes late or whose core is slow leaves its share to others.
+const PER_THREAD: usize = 32;
+/// Of one row.
+const PER_THREAD_ROW: usize = 4;
 
 /// Panels that one row is multiplied with at once (see `tile::Strip`).
 const STRIP: usize = 4;
@@ -45,7 +47,7 @@ impl Split {
         // A panel's row costs two cycles a row of `x`, and at least the time to load it. One row is a
         // decoded token: all weights are read for it, so they come from afar.
         let (load, per_thread) = match m {
-            1 => (COLD_LOAD, PER_THREAD / 2),
+            1 => (COLD_LOAD, PER_THREAD_ROW),
             _ => (LOAD, PER_THREAD),
         };
         let cycles = panels.max(1) * k * (2 * m).max(load);
