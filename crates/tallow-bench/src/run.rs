@@ -4,13 +4,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::Result;
 use crate::measure::{Contender, Reason, Row, Settings, Verdict, measure};
 use crate::peer::Peer;
 use crate::probe::{Bound, Floor};
 use crate::report::{FORMAT, Group, Machine, Report};
 use crate::suite::{Context, Suite, Task, tasks};
 use crate::work::Wall;
+use crate::{Error, Result};
 
 /// What is told while it runs.
 pub enum Event<'a> {
@@ -33,6 +33,8 @@ pub enum Event<'a> {
 pub struct Plan<'a> {
     /// Suites, in order.
     pub suites: &'a [Suite],
+    /// Of these only tasks that have this in their name.
+    pub only: Option<&'a str>,
     /// How much is measured.
     pub settings: Settings,
     /// What was typed, for the report.
@@ -70,6 +72,16 @@ pub fn run(
     let mut all = vec![];
     for suite in plan.suites {
         all.extend(tasks(*suite, cx)?);
+    }
+    if let Some(part) = plan.only {
+        all.retain(|task| task.name.contains(part));
+        if all.is_empty() {
+            return Err(Error::Setting {
+                name: "--only",
+                want: "a part of the name of a task of these suites",
+                got: part.to_owned(),
+            });
+        }
     }
     tell(Event::Begin(&report));
     let total = all.len();

@@ -33,6 +33,8 @@ pub struct WgpuOptions {
     pub weights: DType,
     /// Use no subgroups even where the adapter has them.
     pub plain: bool,
+    /// Bind at most this many bytes of a weight at once; `None`: what the adapter can.
+    pub binding_bytes: Option<u64>,
 }
 
 /// A GPU of this machine.
@@ -71,7 +73,8 @@ impl Wgpu {
     fn start(options: &WgpuOptions) -> Result<Self, Error> {
         let (number, adapter) = adapter::choose(options.adapter)?;
         let gpu = Arc::new(Gpu::open(&adapter)?);
-        let target = gpu.target(options.weights, options.plain);
+        let mut target = gpu.target(options.weights, options.plain);
+        target.binding = options.binding_bytes.unwrap_or(target.binding);
         let align = gpu.limits.min_storage_buffer_offset_alignment as usize;
         let lacks = |what: String| Error::Lacks {
             name: gpu.info.name.clone(),

@@ -31,6 +31,14 @@ impl Ty {
 pub(crate) enum Arg {
     /// An operand.
     Read { name: Name, operand: usize, ty: Ty },
+    /// `bytes` of an operand, from byte `at` on.
+    Part {
+        name: Name,
+        operand: usize,
+        at: usize,
+        bytes: usize,
+        ty: Ty,
+    },
     /// A result; nothing is bound where nobody wants it.
     Write { name: Name, result: usize, ty: Ty },
     /// `bytes` of the scratch memory, from byte `at` on.

@@ -32,18 +32,3 @@ fn u8_of(word: u32, byte: u32) -> u32 {
 // A float by its bits, also one that WGSL cannot write: not a constant, so no compiler looks into it.
 var<private> no_bits: u32 = 0u;
 fn bits(b: u32) -> f32 { return bitcast<f32>(b | no_bits); }
-
-// Functions where adapters may be rough.
-fn exp_of(x: f32) -> f32 { return exp(x); }
-fn log_of(x: f32) -> f32 { return log(x); }
-fn sin_of(x: f32) -> f32 { return sin(x); }
-fn cos_of(x: f32) -> f32 { return cos(x); }
-fn sigmoid_of(x: f32) -> f32 { return 1.0 / (1.0 + exp_of(-x)); }
-// As in Cephes: a polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
-fn tanh_of(x: f32) -> f32 {
-  let z = x * x;
-  let p = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
-    - 3.33332819422e-1) * z * x + x;
-  let far = sign(x) * (1.0 - 2.0 / (exp_of(2.0 * min(abs(x), 20.0)) + 1.0));
-  return select(far, p, abs(x) < 0.625);
-}

@@ -50,6 +50,13 @@ impl<'a> Places<'a> {
     fn window(&self, a: &Arg) -> Option<Window<'a>> {
         match a {
             Arg::Read { operand, .. } => self.reads.get(*operand).copied(),
+            Arg::Part {
+                operand, at, bytes, ..
+            } => self.reads.get(*operand).map(|r| Window {
+                offset: r.offset + at,
+                bytes: *bytes,
+                ..*r
+            }),
             Arg::Write { result, .. } => self.writes.get(*result).copied().flatten(),
             Arg::Scratch { at, bytes, .. } => self.scratch.map(|s| Window {
                 offset: s.offset + at,
@@ -79,6 +86,7 @@ impl Bound {
                 Arg::F32(_, v) => v.to_bits(),
                 Arg::Absent(_) => continue,
                 Arg::Read { name, ty, .. }
+                | Arg::Part { name, ty, .. }
                 | Arg::Write { name, ty, .. }
                 | Arg::Scratch { name, ty, .. } => {
                     let missing = || Error::Refused {

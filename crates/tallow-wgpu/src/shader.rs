@@ -17,6 +17,7 @@ use std::{fmt::Write, sync::Arc};
 use tallow_core::{kernel::KernelSpec, types::DType};
 
 const PRELUDE: &str = include_str!("prelude.wgsl");
+const FUNCTIONS: &str = include_str!("functions.wgsl");
 const WITH_SUBGROUPS: &str = include_str!("prelude_subgroups.wgsl");
 const WITHOUT_SUBGROUPS: &str = include_str!("prelude_plain.wgsl");
 
@@ -36,7 +37,7 @@ pub(crate) struct Target {
     pub(crate) shared: usize,
     /// Most threads of a workgroup.
     pub(crate) threads: u32,
-    /// Most bytes of one binding.
+    /// Most bytes of a weight that are bound at once.
     pub(crate) binding: u64,
     /// What frozen weights are multiplied as.
     pub(crate) weights: DType,
@@ -83,6 +84,17 @@ pub(crate) fn kernel(t: &Target, spec: &KernelSpec, d: Draft<'_>) -> Option<Kern
         return None;
     }
     let mut text = String::from(PRELUDE);
+    let functions = [
+        "exp_of(",
+        "log_of(",
+        "sin_of(",
+        "cos_of(",
+        "tanh_of(",
+        "sigmoid_of(",
+    ];
+    if functions.iter().any(|f| d.body.contains(f)) {
+        text += FUNCTIONS;
+    }
     let _ = writeln!(text, "const WG: u32 = {}u;", d.threads);
     match t.subgroups {
         Some(smallest) => {
@@ -117,7 +129,10 @@ fn numbers(text: &mut String, args: &[Arg], buffers: usize, uniform: bool) {
     *text += "struct Args {\n";
     for a in args {
         let _ = match a {
-            Arg::Read { name, .. } | Arg::Write { name, .. } | Arg::Scratch { name, .. } => {
+            Arg::Read { name, .. }
+            | Arg::Part { name, .. }
+            | Arg::Write { name, .. }
+            | Arg::Scratch { name, .. } => {
                 writeln!(text, "  {name}_at: u32,")
             }
             Arg::U32(name, _) => writeln!(text, "  {name}: u32,"),
@@ -135,7 +150,7 @@ fn numbers(text: &mut String, args: &[Arg], buffers: usize, uniform: bool) {
 /// The declaration of buffer `i` and the functions that reach its elements, those that `body` names.
 fn buffer(text: &mut String, body: &str, i: usize, a: &Arg) {
     let (name, ty, written) = match a {
-        Arg::Read { name, ty, .. } => (name, *ty, false),
+        Arg::Read { name, ty, .. } | Arg::Part { name, ty, .. } => (name, *ty, false),
         Arg::Write { name, ty, .. } | Arg::Scratch { name, ty, .. } => (name, *ty, true),
         Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => return,
     };

@@ -22,22 +22,24 @@ enum Way {
     Usual,
     WithoutSubgroups,
     WeightsInBf16,
+    WeightsInPieces,
 }
 
 /// A GPU, opened once for all tests that want it the same way; `None`, with the reason printed, where there is none.
 /// `TALLOW_TEST_ADAPTER=1` takes another than the first.
 fn gpu(way: Way) -> Option<Arc<Wgpu>> {
-    static GPUS: [OnceLock<Option<Arc<Wgpu>>>; 3] =
-        [OnceLock::new(), OnceLock::new(), OnceLock::new()];
+    static GPUS: [OnceLock<Option<Arc<Wgpu>>>; 4] = [const { OnceLock::new() }; 4];
     let open = || {
         let number = std::env::var("TALLOW_TEST_ADAPTER").ok();
         let options = WgpuOptions {
             adapter: Choice::Number(number.and_then(|n| n.parse().ok()).unwrap_or(0)),
             weights: match way {
                 Way::WeightsInBf16 => DType::BF16,
-                Way::Usual | Way::WithoutSubgroups => DType::F32,
+                _ => DType::F32,
             },
             plain: matches!(way, Way::WithoutSubgroups),
+            // A few rows of the examples' weights.
+            binding_bytes: matches!(way, Way::WeightsInPieces).then_some(4096),
         };
         match Wgpu::open(&options) {
             Ok(c) => Some(Arc::new(c)),
@@ -116,6 +118,12 @@ fn linears_that_are_offered_but_not_chosen() {
     check_all(&session, cases.collect());
 }
 
+#[test]
+fn weights_larger_than_a_binding() {
+    let cases = composites().into_iter().filter(is_linear);
+    run(cases.collect(), Way::WeightsInPieces);
+}
+
 /// Frozen weights are rounded: within two percent of the oracle in norm, and never exact by accident of another path.
 #[test]
 fn weights_in_bf16_are_near_the_oracle() {
@@ -183,6 +191,7 @@ fn adapters_that_are_not_there_are_named() {
             adapter,
             weights,
             plain: false,
+            binding_bytes: None,
         };
         Wgpu::open(&options).map(|_| ()).map_err(|e| e.to_string())
     };

@@ -153,6 +153,7 @@ fn wgpu_backend(number: Option<usize>, options: &OpenOptions) -> Result<Arc<dyn 
         adapter: number.map_or(Choice::Gpu, Choice::Number),
         weights: options.weights,
         plain: false,
+        binding_bytes: None,
     })?))
 }
 

@@ -19,6 +19,8 @@ const CALL_S: f64 = 50e-9;
 enum Lie {
     /// None: it computes when started.
     Honest,
+    /// Honest, but new operands lie far away, and the first to look at them waits for them.
+    Cold,
     /// Honest, but it starts without waiting, as a GPU does, in plans too.
     Asynchronous,
     /// The same, with plans whose wait does not wait.
@@ -87,6 +89,7 @@ struct Liar {
     first: Option<[f32; 4]>,
     returned: f32,
     asked: usize,
+    cold: bool,
 }
 
 fn right(x: [f32; 4]) -> [f32; 4] {
@@ -130,6 +133,7 @@ impl Liar {
             first: None,
             returned: 0.5,
             asked: 0,
+            cold: true,
         };
         (world, liar)
     }
@@ -142,6 +146,7 @@ impl Work for Liar {
     fn renew(&mut self, seed: u64) -> Result<()> {
         let mut rng = fastrand::Rng::with_seed(seed);
         self.x = std::array::from_fn(|_| rng.f32());
+        self.cold = true;
         self.write([f32::NAN; 4]);
         Ok(())
     }
@@ -154,7 +159,12 @@ impl Work for Liar {
         let (w, x) = (self.world.clone(), self.x);
         w.pass(CALL_S);
         self.asked = 0;
+        let cold = std::mem::take(&mut self.cold);
         match w.lie {
+            Lie::Cold => {
+                w.pass(if cold { 20.0 * TRUE_S } else { TRUE_S });
+                self.write(right(x));
+            }
             Lie::Honest | Lie::FoldedPlan => {
                 w.pass(TRUE_S);
                 self.write(right(x));
@@ -327,6 +337,15 @@ fn an_honest_work_gets_its_own_time() {
     near(f.growth, 4.0);
     assert_eq!(f.waited.samples.len(), Settings::QUICK.rounds);
     assert!(f.check.pass());
+}
+
+#[test]
+fn operands_that_lie_far_away_are_in_no_time() {
+    let row = judge(Lie::Cold, false);
+    let f = row.figures().unwrap();
+    near(f.waited.median, TRUE_S);
+    near(f.queued.as_ref().unwrap().median, TRUE_S);
+    near(f.growth, 4.0);
 }
 
 #[test]

@@ -45,6 +45,9 @@ pub(crate) struct Args {
     /// Fewer shapes, fewer rounds.
     #[arg(long)]
     quick: bool,
+    /// Only the tasks that have this in their name: "1x2048", "softmax".
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// Type of the weight matrices: f32 or bf16.
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = open::dtype)]
     dtype: ComputeDType,
@@ -120,6 +123,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let cx = context(args, global, models)?;
     let plan = Plan {
         suites,
+        only: args.only.as_deref(),
         settings: if args.quick {
             Settings::QUICK
         } else {

@@ -138,6 +138,7 @@ fn nonsense_is_refused() {
         &["bench", "speed"],
         &["seed, layers, tax, train, decode, sweep or busy"],
     );
+    refused(&["bench", "--only", "abacus"], &["abacus", "--only"]);
     refused(&["bench", "--against", "abacus"], &["abacus", "--against"]);
     refused(&["bench", "--shape", "70b", "train"], &["70b", "8b"]);
     refused(&["bench", "compare", "a.json"], &["AFTER"]);

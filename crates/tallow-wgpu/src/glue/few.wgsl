@@ -18,9 +18,9 @@ fn dots_I(j: u32, lane: u32) {
 // What is added to column `j` of `row`.
 fn added_I(j: u32, row: u32) -> f32 {
   var v = 0.0;
-  for (var r = 0u; r < RANK_I; r++) { v += ld_h(row * a.hr + R0_I + r) * ld_b_I(j * RANK_I + r); }
+  for (var r = 0u; r < RANK_I; r++) { v += ld_h(row * a.hr + R0_I + r) * ld_b_I((FIRST_I + j) * RANK_I + r); }
   v *= SCALE_I;
-  if (HAS_bias_I) { v += ld_bias_I(j); }
+  if (HAS_bias_I) { v += ld_bias_I(FIRST_I + j); }
   return v;
 }
 // == few

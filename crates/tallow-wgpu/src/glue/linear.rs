@@ -1,14 +1,18 @@
 //! Linears with adapters and their gradients.
 //! Invariant: `h` of a share is made once, then rides in the product of each block; rows of one share never meet the
 //! adapter of another. No gradient of a weight is formed.
-//! Absent on purpose: weights in a layout of their own. They are read as they lie, or as rows of bf16.
+//! Absent on purpose: weights in a layout of their own. They are read as they lie, or as rows of bf16; one larger than
+//! the adapter binds is bound in pieces.
 use super::{
     Arg, Offer, Target,
     elementwise::generated,
     linear_few::{self, FEW_ROWS, Way},
     matmul::{Product, SUMS, Side, Tail},
 };
-use crate::launch::{Kernel, read, scratch, wide, write};
+use crate::{
+    gpu::ALIGN,
+    launch::{Kernel, Name, Ty, read, scratch, wide, write},
+};
 use tallow_core::{
     kernel::{Body, Format, KernelSpec, Operand},
     op::{Bits, Block, Linear, LinearGrad, LinearIns},
@@ -35,10 +39,45 @@ pub(super) fn prepare(t: &Target, format: Format, op: &Operand) -> Option<Vec<Ke
     Some(generated(t, &spec)?.jobs)
 }
 
-/// How a weight `[n, k]` is read: its type and strides then.
-pub(super) struct Weight {
-    pub(super) dtype: DType,
+/// A block, or rows of one whose weight is too large to be bound whole.
+pub(super) struct Piece {
+    /// First output inside the block, and how many.
+    pub(super) first: usize,
+    pub(super) n: usize,
+    /// Outputs of the whole block.
+    whole: usize,
+    /// Rank and scale in each share.
+    pub(super) adapters: Vec<Option<(usize, Bits)>>,
+    pub(super) at: LinearIns,
+    /// How the weight `[n, k]` is read: its type and strides then.
+    dtype: DType,
     pub(super) strides: [usize; 2],
+    k: usize,
+}
+
+impl Piece {
+    /// Its part of the weight.
+    pub(super) fn weight(&self, name: impl Into<Name>) -> Arg {
+        let (operand, ty) = (self.at.w, Ty::Wide(self.dtype));
+        if self.n == self.whole {
+            return wide(name, operand, self.dtype);
+        }
+        let size = self.dtype.bytes();
+        Arg::Part {
+            name: name.into(),
+            operand,
+            at: self.first * self.strides[0] * size,
+            bytes: ((self.n - 1) * self.strides[0] + self.k) * size,
+            ty,
+        }
+    }
+    /// Where its block ends, so do the columns of `h` that belong to it.
+    pub(super) fn ends(&self) -> bool {
+        self.first + self.n == self.whole
+    }
+    fn begins(&self) -> bool {
+        self.first == 0
+    }
 }
 
 /// Rows with adapters of their own.
@@ -52,15 +91,13 @@ pub(super) struct Share {
 }
 
 /// What forward and backward have in common.
-pub(super) struct Call<'a> {
-    pub(super) blocks: &'a [Block],
-    pub(super) at: Vec<LinearIns>,
+pub(super) struct Call {
+    pub(super) pieces: Vec<Piece>,
     shares: Vec<Share>,
     /// Row strides of operand 0 and of result 0.
     rows: [usize; 2],
     /// The operand that is added, and its row stride.
     pub(super) past: Option<(usize, usize)>,
-    pub(super) weights: Vec<Weight>,
     prepare: Vec<(usize, Format)>,
     scratch: usize,
 }
@@ -68,22 +105,22 @@ pub(super) struct Call<'a> {
 /// Ranks of the shares, and which result is `h` or `dh` of each.
 type Ranks = (Vec<usize>, Vec<Option<usize>>);
 
-/// The weights as they are read, and the formats asked for.
-fn weights(t: &Target, spec: &KernelSpec, at: &[LinearIns]) -> (Vec<Weight>, Vec<(usize, Format)>) {
+/// The blocks as their weights are read, and the formats asked for.
+fn pieces(
+    t: &Target,
+    spec: &KernelSpec,
+    blocks: &[Block],
+    at: Vec<LinearIns>,
+) -> (Vec<Piece>, Vec<(usize, Format)>) {
     let (mut all, mut prepare) = (vec![], vec![]);
-    for i in at {
+    for (b, i) in blocks.iter().zip(at) {
         let o = &spec.inputs[i.w];
+        let k = o.layout.shape.0[1];
         let rounds = t.weights == DType::BF16 && o.dtype == DType::F32 && o.frozen;
-        all.push(match rounds {
-            true => Weight {
-                dtype: DType::BF16,
-                strides: [o.layout.shape.0[1], 1],
-            },
-            false => Weight {
-                dtype: o.dtype,
-                strides: [o.layout.strides[0], o.layout.strides[1]],
-            },
-        });
+        let (dtype, strides) = match rounds {
+            true => (DType::BF16, [k, 1]),
+            false => (o.dtype, [o.layout.strides[0], o.layout.strides[1]]),
+        };
         if rounds {
             let format = Format {
                 name: ROWS_BF16,
@@ -92,18 +129,37 @@ fn weights(t: &Target, spec: &KernelSpec, at: &[LinearIns]) -> (Vec<Weight>, Vec
             };
             prepare.push((i.w, format));
         }
+        // A window begins at a multiple of `ALIGN` bytes before its first element.
+        let room = (t.binding as usize).saturating_sub(2 * ALIGN);
+        let rows = room / (strides[0].max(k) * dtype.bytes()).max(1);
+        let step = match strides[1] == 1 && rows > 0 {
+            true => rows,
+            false => b.n.max(1),
+        };
+        for first in (0..b.n).step_by(step) {
+            all.push(Piece {
+                first,
+                n: step.min(b.n - first),
+                whole: b.n,
+                adapters: b.adapters.clone(),
+                at: i.clone(),
+                dtype,
+                strides,
+                k,
+            });
+        }
     }
     (all, prepare)
 }
 
-fn call<'a>(
+fn call(
     t: &Target,
     spec: &KernelSpec,
-    blocks: &'a [Block],
+    blocks: &[Block],
     at: Vec<LinearIns>,
     (ranks, numbers): Ranks,
     residual: bool,
-) -> Option<Call<'a>> {
+) -> Option<Call> {
     let row = |o: &Operand| o.layout.row_stride();
     let small = |i: &LinearIns| {
         let mut all: Vec<usize> = i.bias.into_iter().collect();
@@ -131,10 +187,9 @@ fn call<'a>(
         shares.push(Share { rows, rank, hidden });
     }
     let last = spec.inputs.len() - 1;
-    let (weights, prepare) = weights(t, spec, &at);
+    let (pieces, prepare) = pieces(t, spec, blocks, at);
     Some(Call {
-        blocks,
-        at,
+        pieces,
         shares,
         rows: [
             row(&spec.inputs[0])?,
@@ -144,13 +199,12 @@ fn call<'a>(
             true => Some((last, row(&spec.inputs[last])?)),
             false => None,
         },
-        weights,
         prepare,
         scratch: bytes,
     })
 }
 
-impl Call<'_> {
+impl Call {
     /// Columns from `n0` on of the rows of `share` of operand 0.
     pub(super) fn input(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
         Side {
@@ -188,7 +242,7 @@ impl Call<'_> {
     }
 }
 
-impl Call<'_> {
+impl Call {
     /// `h [m, Σr]` of `share` `g`, in one dispatch.
     fn down_to_adapters(
         &self,
@@ -198,9 +252,9 @@ impl Call<'_> {
         k: usize,
     ) -> Option<Vec<Kernel>> {
         let share = &self.shares[g];
-        let one = |(b, at): (&Block, &LinearIns)| {
-            let ((rank, _), (a, _)) = (b.adapters[g]?, at.ab[g]?);
-            Some(Way {
+        let one = |p: &Piece| {
+            let ((rank, _), (a, _)) = (p.adapters[g]?, p.at.ab[g]?);
+            p.begins().then_some(Way {
                 rank,
                 operand: a,
                 strides: [k, 1],
@@ -208,7 +262,7 @@ impl Call<'_> {
                 scale: 1.0,
             })
         };
-        let ways: Vec<Way> = self.blocks.iter().zip(&self.at).filter_map(one).collect();
+        let ways: Vec<Way> = self.pieces.iter().filter_map(one).collect();
         match ways.is_empty() {
             true => Some(vec![]),
             false => Some(vec![linear_few::down(t, self, spec, share, &ways)?]),
@@ -218,17 +272,17 @@ impl Call<'_> {
     fn back_to_adapters(&self, t: &Target, spec: &KernelSpec, g: usize) -> Option<Vec<Kernel>> {
         let share = &self.shares[g];
         let (mut ways, mut n0) = (vec![], 0);
-        for (b, at) in self.blocks.iter().zip(&self.at) {
-            if let (Some((rank, scale)), Some((_, up))) = (b.adapters[g], at.ab[g]) {
+        for p in self.pieces.iter().filter(|p| p.begins()) {
+            if let (Some((rank, scale)), Some((_, up))) = (p.adapters[g], p.at.ab[g]) {
                 ways.push(Way {
                     rank,
                     operand: up,
                     strides: [1, rank],
-                    columns: [n0, b.n],
+                    columns: [n0, p.whole],
                     scale: scale.get(),
                 });
             }
-            n0 += b.n;
+            n0 += p.whole;
         }
         match ways.is_empty() {
             true => Some(vec![]),
@@ -278,38 +332,38 @@ fn by_tiles(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     for (g, share) in c.shares.iter().enumerate() {
         jobs.extend(c.down_to_adapters(t, spec, g, k)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
-        for ((b, at), w) in c.blocks.iter().zip(&c.at).zip(&c.weights) {
+        for p in &c.pieces {
             let mut tail = None;
-            if let (Some((rank, scale)), Some((_, up))) = (b.adapters[g], at.ab[g]) {
+            if let (Some((rank, scale)), Some((_, up))) = (p.adapters[g], p.at.ab[g]) {
                 tail = Some(Tail {
                     h: c.hidden(share, r0),
                     b: Side {
                         arg: read("b", up, SUMS),
-                        at: 0,
+                        at: p.first * rank,
                         strides: [rank, 1],
                     },
                     rank,
                     scale: scale.get(),
                 });
-                r0 += rank;
+                r0 += if p.ends() { rank } else { 0 };
             }
             let product = Product {
-                sizes: [m, b.n, k],
+                sizes: [m, p.n, k],
                 x: c.input(spec, share, 0),
                 w: Side {
-                    arg: wide("w", at.w, w.dtype),
+                    arg: p.weight("w"),
                     at: 0,
-                    strides: w.strides,
+                    strides: p.strides,
                 },
                 y: c.output(spec, share, n0),
                 alpha: 1.0,
                 tail,
-                bias: at.bias.map(|i| read("bias", i, SUMS)),
+                bias: p.at.bias.map(|i| (read("bias", i, SUMS), p.first)),
                 past: c.past(spec, share, n0),
                 add: false,
             };
             jobs.push(product.alone(t, spec)?);
-            n0 += b.n;
+            n0 += p.n;
         }
     }
     Some(offer(c, ["linear_tiled", "lora_linear_tiled"], jobs))
@@ -325,12 +379,12 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
     for (g, share) in c.shares.iter().enumerate() {
         jobs.extend(c.back_to_adapters(t, spec, g)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
-        for (i, ((b, at), w)) in c.blocks.iter().zip(&c.at).zip(&c.weights).enumerate() {
+        for (i, p) in c.pieces.iter().enumerate() {
             if !wants_dx {
                 break;
             }
             let mut tail = None;
-            if let (Some((rank, _)), Some((a, _))) = (b.adapters[g], at.ab[g]) {
+            if let (Some((rank, _)), Some((a, _)), true) = (p.adapters[g], p.at.ab[g], p.ends()) {
                 tail = Some(Tail {
                     h: c.hidden(share, r0),
                     b: Side {
@@ -344,12 +398,12 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
                 r0 += rank;
             }
             let product = Product {
-                sizes: [m, k, b.n],
+                sizes: [m, k, p.n],
                 x: c.input(spec, share, n0),
                 w: Side {
-                    arg: wide("w", at.w, w.dtype),
+                    arg: p.weight("w"),
                     at: 0,
-                    strides: [w.strides[1], w.strides[0]],
+                    strides: [p.strides[1], p.strides[0]],
                 },
                 y: c.output(spec, share, 0),
                 alpha: 1.0,
@@ -359,7 +413,7 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
                 add: i > 0,
             };
             jobs.push(product.alone(t, spec)?);
-            n0 += b.n;
+            n0 += p.n;
         }
     }
     if jobs.is_empty() {

@@ -39,17 +39,17 @@ fn pick(ends: impl Iterator<Item = usize>, code: &str) -> String {
 /// One dispatch for the rows of `share` of a forward linear whose weights are dense along the sum.
 pub(super) fn forward(
     t: &Target,
-    c: &Call<'_>,
+    c: &Call,
     spec: &KernelSpec,
     g: usize,
     share: &Share,
 ) -> Option<Kernel> {
     let [first, m] = share.rows;
-    if m > FEW_ROWS || c.weights.iter().any(|w| w.strides[1] != 1) {
+    if m > FEW_ROWS || c.pieces.iter().any(|p| p.strides[1] != 1) {
         return None;
     }
     let (x, y) = (c.input(spec, share, 0), c.output(spec, share, 0));
-    let outputs: usize = c.blocks.iter().map(|b| b.n).sum();
+    let outputs: usize = c.pieces.iter().map(|p| p.n).sum();
     let mut args = vec![x.arg, y.arg];
     args.push(if share.rank > 0 {
         share.hidden.0.clone()
@@ -57,13 +57,13 @@ pub(super) fn forward(
         Arg::Absent("h".into())
     });
     let (mut text, mut r0) = (String::new(), 0);
-    for (i, ((b, at), w)) in c.blocks.iter().zip(&c.at).zip(&c.weights).enumerate() {
-        args.push(wide(format!("w_{i}"), at.w, w.dtype));
-        args.push(match at.bias {
+    for (i, p) in c.pieces.iter().enumerate() {
+        args.push(p.weight(format!("w_{i}")));
+        args.push(match p.at.bias {
             Some(bias) => read(format!("bias_{i}"), bias, SUMS),
             None => Arg::Absent(format!("bias_{i}").into()),
         });
-        let (rank, scale) = match (b.adapters[g], at.ab[g]) {
+        let (rank, scale) = match (p.adapters[g], p.at.ab[g]) {
             (Some((rank, scale)), Some((_, ib))) => {
                 args.push(read(format!("b_{i}"), ib, SUMS));
                 (rank, scale.get())
@@ -75,11 +75,11 @@ pub(super) fn forward(
         };
         let _ = writeln!(
             text,
-            "const WC_{i} = {}u; const RANK_{i} = {rank}u; const R0_{i} = {r0}u; const SCALE_{i} = f32({scale:?});",
-            w.strides[0]
+            "const WC_{i} = {}u; const FIRST_{i} = {}u; const RANK_{i} = {rank}u; const R0_{i} = {r0}u; const SCALE_{i} = f32({scale:?});",
+            p.strides[0], p.first
         );
         text += &part(FILE, "few_block").replace("_I", &format!("_{i}"));
-        r0 += rank;
+        r0 += if p.ends() { rank } else { 0 };
     }
     match c.past {
         Some((i, row)) => {
@@ -95,7 +95,7 @@ pub(super) fn forward(
     args.extend([word("k", k)?, word("x0", x.at)?, word("xr", x.strides[0])?]);
     args.extend([word("y0", y.at)?, word("yr", y.strides[0])?]);
     args.push(word("hr", share.hidden.1)?);
-    let ends = || c.blocks.iter().map(|b| b.n);
+    let ends = || c.pieces.iter().map(|p| p.n);
     let main = part(FILE, "few")
         .replace("DOTS", &pick(ends(), "dots_I(j, lane);"))
         .replace("ADDED", &pick(ends(), "mine += added_I(j, lane);"));
@@ -128,7 +128,7 @@ pub(super) struct Way {
 /// `h` or `dh` of a share: `h [m, Σr] = scale x wᵀ`, way by way.
 pub(super) fn down(
     t: &Target,
-    c: &Call<'_>,
+    c: &Call,
     spec: &KernelSpec,
     share: &Share,
     ways: &[Way],

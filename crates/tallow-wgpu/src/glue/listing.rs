@@ -30,6 +30,7 @@ pub fn sources(specs: &[KernelSpec], subgroups: Option<u32>, weights: DType) -> 
         immediates: 128,
         shared: 16 << 10,
         threads: 256,
+        binding: 128 << 20,
         weights,
     };
     let (mut table, mut found) = (Table::default(), BTreeMap::new());

@@ -43,7 +43,8 @@ pub(super) struct Product {
     pub(super) y: Side,
     pub(super) alpha: f32,
     pub(super) tail: Option<Tail>,
-    pub(super) bias: Option<Arg>,
+    /// With the element of column 0.
+    pub(super) bias: Option<(Arg, usize)>,
     /// Added to the result; its columns are dense.
     pub(super) past: Option<Side>,
     /// Add to what lies in the result.
@@ -69,17 +70,23 @@ impl Product {
             Some(t) => {
                 args.extend([t.h.arg.clone(), t.b.arg.clone()]);
                 args.extend([word("h0", t.h.at)?, word("hr", t.h.strides[0])?]);
-                args.extend([word("bc", t.b.strides[0])?, word("bi", t.b.strides[1])?]);
+                args.extend([
+                    word("bc", t.b.strides[0])?,
+                    word("bi", t.b.strides[1])?,
+                    word("b0", t.b.at)?,
+                ]);
                 args.push(Arg::F32("scale".into(), t.scale));
             }
             None => {
                 args.extend([absent("h"), absent("b")]);
                 let zero = |name: &'static str| Arg::U32(name.into(), 0);
-                args.extend(["h0", "hr", "bc", "bi"].map(zero));
+                args.extend(["h0", "hr", "bc", "bi", "b0"].map(zero));
                 args.push(Arg::F32("scale".into(), 0.0));
             }
         }
-        args.push(self.bias.clone().unwrap_or(absent("bias")));
+        let none = || (absent("bias"), 0);
+        let (bias, bias0) = self.bias.clone().unwrap_or_else(none);
+        args.extend([bias, word("bias0", bias0)?]);
         match &self.past {
             Some(p) => {
                 args.extend([p.arg.clone(), word("past0", p.at)?]);

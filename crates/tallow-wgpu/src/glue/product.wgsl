@@ -48,7 +48,7 @@ fn four_h(r: u32, k: u32) -> vec4<f32> {
 fn four_b(c: u32, k: u32) -> vec4<f32> {
   var v = vec4<f32>(0.0);
   if (k < RANK) {
-    let at = k * a.bi;
+    let at = a.b0 + k * a.bi;
     if (c < a.n) { v.x = ld_b(at + c * a.bc); }
     if (c + 1u < a.n) { v.y = ld_b(at + (c + 1u) * a.bc); }
     if (c + 2u < a.n) { v.z = ld_b(at + (c + 2u) * a.bc); }
@@ -104,7 +104,7 @@ fn multiply(tx: u32, ty: u32) {
       let col = col0 + fast * 4u + j;
       if (row < a.m && col < a.n) {
         var v = acc[i][j];
-        if (HAS_bias) { v += ld_bias(col); }
+        if (HAS_bias) { v += ld_bias(a.bias0 + col); }
         if (HAS_past) { v += ld_past(a.past0 + row * a.pastr + col); }
         let at = y0 + row * a.yr + col * a.yc;
         if (ADD) { v += ld_y(at); }
