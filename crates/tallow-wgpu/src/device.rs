@@ -31,7 +31,7 @@ pub struct WgpuOptions {
     pub adapter: Choice,
     /// What frozen weights are multiplied as: f32, or bf16 (sums in f32).
     pub weights: DType,
-    /// Use no subgroups even where the adapter has them.
+    /// Use nothing that an adapter need not have (subgroups, immediates), though this one has it.
     pub plain: bool,
     /// Bind at most this many bytes of a weight at once; `None`: what the adapter can.
     pub binding_bytes: Option<u64>,

@@ -20,6 +20,7 @@ mod linear_few;
 mod listing;
 mod loss;
 mod matmul;
+mod outer;
 mod pointwise;
 mod reduce;
 mod rows;

@@ -89,10 +89,11 @@ impl Gpu {
             failure,
         })
     }
-    /// What of this GPU decides which kernels it gets. `plain`: use no subgroups.
+    /// What of this GPU decides which kernels it gets. `plain`: use nothing that an adapter
+    /// need not have.
     pub(crate) fn target(&self, weights: DType, plain: bool) -> Target {
         let subgroups = self.features.contains(wgpu::Features::SUBGROUP) && !plain;
-        let immediates = match self.features.contains(wgpu::Features::IMMEDIATES) {
+        let immediates = match self.features.contains(wgpu::Features::IMMEDIATES) && !plain {
             true => self.limits.max_immediate_size as usize,
             false => 0,
         };
@@ -269,11 +270,7 @@ impl Gpu {
 /// Keeps the first failure that `device` tells of.
 fn watch(device: &wgpu::Device, failure: &Arc<Mutex<Option<Error>>>) {
     let keep = failure.clone();
-    device.set_device_lost_callback(move |reason, why| {
-        // The device is dropped: the program ends.
-        if reason == wgpu::DeviceLostReason::Destroyed {
-            return;
-        }
+    device.set_device_lost_callback(move |_, why| {
         lock(&keep).get_or_insert(Error::Lost { why });
     });
     let keep = failure.clone();
@@ -287,4 +284,32 @@ fn watch(device: &wgpu::Device, failure: &Arc<Mutex<Option<Error>>>) {
         };
         lock(&keep).get_or_insert(told);
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::{self, Choice};
+
+    #[test]
+    fn a_lost_gpu_is_told_by_every_later_call() {
+        let Ok((_, adapter)) = adapter::choose(Choice::Number(0)) else {
+            eprintln!("SKIP: no adapter");
+            return;
+        };
+        let gpu = Gpu::open(&adapter).expect("opens");
+        let usage = wgpu::BufferUsages::STORAGE;
+        gpu.buffer(16, usage).expect("memory");
+        let most = gpu.limits.max_buffer_size;
+        let too_large = gpu.buffer(most as usize + 1, usage);
+        assert!(matches!(too_large, Err(Error::TooLarge { .. })));
+        gpu.check().expect("refusing is no failure");
+        gpu.device.destroy();
+        gpu.wait_for(None).expect_err("lost");
+        for _ in 0..2 {
+            let told = gpu.buffer(16, usage).expect_err("lost").to_string();
+            assert!(told.starts_with("the GPU was lost ("), "{told}");
+            assert!(told.ends_with("; start the program again"), "{told}");
+        }
+    }
 }

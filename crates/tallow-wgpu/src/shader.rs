@@ -278,3 +278,87 @@ pub(crate) fn number(d: DType) -> &'static str {
         DType::I32 => "i32",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::{read, write};
+    use tallow_core::kernel::{Body, Operand};
+    use tallow_core::types::TensorType;
+
+    fn target() -> Target {
+        Target {
+            subgroups: None,
+            buffers: 2,
+            immediates: 16,
+            shared: 16 << 10,
+            threads: 256,
+            binding: 1 << 27,
+            weights: DType::F32,
+        }
+    }
+
+    /// A copy whose result somebody wants, or nobody.
+    fn made(t: &Target, wanted: bool, more: &[Arg]) -> Option<Kernel> {
+        let x = Operand::dense(&TensorType::f32([4]));
+        let spec = KernelSpec {
+            body: Body::Copy,
+            inputs: vec![x.clone()],
+            outputs: vec![wanted.then_some(x)],
+        };
+        let mut args = vec![read("x", 0, DType::F32), write("y", 0, DType::F32)];
+        args.extend_from_slice(more);
+        let draft = Draft {
+            entry: "copy",
+            body: "fn copy(id: Id) { st_y(id.t, ld_x(id.t)); }",
+            consts: &[("FOUR", "4u".to_owned())],
+            threads: 64,
+            grid: [1, 1, 1],
+            args,
+        };
+        kernel(t, &spec, draft)
+    }
+
+    #[test]
+    fn a_result_that_nobody_wants_is_not_bound() {
+        let all = made(&target(), true, &[]).expect("fits");
+        assert_eq!(all.args.len(), 2);
+        assert!(all.source.contains("const LIVE_y = true;") && all.source.contains("@binding(1)"));
+        let one = made(&target(), false, &[]).expect("fits");
+        assert_eq!(one.args.len(), 1);
+        assert!(
+            one.source.contains("const LIVE_y = false;") && !one.source.contains("@binding(1)")
+        );
+    }
+
+    #[test]
+    fn numbers_past_the_immediates_come_in_a_buffer() {
+        let number = |n: u32| Arg::U32(format!("n{n}").into(), n);
+        let few = made(&target(), true, &[number(0), number(1)]).expect("fits");
+        assert!(!few.uniform && few.source.contains("var<immediate> a: Args;"));
+        let many = made(&target(), true, &[number(0), number(1), number(2)]).expect("fits");
+        assert!(many.uniform && many.source.contains("@binding(2) var<uniform> a: Args;"));
+    }
+
+    #[test]
+    fn what_an_adapter_cannot_run_is_not_offered() {
+        let buffers = Target {
+            buffers: 1,
+            ..target()
+        };
+        assert!(made(&buffers, true, &[]).is_none());
+        assert!(made(&buffers, false, &[]).is_some());
+        let threads = Target {
+            threads: 32,
+            ..target()
+        };
+        assert!(made(&threads, true, &[]).is_none());
+    }
+
+    #[test]
+    fn a_long_line_of_workgroups_is_folded() {
+        assert_eq!(line(65_535), Some([65_535, 1, 1]));
+        assert_eq!(line(65_536), Some([65_535, 2, 1]));
+        assert_eq!(line(1 << 33), None);
+    }
+}

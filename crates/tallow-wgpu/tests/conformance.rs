@@ -10,9 +10,14 @@ use tallow_conformance::{
 };
 use tallow_core::{
     backend::{Backend, Chooser},
+    graph::{Builder, NodeId},
     kernel::{Candidate, KernelSpec},
+    op::{Block, Linear, Role},
+    oracle::sample,
+    scalar::ScalarOp,
     session::Session,
-    types::DType,
+    tensor::Tensor,
+    types::{DType, TensorType},
 };
 use tallow_wgpu::{Choice, Wgpu, WgpuOptions, found};
 
@@ -20,7 +25,7 @@ use tallow_wgpu::{Choice, Wgpu, WgpuOptions, found};
 #[derive(Clone, Copy)]
 enum Way {
     Usual,
-    WithoutSubgroups,
+    Plain,
     WeightsInBf16,
     WeightsInPieces,
 }
@@ -37,7 +42,7 @@ fn gpu(way: Way) -> Option<Arc<Wgpu>> {
                 Way::WeightsInBf16 => DType::BF16,
                 _ => DType::F32,
             },
-            plain: matches!(way, Way::WithoutSubgroups),
+            plain: matches!(way, Way::Plain),
             // A few rows of the examples' weights.
             binding_bytes: matches!(way, Way::WeightsInPieces).then_some(4096),
         };
@@ -100,9 +105,61 @@ parts! {
 }
 
 #[test]
-fn the_same_without_subgroups() {
-    run(composites(), Way::WithoutSubgroups);
-    run(structural(), Way::WithoutSubgroups);
+fn the_same_without_subgroups_and_immediates() {
+    run(composites(), Way::Plain);
+    run(structural(), Way::Plain);
+}
+
+/// Products large enough for the larger tiles, with edges that no tile ends at; and a linear over such rows.
+fn large_products() -> Vec<Case> {
+    let made =
+        |name: &str, shapes: &[[usize; 2]], f: &dyn Fn(&mut Builder, &[NodeId]) -> NodeId| {
+            let mut b = Builder::default();
+            let types: Vec<_> = shapes.iter().map(|s| TensorType::f32(*s)).collect();
+            let ins: Vec<_> = types
+                .iter()
+                .map(|t| b.input(Role::Data, t.clone()))
+                .collect();
+            let out = f(&mut b, &ins);
+            let inputs = types.iter().enumerate();
+            Case {
+                name: format!("{name} {shapes:?}"),
+                graph: b.finish(vec![out], vec![]),
+                inputs: inputs
+                    .map(|(i, t)| sample::random(t, 5, 11, i as u32))
+                    .collect(),
+            }
+        };
+    let (m, n, k) = (519, 517, 35);
+    let mut all = vec![];
+    for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+        let shapes = [
+            if ta { [k, m] } else { [m, k] },
+            if tb { [n, k] } else { [k, n] },
+        ];
+        all.push(made("matmul", &shapes, &|b, x| {
+            b.matmul(x[0], ta, x[1], tb).expect("fits")
+        }));
+    }
+    let op = Linear {
+        blocks: vec![Block {
+            n,
+            bias: false,
+            adapters: vec![Some((5, 0.5.into()))],
+        }],
+        residual: true,
+    };
+    let shapes = [[m, k], [n, k], [5, k], [n, 5], [m, n]];
+    all.push(made("lora_linear", &shapes, &|b, x| {
+        b.composite(op.clone(), x).expect("fits")[0]
+    }));
+    all
+}
+
+#[test]
+fn products_of_several_tiles() {
+    run(large_products(), Way::Usual);
+    run(large_products(), Way::Plain);
 }
 
 fn is_linear(c: &Case) -> bool {
@@ -111,11 +168,15 @@ fn is_linear(c: &Case) -> bool {
 }
 
 #[test]
-fn linears_that_are_offered_but_not_chosen() {
+fn products_that_are_offered_but_not_chosen() {
     let Some(gpu) = gpu(Way::Usual) else { return };
     let session = Session::with_chooser(gpu, Box::new(Dearest));
     let cases = composites().into_iter().filter(is_linear);
-    check_all(&session, cases.collect());
+    let products = structural()
+        .into_iter()
+        .filter(|c| c.name.starts_with("outer") || c.name.starts_with("matmul"));
+    let all = cases.chain(products).chain(large_products());
+    check_all(&session, all.collect());
 }
 
 #[test]
@@ -181,6 +242,27 @@ fn bytes_are_moved_from_any_place_to_any_place() {
     }
     assert!(backend.upload(&b, 20, &[0; 4]).is_err());
     assert!(backend.download(&b, 23, &mut [0]).is_err());
+}
+
+/// Software Vulkan binds 128 MiB; a GPU that binds more than a test should fill is not asked.
+#[test]
+fn an_operand_larger_than_a_binding_is_named() {
+    let Some(gpu) = gpu(Way::Usual) else { return };
+    let most = found().iter().map(|f| f.binding_bytes).max().unwrap_or(0);
+    if most > 1 << 28 {
+        eprintln!("SKIP: this adapter binds {most} bytes");
+        return;
+    }
+    let session = Session::new(gpu);
+    let large = TensorType::f32([most as usize / 4 + 1]);
+    let x = session.zeros(large, Role::Data).expect("memory");
+    let y = Tensor::map(ScalarOp::Neg, &[&x]).expect("fits");
+    let told = session
+        .record(&[&y], &[])
+        .map(|_| ())
+        .expect_err("too large");
+    let told = told.to_string();
+    assert!(told.contains(&format!("binds at most {most}")), "{told}");
 }
 
 #[test]

@@ -4,10 +4,15 @@
 // Partial sums of column `j` for every row.
 fn dots_I(j: u32, lane: u32) {
   let w0 = j * WC_I;
-  let whole = a.k & ~3u;
-  for (var i = lane * 4u; i < whole; i += G * 4u) {
+  // Eight at once: of 16-bit weights they are what one load brings.
+  let whole = a.k & ~7u;
+  for (var i = lane * 8u; i < whole; i += G * 8u) {
     let w = ld4_w_I(w0 + i);
-    for (var r = 0u; r < ROWS; r++) { acc[r] += dot(w, ld4_x(a.x0 + r * a.xr + i)); }
+    let v = ld4_w_I(w0 + i + 4u);
+    for (var r = 0u; r < ROWS; r++) {
+      let x = a.x0 + r * a.xr + i;
+      acc[r] += dot(w, ld4_x(x)) + dot(v, ld4_x(x + 4u));
+    }
   }
   let i = whole + lane;
   if (i < a.k) {

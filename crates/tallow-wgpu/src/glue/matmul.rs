@@ -1,19 +1,58 @@
 //! Products: one tiled kernel for matrices of any strides and float types, with all that a linear adds to it.
 //! Invariant: a product of f32 matrices is exact f32 arithmetic.
 //! Absent on purpose: sums cut into pieces. A result is made by one workgroup.
-use super::{Offer, Target, elementwise::index, one_float, word};
+use super::{Offer, Target, elementwise::index, one_float, outer, word};
 use crate::{
     launch::{Arg, Kernel, wide, write},
     shader::{Draft, kernel},
 };
+use std::fmt::Write;
 use tallow_core::{
     kernel::{KernelSpec, Operand},
     types::DType,
 };
 
 const FILE: &str = include_str!("product.wgsl");
-/// Rows and columns that a workgroup makes.
-const TILE: usize = 64;
+/// Squares of 4 x 4 that a thread makes along each side, and the rows and columns that a workgroup then makes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Tile(usize);
+const SMALL: Tile = Tile(1);
+const LARGE: Tile = Tile(2);
+
+impl Tile {
+    fn extent(self) -> usize {
+        64 * self.0
+    }
+    /// Is a result `[m, n]` large enough to keep a GPU busy with tiles of this size?
+    fn suits(self, m: usize, n: usize) -> bool {
+        self == SMALL || (m / self.extent()) * (n / self.extent()) >= 16
+    }
+    /// The file with its loops over squares written out, so that sums stay in registers.
+    fn text(self, find: &str) -> String {
+        let Tile(r) = self;
+        let (mut multiply, mut end) = (String::new(), String::new());
+        for i in 0..r {
+            let _ = write!(
+                multiply,
+                "let p{i} = xs[s * QUADS + ty + {q}u]; let q{i} = ws[s * QUADS + tx + {q}u];\n",
+                q = 16 * i
+            );
+        }
+        for (i, j, c) in (0..r * r * 4).map(|e| (e / 4 / r, e / 4 % r, e % 4)) {
+            let (at, lane) = ((i * r + j) * 4 + c, ["x", "y", "z", "w"][c]);
+            let _ = writeln!(multiply, "acc[{at}] += p{i}.{lane} * q{j};");
+            let _ = writeln!(
+                end,
+                "end(y0, row0 + (slow + {}u) * 4u + {c}u, col0 + (fast + {}u) * 4u, acc[{at}]);",
+                16 * i,
+                16 * j
+            );
+        }
+        FILE.replace("  FIND\n", &format!("  {find}\n"))
+            .replace("    MULTIPLY\n", &multiply)
+            .replace("  END\n", &end)
+    }
+}
 
 /// A matrix `[rows, sum]` of a product: an operand or scratch, and its strides.
 #[derive(Clone)]
@@ -116,10 +155,25 @@ impl Product {
         (find, count): (&str, usize),
         numbers: &[Arg],
     ) -> Option<Kernel> {
+        let [m, n, _] = self.sizes;
+        let tile = if LARGE.suits(m, n) { LARGE } else { SMALL };
+        self.tiled_by(t, spec, (find, count), (numbers, tile))
+    }
+    fn tiled_by(
+        &self,
+        t: &Target,
+        spec: &KernelSpec,
+        (find, count): (&str, usize),
+        (numbers, tile): (&[Arg], Tile),
+    ) -> Option<Kernel> {
         let mut args = self.args()?;
         args.extend_from_slice(numbers);
         let rank = self.tail.as_ref().map_or(0, |t| t.rank);
-        let mut consts = vec![("RANK", format!("{rank}u")), ("ADD", self.add.to_string())];
+        let mut consts = vec![
+            ("RANK", format!("{rank}u")),
+            ("ADD", self.add.to_string()),
+            ("R", format!("{}u", tile.0)),
+        ];
         let b = self.tail.as_ref().map_or([1, 1], |t| t.b.strides);
         for (name, [row, along]) in [("XK", self.x.strides), ("WK", self.w.strides), ("BK", b)] {
             consts.push((name, (along == 1 || row != 1).to_string()));
@@ -127,10 +181,10 @@ impl Product {
         consts.push(("DENSE_x", (self.x.strides[0] == 1).to_string()));
         consts.push(("DENSE_w", (self.w.strides[0] == 1).to_string()));
         let [m, n, _] = self.sizes;
-        let tiles = |n: usize| u32::try_from(n.div_ceil(TILE)).ok();
+        let tiles = |n: usize| u32::try_from(n.div_ceil(tile.extent())).ok();
         let draft = Draft {
             entry: "product",
-            body: &FILE.replace("FIND", find),
+            body: &tile.text(find),
             consts: &consts,
             threads: 256,
             grid: [tiles(n)?, tiles(m)?, u32::try_from(count).ok()?],
@@ -152,7 +206,24 @@ impl Product {
 }
 
 pub(super) fn offers(t: &Target, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Vec<Offer> {
-    general(t, ta, tb, alpha, spec).into_iter().collect()
+    let outer = outer::offer(t, ta, tb, alpha, spec);
+    let general = |tile| general(t, (ta, tb, alpha), spec, tile);
+    let tiles = [LARGE, SMALL].map(general);
+    let (outer_fits, large_fits) = (outer.is_some(), tiles[0].is_some());
+    let mut all: Vec<Offer> = outer
+        .into_iter()
+        .chain(tiles.into_iter().flatten())
+        .collect();
+    for (i, o) in all.iter_mut().enumerate() {
+        // Most of a tile is empty beside an outer product, and few workgroups share a long sum; a small tile reads
+        // shared memory twice as often.
+        o.extra = if i > 0 && (outer_fits || large_fits) {
+            1e-4
+        } else {
+            0.0
+        };
+    }
+    all
 }
 
 /// Extents and strides of the two innermost axes, exchanged if `turned`.
@@ -165,7 +236,12 @@ fn inner(o: &Operand, turned: bool) -> ([usize; 2], [usize; 2]) {
     }
 }
 
-fn general(t: &Target, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
+fn general(
+    t: &Target,
+    (ta, tb, alpha): (bool, bool, f32),
+    spec: &KernelSpec,
+    tile: Tile,
+) -> Option<Offer> {
     let (p, q, out) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
     let types = [one_float([p])?, one_float([q])?, one_float([out])?];
     for o in [p, q, out] {
@@ -194,8 +270,16 @@ fn general(t: &Target, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Opt
         past: None,
         add: false,
     };
-    let job = product.tiled(t, spec, (&find, shape.iter().product()), &[])?;
-    Some(Offer::new("matmul_tiled_any", vec![job]))
+    if !tile.suits(m, n) {
+        return None;
+    }
+    let job = product.tiled_by(t, spec, (&find, shape.iter().product()), (&[], tile))?;
+    let name = if tile == SMALL {
+        "matmul_tiled_64"
+    } else {
+        "matmul_tiled_128"
+    };
+    Some(Offer::new(name, vec![job]))
 }
 
 /// Matrices of any float type may be read; sums are f32, and so is what holds them.

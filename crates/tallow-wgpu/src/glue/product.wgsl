@@ -1,9 +1,11 @@
 // y[row, col] (+)= alpha sum_i x[row, i] w[col, i] + scale sum_r h[row, r] b[col, r] + bias[col] + past[row, col], for
 // matrices of any strides: the low-rank part runs on in the same accumulators. Sums in f32.
-// A workgroup of 256 makes 64 x 64 of the result, a thread 4 x 4 of it. The text put in says where each matrix begins:
-// x0, w0, y0. XK, WK, BK: are x, w, b dense along the sum? Then neighbouring threads run along it.
-var<workgroup> xs: array<vec4<f32>, 256>;
-var<workgroup> ws: array<vec4<f32>, 256>;
+// A workgroup of 256 makes 64 R x 64 R of the result, a thread R x R squares of 4 x 4. The texts put in say where each
+// matrix begins (x0, w0, y0), multiply one column of x by one row of w, and end each quarter of a row.
+// XK, WK, BK: are x, w, b dense along the sum? Then neighbouring threads run along it.
+const QUADS: u32 = 16u * R;
+var<workgroup> xs: array<vec4<f32>, 16u * QUADS>;
+var<workgroup> ws: array<vec4<f32>, 16u * QUADS>;
 
 // Four rows of x from `r` on at `k`.
 fn four_x(x0: u32, r: u32, k: u32) -> vec4<f32> {
@@ -57,25 +59,32 @@ fn four_b(c: u32, k: u32) -> vec4<f32> {
   return v * a.scale;
 }
 
-var<private> acc: array<vec4<f32>, 4>;
+var<private> acc: array<vec4<f32>, 4u * R * R>;
 fn multiply(tx: u32, ty: u32) {
   workgroupBarrier();
   for (var s = 0u; s < 16u; s++) {
-    let p = xs[s * 16u + ty];
-    let q = ws[s * 16u + tx];
-    acc[0] += p.x * q;
-    acc[1] += p.y * q;
-    acc[2] += p.z * q;
-    acc[3] += p.w * q;
+    MULTIPLY
   }
   workgroupBarrier();
+}
+// Columns `col..col + 4` of one row of the result.
+fn end(y0: u32, row: u32, col: u32, sums: vec4<f32>) {
+  if (row >= a.m) { return; }
+  for (var j = 0u; j < min(4u, max(a.n, col) - col); j++) {
+    var v = sums[j];
+    if (HAS_bias) { v += ld_bias(a.bias0 + col + j); }
+    if (HAS_past) { v += ld_past(a.past0 + row * a.pastr + col + j); }
+    let at = y0 + row * a.yr + (col + j) * a.yc;
+    if (ADD) { v += ld_y(at); }
+    st_y(at, v);
+  }
 }
 
 @compute @workgroup_size(WG) fn product(id: Id) {
   let z = id.w.z;
   FIND
-  let row0 = id.w.y * 64u;
-  let col0 = id.w.x * 64u;
+  let row0 = id.w.y * 64u * R;
+  let col0 = id.w.x * 64u * R;
   let slow = id.t / 16u;
   let fast = id.t % 16u;
   // Which four rows and which place of the sum this thread brings.
@@ -84,32 +93,23 @@ fn multiply(tx: u32, ty: u32) {
   let wg = select(fast, slow, WK);
   let wk = select(slow, fast, WK);
   for (var k0 = 0u; k0 < a.k; k0 += 16u) {
-    xs[xk * 16u + xg] = four_x(x0, row0 + xg * 4u, k0 + xk);
-    ws[wk * 16u + wg] = four_w(w0, col0 + wg * 4u, k0 + wk);
+    for (var q = 0u; q < QUADS; q += 16u) {
+      xs[xk * QUADS + xg + q] = four_x(x0, row0 + (xg + q) * 4u, k0 + xk);
+      ws[wk * QUADS + wg + q] = four_w(w0, col0 + (wg + q) * 4u, k0 + wk);
+    }
     multiply(fast, slow);
   }
-  for (var i = 0u; i < 4u; i++) { acc[i] *= a.alpha; }
+  for (var i = 0u; i < 4u * R * R; i++) { acc[i] *= a.alpha; }
   if (RANK > 0u) {
+    let bg = select(fast, slow, BK);
+    let bk = select(slow, fast, BK);
     for (var k0 = 0u; k0 < RANK; k0 += 16u) {
-      xs[fast * 16u + slow] = four_h(row0 + slow * 4u, k0 + fast);
-      let bg = select(fast, slow, BK);
-      let bk = select(slow, fast, BK);
-      ws[bk * 16u + bg] = four_b(col0 + bg * 4u, k0 + bk);
+      for (var q = 0u; q < QUADS; q += 16u) {
+        xs[fast * QUADS + slow + q] = four_h(row0 + (slow + q) * 4u, k0 + fast);
+        ws[bk * QUADS + bg + q] = four_b(col0 + (bg + q) * 4u, k0 + bk);
+      }
       multiply(fast, slow);
     }
   }
-  for (var i = 0u; i < 4u; i++) {
-    let row = row0 + slow * 4u + i;
-    for (var j = 0u; j < 4u; j++) {
-      let col = col0 + fast * 4u + j;
-      if (row < a.m && col < a.n) {
-        var v = acc[i][j];
-        if (HAS_bias) { v += ld_bias(a.bias0 + col); }
-        if (HAS_past) { v += ld_past(a.past0 + row * a.pastr + col); }
-        let at = y0 + row * a.yr + col * a.yc;
-        if (ADD) { v += ld_y(at); }
-        st_y(at, v);
-      }
-    }
-  }
+  END
 }

@@ -22,6 +22,10 @@ def next_link(y, i):
     return f32(0.1 + 0.89 * (((bits * 2654435761 + i * 40503) >> 7) % (1 << 20)) / (1 << 20))
 
 
+# Engines compute on the processor, unless TALLOW_PEER_CPU=0 sends those to the GPU that have one there.
+ON_GPU = os.environ.get("TALLOW_PEER_CPU", "1") != "1"
+
+
 class Torch:
     lazy = False
 
@@ -30,6 +34,7 @@ class Torch:
 
         self.t, self.name = torch, name
         self.dtype = torch.float32
+        self.device = "mps" if ON_GPU and torch.backends.mps.is_available() else "cpu"
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         if name == "peft":
@@ -38,20 +43,20 @@ class Torch:
             self.peft = peft
 
     def version(self):
-        v = self.t.__version__
+        v = self.t.__version__ + (", MPS" if self.device == "mps" else "")
         return f"{importlib.metadata.version('peft')} (torch {v})" if self.name == "peft" else v
 
     def half(self, half):
         self.dtype = self.t.bfloat16 if half else self.t.float32
 
     def tensor(self, values, shape=None):
-        x = self.t.frombuffer(values, dtype=self.t.float32).clone()
+        x = self.t.frombuffer(values, dtype=self.t.float32).clone().to(self.device)
         return x if shape is None else x.reshape(shape).to(self.dtype)
 
     def model(self, job):
         import torch_model
 
-        if job["kind"] == "train again" or (self.name == "peft" and "adapter" not in job):
+        if job["kind"] == "train again" or (self.name == "peft" and "adapter" not in job) or self.device != "cpu":
             return None
         return torch_model.Job(job, self.dtype, self.name)
 
@@ -81,7 +86,7 @@ class Torch:
             def run(x, cos, sin):
                 half = x.shape[-1] // 2
                 return x * cos + self.t.cat([-x[..., half:], x[..., :half]], -1) * sin
-        elif self.name == "torch":
+        elif self.name == "torch" and self.device == "cpu":
             return TorchStep(self.t)
         else:
             return None
@@ -169,12 +174,12 @@ class Mlx:
         import mlx.core as mx
 
         self.mx, self.name, self.dtype = mx, name, mx.float32
-        mx.set_default_device(mx.cpu if os.environ.get("TALLOW_PEER_CPU", "1") == "1" else mx.gpu)
+        mx.set_default_device(mx.gpu if ON_GPU else mx.cpu)
         if name == "mlx-lm":
             import mlx_lm  # noqa: F401
 
     def version(self):
-        v = importlib.metadata.version("mlx") + blas()
+        v = importlib.metadata.version("mlx") + (", GPU" if ON_GPU else blas())
         if self.name == "mlx-lm":
             v = f"{importlib.metadata.version('mlx-lm')} (mlx {v})"
         return v
