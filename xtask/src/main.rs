@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use stage::{STAGES, Stage};
+use stage::{BESIDE, STAGES, Stage};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -44,7 +44,7 @@ fn ci() -> Result<()> {
 
 fn alone(name: &str) -> Result<()> {
     enter_root()?;
-    match STAGES.iter().find(|stage| stage.name == name) {
+    match STAGES.iter().chain(BESIDE).find(|stage| stage.name == name) {
         Some(stage) => run(stage),
         None => bail!("unknown stage `{name}`\n{}", usage()),
     }
@@ -73,6 +73,10 @@ fn enter_root() -> Result<()> {
 fn usage() -> String {
     let mut text = "usage: cargo xtask STAGE\n  ci       all of these, in this order".to_owned();
     for stage in STAGES {
+        text += &format!("\n  {:<8} {}", stage.name, stage.what);
+    }
+    text += "\nbeside CI:";
+    for stage in BESIDE {
         text += &format!("\n  {:<8} {}", stage.name, stage.what);
     }
     text

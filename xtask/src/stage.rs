@@ -65,6 +65,13 @@ pub(crate) const STAGES: &[Stage] = &[
     },
 ];
 
+/// Stages that CI does not run, for they need what its machines lack.
+pub(crate) const BESIDE: &[Stage] = &[Stage {
+    name: "darwin",
+    what: "type-checks the workspace for Apple Silicon (see CONTRIBUTING.md)",
+    run: darwin,
+}];
+
 fn fmt() -> Result<String> {
     cargo("fmt --all --check", &[])
 }
@@ -73,21 +80,43 @@ fn clippy() -> Result<String> {
     cargo("clippy --workspace --all-targets -- -D warnings", &[])
 }
 
-/// The NEON paths compile for no other processor.
-fn neon() -> Result<String> {
-    const TARGET: &str = "aarch64-unknown-linux-gnu";
+/// Is the standard library of `target` installed?
+fn has_library(target: &str) -> Result<bool> {
     let found = Command::new("rustc")
-        .args(["--print", "target-libdir", "--target", TARGET])
+        .args(["--print", "target-libdir", "--target", target])
         .output()
         .context("cannot run rustc")?;
     let libraries = String::from_utf8_lossy(&found.stdout);
-    if !Path::new(libraries.trim()).is_dir() {
+    Ok(Path::new(libraries.trim()).is_dir())
+}
+
+/// The NEON paths compile for no other processor.
+fn neon() -> Result<String> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    if !has_library(TARGET)? {
         return Ok(format!("NEON NOT checked: rustup target add {TARGET}"));
     }
     cargo(
         "check -p tallow-cpu --target aarch64-unknown-linux-gnu",
         &[],
     )
+}
+
+/// All code behind `cfg(target_os = "macos")` and wgpu's Metal path. Where the standard library for Apple is not to be
+/// had it is type-checked too, from its sources in `TALLOW_RUST_SRC`.
+fn darwin() -> Result<String> {
+    const TARGET: &str = "aarch64-apple-darwin";
+    if has_library(TARGET)? {
+        return cargo("check --workspace --target aarch64-apple-darwin", &[]);
+    }
+    let Ok(sources) = std::env::var("TALLOW_RUST_SRC") else {
+        bail!(
+            "no standard library for {TARGET}: rustup target add {TARGET}, or set TALLOW_RUST_SRC as CONTRIBUTING.md says"
+        );
+    };
+    let line = "check --workspace -Zbuild-std=std,panic_abort --target aarch64-apple-darwin";
+    // Cargo's own variable for sources that do not lie in the toolchain.
+    cargo(line, &[("__CARGO_TESTS_ONLY_SRC_ROOT", &sources)])
 }
 
 /// Licences, bans and sources need no network. Advisories need a database from outside: where it cannot be had, the

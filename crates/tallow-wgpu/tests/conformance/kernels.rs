@@ -7,10 +7,10 @@ use tallow_conformance::{Case, check_all};
 use tallow_core::{
     graph::Builder,
     op::{Attention, AttentionGrad, Composite, CrossEntropy, Mask, Role, Rope, Top},
-    oracle::sample,
+    oracle::{Value, sample},
     session::Session,
     tensor::{Tensor, lift},
-    types::TensorType,
+    types::{DType, TensorType},
 };
 
 fn session() -> Option<Session> {
@@ -105,6 +105,18 @@ fn cross_entropy_in_several_chunks() {
     check_all(&s, vec![case(CrossEntropy, &tys)]);
 }
 
+/// Weights in bf16 are read as they lie.
+#[test]
+fn cross_entropy_over_weights_in_bf16() {
+    let Some(s) = session() else { return };
+    let tys = [
+        TensorType::f32([33, 40]),
+        TensorType::new([67, 40], DType::BF16),
+        TensorType::u32([33]),
+    ];
+    check_all(&s, vec![case(CrossEntropy, &tys)]);
+}
+
 fn attention([b, t, h, hk, d, s]: [usize; 6]) -> (Attention, Vec<TensorType>) {
     let (q, kv) = (
         TensorType::f32([b, t, h, d]),
@@ -131,4 +143,35 @@ fn attention_over_many_keys_and_long_heads() {
     let tys = [&tys[..], &[q.clone(), lse, q]].concat();
     all.push(case(AttentionGrad(a), &tys));
     check_all(&s, all);
+}
+
+/// Sums over many workgroups are made in one order.
+#[test]
+fn gradients_of_attention_repeat_to_the_bit() {
+    let Some(s) = session() else { return };
+    let (a, tys) = attention([2, 70, 4, 2, 16, 70]);
+    let q = tys[0].clone();
+    let tys = [&tys[..], &[q.clone(), TensorType::f32([2, 4, 70]), q]].concat();
+    let c = Composite::from(AttentionGrad(a));
+    let leaf = |v: &Value| {
+        let f32s: Vec<f32> = v.data.iter().map(|x| *x as f32).collect();
+        let u32s: Vec<u32> = v.data.iter().map(|x| *x as u32).collect();
+        match v.ty.dtype {
+            DType::U32 => s.tensor_u32(&u32s, v.ty.shape.clone(), Role::Data),
+            _ => s.tensor(&f32s, v.ty.shape.clone(), Role::Data),
+        }
+    };
+    let leaves: Vec<Tensor> = sample::operands(&c, &tys, 3)
+        .iter()
+        .map(|v| leaf(v).unwrap())
+        .collect();
+    let run = || {
+        let made = results(&s, c.clone(), &leaves).concat();
+        made.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+    };
+    let first = run();
+    assert!(first.iter().any(|b| *b != 0));
+    for _ in 0..2 {
+        assert!(first == run(), "two runs differ");
+    }
 }
