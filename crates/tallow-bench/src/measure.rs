@@ -307,13 +307,15 @@ impl Bench<'_> {
     /// Finds how many repetitions a loop needs; makes the plans.
     fn calibrate(&mut self) -> Result<(), Doubt> {
         let goal = self.settings.loop_s;
-        let mut one = self.waited(1, 0)?.seconds;
+        // The first run of anything is slow, and so is the first look at new operands.
+        self.waited(1, 0)?;
+        let mut one = self.loop_of(1, 0)?.seconds;
         loop {
             let n = (goal / one.max(1e-9)).ceil().clamp(1.0, MOST as f64) as usize;
             if n <= self.track.n {
                 break;
             }
-            // By steps: the first run of anything is slow.
+            // By steps, for the same reason.
             self.track.n = n.min(self.track.n * 8);
             one = self.waited(self.track.n, 0)?.seconds / self.track.n as f64;
         }

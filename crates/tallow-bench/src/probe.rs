@@ -89,9 +89,11 @@ const LARGEST: usize = 256 << 20;
 const PATIENCE_S: f64 = 0.02;
 /// And how often at least: one look at the largest working set takes most of that time, and may be disturbed.
 const LEAST_RUNS: usize = 12;
-/// How long the peak of several threads is looked for while it is far from theirs alone: at first they may share a core.
+/// The largest share of a thread that is hoped to lie in a cache that no other thread uses.
+const OWN_CACHE: usize = 512 << 10;
+/// How long a rate of several threads is looked for while it is far from theirs alone: at first they may share a core.
 const LONG_PATIENCE_S: f64 = 0.5;
-/// Of their peaks alone, what several threads should reach together.
+/// Of their rates alone, what several threads should reach together.
 const SCALING: f64 = 0.9;
 /// Least bytes read in one call.
 const PASS_BYTES: usize = 32 << 20;
@@ -126,7 +128,8 @@ impl Probe {
                 let part = &data[..bytes / 4];
                 // Long enough that handing the work to the threads does not count.
                 let passes = (PASS_BYTES / bytes).max(1);
-                let bytes_per_s = best(clock, 0.0, || read(exec, part, passes) as f64);
+                let hoped = probe.hoped(bytes, threads);
+                let bytes_per_s = best(clock, hoped, || read(exec, part, passes) as f64);
                 probe.bandwidth.push(Bandwidth {
                     threads,
                     bytes,
@@ -148,6 +151,16 @@ impl Probe {
             }
         }
         probe
+    }
+
+    /// What several threads should read a second where each has its share in a cache of its own.
+    fn hoped(&self, bytes: usize, threads: usize) -> f64 {
+        let share = bytes / threads;
+        let mut alone = self.bandwidth.iter().filter(|b| b.threads == 1);
+        match alone.find(|b| b.bytes == share && share <= OWN_CACHE) {
+            Some(b) if threads > 1 => SCALING * b.bytes_per_s * threads as f64,
+            _ => 0.0,
+        }
     }
 
     /// The floor of a work on `threads` threads (on the nearest number that was probed).
@@ -261,6 +274,17 @@ mod tests {
     }
 
     #[test]
+    fn threads_with_caches_of_their_own_are_hoped_to_scale() {
+        let p = probe();
+        let close = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-9, "{a} {b}");
+        close(p.hoped(32 << 10, 2), SCALING * 180e9);
+        // Beyond the caches, between two sizes that were probed, and of one thread nothing is.
+        for (bytes, threads) in [(2 << 20, 2), (24 << 10, 2), (16 << 10, 1)] {
+            assert_eq!(p.hoped(bytes, threads), 0.0);
+        }
+    }
+
+    #[test]
     fn the_best_of_many_runs_counts() {
         /// Each look at the clock costs one of these.
         struct Steps(std::cell::Cell<usize>);
@@ -281,22 +305,22 @@ mod tests {
         struct Even(std::cell::Cell<f64>);
         impl Clock for Even {
             fn now(&self) -> f64 {
-                self.0.set(self.0.get() + 0.01);
+                self.0.set(self.0.get() + 0.001);
                 self.0.get()
             }
         }
         let rate = |hoped: f64| {
             let mut runs = 0;
-            // The tenth run is the first on two cores.
+            // The fifteenth run is the first on two cores.
             let work = || {
                 runs += 1;
-                if runs < 10 { 1.0 } else { 10.0 }
+                if runs < 15 { 1.0 } else { 10.0 }
             };
             best(&Even(std::cell::Cell::new(0.0)), hoped, work).round()
         };
-        assert_eq!(rate(0.0), 100.0);
-        assert_eq!(rate(900.0), 1000.0);
+        assert_eq!(rate(0.0), 1000.0);
+        assert_eq!(rate(9000.0), 10_000.0);
         // What never comes is not waited for without end.
-        assert_eq!(rate(1e9), 1000.0);
+        assert_eq!(rate(1e9), 10_000.0);
     }
 }
