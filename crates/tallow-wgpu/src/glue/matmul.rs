@@ -32,9 +32,9 @@ impl Tile {
         let Tile(r) = self;
         let (mut multiply, mut end) = (String::new(), String::new());
         for i in 0..r {
-            let _ = write!(
+            let _ = writeln!(
                 multiply,
-                "let p{i} = xs[s * QUADS + ty + {q}u]; let q{i} = ws[s * QUADS + tx + {q}u];\n",
+                "let p{i} = xs[s * QUADS + ty + {q}u]; let q{i} = ws[s * QUADS + tx + {q}u];",
                 q = 16 * i
             );
         }
