@@ -1,8 +1,11 @@
 // A token's way through a model as one launch: linears of one row with what stands around them, attention, the likeliest
 // token. Each processor has one block, each block a part of every step, and all wait for each other between two steps.
-// Weights wait for nobody: every warp copies its next SLOTS pieces of them into shared memory while others are computed,
-// past the ends of steps. So memory is busy all the time. Bound by reading the weights once, and by the waits.
-// Constants: WARPS of a block, SLOTS of a warp, SLOT bytes, RANKS most ranks of a step.
+// Weights wait for nobody: they are copied into shared memory SLOTS pieces ahead for each warp, past the ends of steps, so
+// that memory is busy all the time. What else never changes is asked for before the wait and used behind it.
+// Of a block's warps the first WARPS compute, one copies weights, and one tells the other blocks that this one is done
+// and watches for theirs. Bound by reading the weights once, and by the waits.
+// Constants: WARPS that compute, SLOTS of a warp, SLOT bytes, STEPS room for steps, RANKS most ranks of one,
+// HALF pairs of elements of a head.
 #define THREADS (WARPS * 32)
 #define SPLITS 32
 #define TILE 32
@@ -13,7 +16,7 @@ struct Phase {
   const float* up[3];
   const float* down[3];
   const float* x; float* y; const float* past; const float* norm;
-  const float* hp; float* np; const float* nw; const float* freq;
+  const float* hp; float* np; const float* nw;
   float* kc; float* vc; float* part; float2* stats;
   // 0: two outputs side by side; 1: silu(gate) * up; 2: rotated heads and the cache; 3: attention; 4: the likeliest.
   u32 kind, k, units, outputs, pieces, piece, end0, end1;
@@ -25,9 +28,8 @@ struct Phase {
   u32 window, joined, top, most, pad;
 };
 #define PHASE_WORDS ((u32)(sizeof(Phase) / 4))
-// What of a step the copies need, and this block's part of it.
-struct Stream { u64 w[3]; u32 k, units, outputs, piece, end0, end1, half, first, tasks; u16 kind, pieces; };
-struct Fetch { u32 phase, task, issued, used; };
+// What of a step the copies need, and this block's part of it. `by_*`: for divisions.
+struct Stream { u64 w[3]; u32 k, outputs, end0, end1, half, by_half, by_pieces, first; u16 tasks, n, pieces, piece, kind, none; u32 pad; };
 struct Top { float v; u32 at, bad, none; };
 #if __CUDA_ARCH__ >= 900
 DEV u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -35,59 +37,58 @@ DEV void bar_init(u64* bar) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 
 DEV void bar_expect(u64* bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_at(bar)), "r"(bytes) : "memory");
 }
+DEV void bar_arrive(u64* bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_at(bar)) : "memory"); }
+DEV bool bar_passed(u64* bar, u32 parity) {
+  u32 ok;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+    : "=r"(ok) : "r"(shared_at(bar)), "r"(parity) : "memory");
+  return ok;
+}
 DEV void bar_wait(u64* bar, u32 parity) {
   asm volatile("{\n.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra AGAIN;\nDONE:\n}"
     :: "r"(shared_at(bar)), "r"(parity) : "memory");
 }
+// Weights are read once a token: they leave the cache to others.
 DEV void copy(void* to, u64 from, u32 bytes, u64* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-    :: "r"(shared_at(to)), "l"(from), "r"(bytes), "r"(shared_at(bar)) : "memory");
+  u64 once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+    :: "r"(shared_at(to)), "l"(from), "r"(bytes), "r"(shared_at(bar)), "l"(once) : "memory");
 }
 DEV u32 arrived(const u32* p) { u32 v; asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 DEV void arrive(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(p) : "memory"); }
-DEV void fetch(const float* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// The warps that compute; with the one that watches, when the blocks are ready for this step; and when this block is
+// done with it, which nobody but the watcher waits for.
+DEV void sync() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
+DEV void ready() { asm volatile("bar.sync 2, %0;" :: "n"(THREADS + 32) : "memory"); }
+DEV void done() { asm volatile("bar.arrive 3, %0;" :: "n"(THREADS + 32) : "memory"); }
+DEV void all_done() { asm volatile("bar.sync 3, %0;" :: "n"(THREADS + 32) : "memory"); }
 DEV float dot8(uint4 q, float4 a, float4 b) {
-  return as_f32(q.x << 16) * a.x + as_f32(q.x & 0xffff0000u) * a.y + as_f32(q.y << 16) * a.z + as_f32(q.y & 0xffff0000u) * a.w
-       + as_f32(q.z << 16) * b.x + as_f32(q.z & 0xffff0000u) * b.y + as_f32(q.w << 16) * b.z + as_f32(q.w & 0xffff0000u) * b.w;
+  return (as_f32(q.x << 16) * a.x + as_f32(q.x & 0xffff0000u) * a.y + as_f32(q.y << 16) * a.z + as_f32(q.y & 0xffff0000u) * a.w)
+       + (as_f32(q.z << 16) * b.x + as_f32(q.z & 0xffff0000u) * b.y + as_f32(q.w << 16) * b.z + as_f32(q.w & 0xffff0000u) * b.w);
 }
+DEV void fetch(const float* p) { asm volatile("prefetch.global.L1 [%0];" :: "l"(p)); }
 DEV float4 cg4(const float* p) { return __ldcg((const float4*)p); }
+DEV float half_sum(float v) {
+  for (int o = 8; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+// n / d for n d < 2³², by = over(d); d > 1.
+DEV u32 over(u32 d) { return ~0u / d + 1; }
+DEV u32 divide(u32 n, u32 d, u32 by) { return d == 1 ? n : __umulhi(n, by); }
 // Which of three parts `o` lies in, and where that begins.
 DEV u32 part_of(u32 o, u32 end0, u32 end1, u32& start) {
   const u32 i = (o >= end0) + (o >= end1);
   start = i == 0 ? 0 : i == 1 ? end0 : end1;
   return i;
 }
-DEV void outputs_of(const Stream& z, u32 unit, u32& oa, u32& ob) {
-  if (z.kind == 0) { oa = 2 * unit; ob = oa + 1; }
-  else if (z.kind == 1) { oa = unit; ob = unit + z.units; }
-  else { oa = unit / z.half * 2 * z.half + unit % z.half; ob = oa + z.half; }
+template <int KIND> DEV void outputs_of(const Stream& z, u32 unit, u32& oa, u32& ob) {
+  const u32 kind = KIND < 0 ? z.kind : KIND;
+  if (kind == 0) { oa = 2 * unit; ob = oa + 1; }
+  else if (kind == 1) { oa = unit; ob = unit + z.outputs / 2; }
+  else { oa = unit + divide(unit, z.half, z.by_half) * z.half; ob = oa + z.half; }
 }
-// This warp's next piece of weights, if there is one, into the slot that it used last.
-DEV void issue(Fetch& f, const Stream* streams, u32 count, char* mine, u64* full) {
-  const u32 warp = threadIdx.x >> 5;
-  while (f.phase < count && f.task >= streams[f.phase].tasks) { ++f.phase; f.task = warp; }
-  if (f.phase == count) return;
-  const Stream& z = streams[f.phase];
-  const u32 slot = f.issued % SLOTS;
-  if ((threadIdx.x & 31) == 0) {
-    const u32 u = z.pieces == 1 ? f.task : f.task / z.pieces, c = (f.task - u * z.pieces) * z.piece;
-    const u32 bytes = min(z.k / 8 - c, z.piece) * 16;
-    u32 oa, ob, start;
-    outputs_of(z, z.first + u, oa, ob);
-    const bool two = ob < z.outputs;
-    char* to = mine + slot * SLOT;
-    bar_expect(full + slot, two ? 2 * bytes : bytes);
-    u32 i = part_of(oa, z.end0, z.end1, start);
-    copy(to, z.w[i] + ((u64)(oa - start) * z.k + c * 8) * 2, bytes, full + slot);
-    if (two) {
-      i = part_of(ob, z.end0, z.end1, start);
-      copy(to + SLOT / 2, z.w[i] + ((u64)(ob - start) * z.k + c * 8) * 2, bytes, full + slot);
-    }
-  }
-  ++f.issued;
-  f.task += WARPS;
-}
-// Element q of row o of s B, and where the h that it is multiplied with lies; nowhere past the rank: nothing may be
+// Element q of row o of B, and where the h that it is multiplied with lies; nowhere past the rank: nothing may be
 // multiplied there, for h may be infinite.
 #define NOWHERE (~0u)
 DEV float tail(const Phase& d, u32 o, u32 q, u32& at) {
@@ -96,7 +97,7 @@ DEV float tail(const Phase& d, u32 o, u32 q, u32& at) {
   at = NOWHERE;
   if (q >= d.rank[i]) return 0.f;
   at = d.r0[i] + q;
-  return d.scale[i] * d.up[i][(u64)(o - start) * d.rank[i] + q];
+  return d.up[i][(o - start) * d.rank[i] + q];
 }
 // A row of all A of the next linear.
 DEV const float* down_row(const Phase& d, u32 q) {
@@ -104,6 +105,8 @@ DEV const float* down_row(const Phase& d, u32 q) {
   const u32 i = part_of(q, d.nend0, d.nend1, start);
   return d.down[i] + (u64)(q - start) * d.nk;
 }
+// The scale of the adapter that rank q belongs to.
+DEV float scale_of(const Phase& d, u32 q) { return d.scale[(q >= d.r0[1]) + (q >= d.r0[2])]; }
 DEV float bias_of(const Phase& d, u32 o) {
   u32 start;
   const u32 i = part_of(o, d.end0, d.end1, start);
@@ -129,351 +132,404 @@ DEV void warp_top(Top& t) {
     t.bad |= __shfl_xor_sync(~0u, t.bad, o);
   }
 }
-// Everything a block keeps over all steps.
-struct Block {
-  u32 warp, lane, p, f, base, count;
-  u32* bar;
-  const Stream* streams;
-  char* mine;
-  u64* full;
-  float4* work;
-  float* sums;
-  float* hs;
-  Top* tops;
-  DEV void wait() const {
-    if (threadIdx.x == 0 && f > 0)
-      while ((int)(arrived(bar) - (base + f * gridDim.x)) < 0) {}
-    __syncthreads();
-  }
-};
+// What a block keeps over all steps: the copies of every warp and whether they are there, or free; the parts of the steps;
+// room for one step at a time.
+extern __shared__ uint4 memory[];
+#define RING ((char*)memory)
+#define STREAMS ((Stream*)(RING + WARPS * SLOTS * SLOT))
+#define TILES ((float4*)(STREAMS + STEPS))
+#define WORK ((float4*)((char*)TILES + TILE_BYTES))
+__shared__ u64 full[WARPS * SLOTS], empty[WARPS * SLOTS];
+__shared__ Phase desc[2];
+__shared__ float sums[WARPS], hs[RANKS], inverse;
+__shared__ Top tops[WARPS];
+// Cosine and sine for each pair of elements of a head.
+__shared__ float2 turn[HALF];
+__shared__ u32 position;
+struct Block { u32 warp, lane, used; };
 // Row x from the parts that attention left behind, and its h.
 DEV void join(const Phase& d, const Block& b, float* wg) {
-  const Keys s = keys_of(d, b.p);
-  const u32 dim = 2 * d.half;
+  const Keys s = keys_of(d, position);
+  const u32 dim = 2 * d.half, quarter = over(dim / 4), k4 = d.k / 4, hw = threadIdx.x / 16, l16 = b.lane & 15;
+  const u32 by_splits = over(max(2u, s.splits)), first = divide(threadIdx.x, dim / 4, quarter);
+  const float* part = d.part;
+  const float2* stats = d.stats;
+  const float* hp = d.hp;
+  const u32 each = d.queries * s.splits;
+  ready();
+  const float* from;
   for (u32 head = b.warp; head < d.queries; head += WARPS) {
     float2 st = make_float2(-inff, 0.f);
-    if (b.lane < s.splits) st = __ldcg(d.stats + head * SPLITS + b.lane);
+    if (b.lane < s.splits) st = __ldcg(stats + head * SPLITS + b.lane);
     const float m = warp_max(st.x), w = st.y > 0.f ? expf(st.x - m) : 0.f, sum = warp_sum(w * st.y);
     wg[head * SPLITS + b.lane] = sum > 0.f ? w / sum : 0.f;
   }
-  __syncthreads();
-  for (u32 at = threadIdx.x; at < d.k / 4; at += THREADS) {
-    const u32 head = at * 4 / dim, c = at * 4 - head * dim;
-    const float* from = d.part + (u64)head * SPLITS * dim + c;
+  sync();
+  for (u32 at = threadIdx.x; at < k4; at += THREADS) {
+    const u32 head = divide(at, dim / 4, quarter);
+    from = part + (u64)head * SPLITS * dim + (at - head * (dim / 4)) * 4;
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-    for (u32 i = 0; i < s.splits; ++i) {
-      const float4 q = cg4(from + i * dim);
-      const float w = wg[head * SPLITS + i];
-      v.x += w * q.x; v.y += w * q.y; v.z += w * q.z; v.w += w * q.w;
-    }
-    b.work[(at & 1) * (d.k / 8) + at / 2] = v;
+    auto add = [&](float4 x, float w) { v.x += w * x.x; v.y += w * x.y; v.z += w * x.z; v.w += w * x.w; };
+#pragma unroll 2
+    for (u32 i = 0; i < s.splits; ++i) add(cg4(from + i * dim), wg[head * SPLITS + i]);
+    WORK[(at & 1) * (d.k / 8) + at / 2] = v;
   }
-  for (u32 q = b.warp; q < d.ranks; q += WARPS) {
-    float h = 0.f;
-    for (u32 i = b.lane; i < d.queries * s.splits; i += 32) {
-      const u32 head = i / s.splits, at = head * SPLITS + i - head * s.splits;
-      h += wg[at] * __ldcg(d.hp + (u64)q * d.queries * SPLITS + at);
+  for (u32 r = hw; r - (b.lane >> 4) < d.ranks; r += THREADS / 16) {
+    float sum = 0.f;
+    for (u32 e = l16; e < each; e += 16) {
+      const u32 head = divide(e, s.splits, by_splits), at = head * SPLITS + e - head * s.splits;
+      if (r < d.ranks) sum += wg[at] * __ldcg(hp + r * d.queries * SPLITS + at);
     }
-    h = warp_sum(h);
-    if (b.lane == 0) b.hs[q] = h;
+    sum = half_sum(sum);
+    if (l16 == 0 && r < d.ranks) hs[r] = scale_of(d, r) * sum;
   }
 }
-DEV void linear(const Phase& d, const Block& b, Fetch& fetch) {
-  const Stream& z = b.streams[b.f];
-  const u32 n = z.pieces == 1 ? z.tasks : z.tasks / z.pieces, tid = threadIdx.x, lane = b.lane;
-  float2* red = (float2*)(b.work + d.k / 4);
-  float* made = (float*)(red + z.tasks);
-  const u32 values = d.kind == 1 ? n : 2 * n, v0 = d.kind == 1 ? z.first : 2 * z.first;
-  // What never changes is asked for before the wait: the tails of this warp's first two sums, what is added to this
-  // thread's outputs, the norm's weights, and what the next h makes of the outputs.
-  float ta[2] = {0.f, 0.f}, tb[2] = {0.f, 0.f};
+// Row x as it lies, times the norm's weights, the sum of its squares by warp, and h from its parts.
+DEV void take(const Phase& d, const Block& b) {
+  const u32 tid = threadIdx.x, k4 = d.k / 4, k8 = d.k / 8, hw = tid / 16, l16 = tid & 15, count = d.count, ranks = d.ranks;
+  const float* x = d.x;
+  const float* norm = d.norm;
+  const float* hp = d.hp + (u64)hw * count;
+  float4 n0 = make_float4(1.f, 1.f, 1.f, 1.f);
+  if (norm && tid < k4) n0 = *(const float4*)(norm + tid * 4);
+  ready();
+  float part[4];
+  if (ranks)
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) part[i] = hw < ranks && l16 + 16 * i < count ? __ldcg(hp + l16 + 16 * i) : 0.f;
+  float s = 0.f;
+  for (u32 at = tid; at < k4; at += 2 * THREADS) {
+    const bool more = at + THREADS < k4;
+    float4 v = cg4(x + at * 4), w = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (more) w = cg4(x + (at + THREADS) * 4);
+    if (norm) {
+      const float4 n1 = more ? *(const float4*)(norm + (at + THREADS) * 4) : w;
+      if (at != tid) n0 = *(const float4*)(norm + at * 4);
+      s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w + w.x * w.x + w.y * w.y + w.z * w.z + w.w * w.w;
+      v.x *= n0.x; v.y *= n0.y; v.z *= n0.z; v.w *= n0.w;
+      w.x *= n1.x; w.y *= n1.y; w.z *= n1.z; w.w *= n1.w;
+    }
+    WORK[(at & 1) * k8 + at / 2] = v;
+    if (more) WORK[((at + THREADS) & 1) * k8 + (at + THREADS) / 2] = w;
+  }
+  if (norm) {
+    s = warp_sum(s);
+    if (b.lane == 0) sums[b.warp] = s;
+  }
+  // Both halves of a warp go round as often as the first.
+  for (u32 q = hw; q - (b.lane >> 4) < ranks; q += THREADS / 16) {
+    float h = 0.f;
+    const bool mine = q == hw;
+    if (mine)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) h += part[i];
+    if (q < ranks)
+      for (u32 at = mine ? l16 + 64 : l16; at < count; at += 16) h += __ldcg(d.hp + (u64)q * count + at);
+    h = half_sum(h);
+    if (l16 == 0 && q < ranks) hs[q] = scale_of(d, q) * h;
+  }
+}
+// What stands behind the sums of a unit's two outputs.
+struct Behind { float ca, cb, pa, pb; };
+template <int KIND> DEV Behind behind(const Phase& d, const Stream& z, const Block& b, u32 unit) {
+  Behind o = {};
+  u32 oa, ob;
+  outputs_of<KIND>(z, unit, oa, ob);
+  o.ca = bias_of(d, oa);
+  if (ob < d.outputs) o.cb = bias_of(d, ob);
+  return o;
+}
+template <int KIND> DEV void past_of(const Phase& d, const Stream& z, u32 unit, Behind& o) {
+  if (KIND || !d.past) return;
+  o.pa = __ldcg(d.past + 2 * unit);
+  if (2 * unit + 1 < d.outputs) o.pb = __ldcg(d.past + 2 * unit + 1);
+}
+template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z, Block& b) {
+  const u32 n = z.n, tasks = z.tasks, tid = threadIdx.x, lane = b.lane, hw = tid / 16, l16 = tid & 15;
+  float2* red = (float2*)(WORK + d.k / 4);
+  float* made = (float*)(red + tasks);
+  const u32 values = KIND == 1 ? n : 2 * n, v0 = KIND == 1 ? z.first : 2 * z.first;
+  // What never changes: the tails of this warp's first two sums, what is added to this thread's outputs, and what the
+  // next h makes of the outputs.
+  float ta[2], tb[2];
   u32 qa[2] = {NOWHERE, NOWHERE}, qb[2] = {NOWHERE, NOWHERE};
   if (d.ranks)
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const u32 t = b.warp + j * WARPS, u = z.pieces == 1 ? t : t / z.pieces;
+      const u32 t = b.warp + j * WARPS, u = divide(t, z.pieces, z.by_pieces);
       u32 oa, ob;
-      if (t >= z.tasks || u * z.pieces != t) continue;
-      outputs_of(z, z.first + u, oa, ob);
+      if (t >= tasks || u * z.pieces != t) continue;
+      outputs_of<KIND>(z, z.first + u, oa, ob);
       ta[j] = tail(d, oa, lane, qa[j]);
       if (ob < d.outputs) tb[j] = tail(d, ob, lane, qb[j]);
     }
-  u32 oa = 0, ob = 0;
-  float ca = 0.f, cb = 0.f, co = 1.f, si = 0.f;
-  if (tid < n) {
-    outputs_of(z, z.first + tid, oa, ob);
-    ca = bias_of(d, oa);
-    if (ob < d.outputs) cb = bias_of(d, ob);
-    if (d.kind == 2) {
-      const float angle = (float)b.p * d.freq[oa % (2 * d.half)];
-      co = cosf(angle);
-      si = sinf(angle);
-    }
-  }
-  float4 n0 = make_float4(1.f, 1.f, 1.f, 1.f), n1 = n0;
-  if (d.norm && tid < d.k / 4) n0 = *(const float4*)(d.norm + tid * 4);
-  if (d.norm && tid + THREADS < d.k / 4) n1 = *(const float4*)(d.norm + (tid + THREADS) * 4);
-  float w0 = 0.f, w1 = 0.f;
-  if (b.warp < d.next) {
-    const float* row = down_row(d, b.warp);
-    if (lane < values && v0 + lane < d.nk) w0 = row[v0 + lane] * (d.nw ? d.nw[v0 + lane] : 1.f);
-    if (lane + 32 < values && v0 + lane + 32 < d.nk) w1 = row[v0 + lane + 32] * (d.nw ? d.nw[v0 + lane + 32] : 1.f);
-  }
-  b.wait();
-  if (d.past && tid < n) {
-    ca += __ldcg(d.past + oa);
-    if (ob < d.outputs) cb += __ldcg(d.past + ob);
-  }
-  if (d.joined) join(d, b, made + 2 * n);
-  else {
-    float part[5];
+  Behind o = {};
+  if (tid < n) o = behind<KIND>(d, z, b, z.first + tid);
+  float wd[3] = {0.f, 0.f, 0.f}, wn[3] = {1.f, 1.f, 1.f};
+  if (hw < d.next) {
+    const float* row = down_row(d, hw);
 #pragma unroll
-    for (u32 i = 0; i < 5; ++i)
-      part[i] = b.warp < d.ranks && lane + 32 * i < d.count ? __ldcg(d.hp + (u64)b.warp * d.count + lane + 32 * i) : 0.f;
-    float s = 0.f;
-    for (u32 at = tid; at < d.k / 4; at += 2 * THREADS) {
-      const bool more = at + THREADS < d.k / 4;
-      float4 v = cg4(d.x + at * 4), w = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (more) w = cg4(d.x + (at + THREADS) * 4);
-      s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w + w.x * w.x + w.y * w.y + w.z * w.z + w.w * w.w;
-      if (d.norm) {
-        if (at != tid) {
-          n0 = *(const float4*)(d.norm + at * 4);
-          if (more) n1 = *(const float4*)(d.norm + (at + THREADS) * 4);
-        }
-        v.x *= n0.x; v.y *= n0.y; v.z *= n0.z; v.w *= n0.w;
-        w.x *= n1.x; w.y *= n1.y; w.z *= n1.z; w.w *= n1.w;
-      }
-      b.work[(at & 1) * (d.k / 8) + at / 2] = v;
-      if (more) b.work[((at + THREADS) & 1) * (d.k / 8) + (at + THREADS) / 2] = w;
-    }
-    if (d.norm) {
-      s = warp_sum(s);
-      if (lane == 0) b.sums[b.warp] = s;
-    }
-    for (u32 q = b.warp; q < d.ranks; q += WARPS) {
-      float h = 0.f;
-      if (q == b.warp) h = part[0] + part[1] + part[2] + part[3] + part[4];
-      for (u32 at = q == b.warp ? lane + 160 : lane; at < d.count; at += 32) h += __ldcg(d.hp + (u64)q * d.count + at);
-      h = warp_sum(h);
-      if (lane == 0) b.hs[q] = h;
+    for (int i = 0; i < 3; ++i) {
+      const u32 v = l16 + 16 * i;
+      if (v >= values || v0 + v >= d.nk) continue;
+      wd[i] = row[v0 + v];
+      if (d.nw) wn[i] = d.nw[v0 + v];
     }
   }
-  __syncthreads();
+  if (JOINED) join(d, b, made + 2 * n); else take(d, b);
+  if (tid < n) past_of<KIND>(d, z, z.first + tid, o);
+  sync();
+  // The last warp has the least to do.
+  if (!JOINED && d.norm && b.warp == WARPS - 1) {
+    const float s = warp_sum(lane < WARPS ? sums[lane] : 0.f);
+    if (lane == 0) inverse = rsqrtf(s / d.k + d.eps);
+  }
   u32 j = 0;
-  for (u32 t = b.warp; t < z.tasks; t += WARPS, ++j) {
-    const u32 slot = fetch.used % SLOTS, u = z.pieces == 1 ? t : t / z.pieces, c0 = (t - u * z.pieces) * z.piece;
-    const u32 groups = min(d.k / 8 - c0, z.piece);
-    const uint4* wa = (const uint4*)(b.mine + slot * SLOT);
-    const uint4* wb = (const uint4*)(b.mine + slot * SLOT + SLOT / 2);
-    const float4* lo = b.work + c0;
+  for (u32 t = b.warp; t < tasks; t += WARPS, ++j) {
+    const u32 slot = b.used % SLOTS, u = divide(t, z.pieces, z.by_pieces), c0 = (t - u * z.pieces) * z.piece;
+    const u32 groups = min(d.k / 8 - c0, (u32)z.piece);
+    const uint4* wa = (const uint4*)(RING + (b.warp * SLOTS + slot) * SLOT);
+    const uint4* wb = (const uint4*)(RING + (b.warp * SLOTS + slot) * SLOT + SLOT / 2);
+    const float4* lo = WORK + c0;
     const float4* hi = lo + d.k / 8;
     float sa = 0.f, sb = 0.f;
     if (d.ranks && c0 == 0) {
-      if (j < 2) {
-        if ((j ? qa[1] : qa[0]) != NOWHERE) sa = (j ? ta[1] : ta[0]) * b.hs[j ? qa[1] : qa[0]];
-        if ((j ? qb[1] : qb[0]) != NOWHERE) sb = (j ? tb[1] : tb[0]) * b.hs[j ? qb[1] : qb[0]];
+      if (j == 0) {
+        if (qa[0] != NOWHERE) sa = ta[0] * hs[qa[0]];
+        if (qb[0] != NOWHERE) sb = tb[0] * hs[qb[0]];
+      } else if (j == 1) {
+        if (qa[1] != NOWHERE) sa = ta[1] * hs[qa[1]];
+        if (qb[1] != NOWHERE) sb = tb[1] * hs[qb[1]];
       }
-      u32 o, p, at;
-      outputs_of(z, z.first + u, o, p);
-      for (u32 q = j < 2 ? lane + 32 : lane; q < d.most; q += 32) {
-        float v = tail(d, o, q, at);
-        if (at != NOWHERE) sa += v * b.hs[at];
-        if (p >= d.outputs) continue;
-        v = tail(d, p, q, at);
-        if (at != NOWHERE) sb += v * b.hs[at];
+      if (j > 1 || d.most > 32) {
+        u32 oa, ob, at;
+        outputs_of<KIND>(z, z.first + u, oa, ob);
+        for (u32 q = j < 2 ? lane + 32 : lane; q < d.most; q += 32) {
+          float v = tail(d, oa, q, at);
+          if (at != NOWHERE) sa += v * hs[at];
+          if (ob >= d.outputs) continue;
+          v = tail(d, ob, q, at);
+          if (at != NOWHERE) sb += v * hs[at];
+        }
       }
     }
-    bar_wait(b.full + slot, fetch.used / SLOTS & 1);
-    for (u32 c = lane; c < groups; c += 64) {
+    bar_wait(full + b.warp * SLOTS + slot, b.used / SLOTS & 1);
+    u32 c = lane;
+    for (; c + 32 < groups; c += 64) {
+      const uint4 q0 = wa[c], q1 = wb[c], q2 = wa[c + 32], q3 = wb[c + 32];
+      const float4 l = lo[c], h = hi[c], l2 = lo[c + 32], h2 = hi[c + 32];
+      sa += dot8(q0, l, h);
+      sb += dot8(q1, l, h);
+      sa += dot8(q2, l2, h2);
+      sb += dot8(q3, l2, h2);
+    }
+    if (c < groups) {
       const float4 l = lo[c], h = hi[c];
       sa += dot8(wa[c], l, h);
       sb += dot8(wb[c], l, h);
-      if (c + 32 < groups) {
-        const float4 l2 = lo[c + 32], h2 = hi[c + 32];
-        sa += dot8(wa[c + 32], l2, h2);
-        sb += dot8(wb[c + 32], l2, h2);
-      }
     }
     __syncwarp();
-    ++fetch.used;
-    issue(fetch, b.streams, b.count, b.mine, b.full);
+    if (lane == 0) bar_arrive(empty + b.warp * SLOTS + slot);
+    ++b.used;
     sa = warp_sum(sa);
     sb = warp_sum(sb);
     if (lane == 0) red[t] = make_float2(sa, sb);
   }
-  __syncthreads();
-  float r = 1.f;
-  if (d.norm) {
-    float s = 0.f;
-#pragma unroll
-    for (int i = 0; i < WARPS; ++i) s += b.sums[i];
-    r = rsqrtf(s / d.k + d.eps);
-  }
+  sync();
+  const float r = !JOINED && d.norm ? inverse : 1.f;
   Top top = {-inff, d.outputs, 0, 0};
   for (u32 i = tid; i < n; i += THREADS) {
     const u32 unit = z.first + i;
     if (i != tid) {
-      outputs_of(z, unit, oa, ob);
-      ca = bias_of(d, oa) + (d.past ? __ldcg(d.past + oa) : 0.f);
-      cb = ob < d.outputs ? bias_of(d, ob) + (d.past ? __ldcg(d.past + ob) : 0.f) : 0.f;
-      if (d.kind == 2) {
-        const float angle = (float)b.p * d.freq[oa % (2 * d.half)];
-        co = cosf(angle);
-        si = sinf(angle);
-      }
+      o = behind<KIND>(d, z, b, unit);
+      past_of<KIND>(d, z, unit, o);
     }
+    u32 oa, ob;
+    outputs_of<KIND>(z, unit, oa, ob);
     float sa = 0.f, sb = 0.f;
-    for (u32 k = 0; k < z.pieces; ++k) { const float2 v = red[i * z.pieces + k]; sa += v.x; sb += v.y; }
-    float va = sa * r + ca, vb = sb * r + cb;
-    if (d.kind == 0) {
+    const float2* from = red + i * z.pieces;
+#pragma unroll 4
+    for (u32 k = 0; k < z.pieces; ++k) { const float2 v = from[k]; sa += v.x; sb += v.y; }
+    float va = sa * r + o.ca + o.pa, vb = sb * r + o.cb + o.pb;
+    if (KIND == 0) {
       d.y[oa] = va;
       if (ob < d.outputs) d.y[ob] = vb; else vb = 0.f;
-      made[2 * i] = va;
-      made[2 * i + 1] = vb;
+      if (d.next) { made[2 * i] = va; made[2 * i + 1] = vb; }
       if (d.top) {
         top.bad |= va != va || (ob < d.outputs && vb != vb);
         better(top, va, oa);
         if (ob < d.outputs) better(top, vb, ob);
       }
-    } else if (d.kind == 1) {
+    } else if (KIND == 1) {
       va = va / (1.f + expf(-va)) * vb;
       d.y[unit] = va;
       made[i] = va;
     } else {
-      const u32 head = oa / (2 * d.half), e = oa % (2 * d.half);
+      const u32 head = divide(unit, z.half, z.by_half), e = unit - head * z.half;
       if (head < d.queries + d.keys) {
-        const float x = va * co - vb * si, y = vb * co + va * si;
+        const float2 t = turn[e];
+        const float x = va * t.x - vb * t.y, y = vb * t.x + va * t.y;
         va = x;
         vb = y;
         d.y[oa] = va;
         d.y[ob] = vb;
       }
-      if (head >= d.queries && b.p < d.slots) {
-        float* to = (head < d.queries + d.keys ? d.kc : d.vc) + ((u64)b.p * d.keys + (head - d.queries) % d.keys) * 2 * d.half;
+      if (head >= d.queries && position < d.slots) {
+        const bool key = head < d.queries + d.keys;
+        float* to = (key ? d.kc : d.vc) + ((u64)position * d.keys + head - d.queries - (key ? 0 : d.keys)) * 2 * d.half;
         to[e] = va;
         to[e + d.half] = vb;
       }
     }
   }
   if (d.next) {
-    __syncthreads();
-    for (u32 q = b.warp; q < d.next; q += WARPS) {
+    sync();
+    for (u32 q = hw; q - (lane >> 4) < d.next; q += THREADS / 16) {
       float h = 0.f;
-      u32 v = lane;
-      if (q == b.warp) {
-        if (v < values) h += w0 * made[v];
-        if (v + 32 < values) h += w1 * made[v + 32];
-        v += 64;
+      const bool mine = q == hw;
+      if (mine)
+#pragma unroll
+        for (int i = 0; i < 3; ++i)
+          if (l16 + 16 * i < values) h += wd[i] * wn[i] * made[l16 + 16 * i];
+      if (q < d.next) {
+        const float* row = down_row(d, q);
+        for (u32 v = mine ? l16 + 48 : l16; v < values; v += 16)
+          if (v0 + v < d.nk) h += row[v0 + v] * (d.nw ? d.nw[v0 + v] : 1.f) * made[v];
       }
-      const float* row = down_row(d, q);
-      for (; v < values; v += 32)
-        if (v0 + v < d.nk) h += row[v0 + v] * (d.nw ? d.nw[v0 + v] : 1.f) * made[v];
-      h = warp_sum(h);
-      if (lane == 0) d.np[(u64)q * gridDim.x + blockIdx.x] = h;
+      h = half_sum(h);
+      if (l16 == 0 && q < d.next) d.np[(u64)q * gridDim.x + blockIdx.x] = h;
     }
   }
   if (d.top) {
     warp_top(top);
-    if (lane == 0) b.tops[b.warp] = top;
-    __syncthreads();
+    if (lane == 0) tops[b.warp] = top;
+    sync();
     if (b.warp == 0) {
-      top = lane < WARPS ? b.tops[lane] : Top{-inff, d.outputs, 0, 0};
+      top = lane < WARPS ? tops[lane] : Top{-inff, d.outputs, 0, 0};
       warp_top(top);
       if (lane == 0) ((Top*)d.np)[blockIdx.x] = top;
     }
   }
 }
 // One block for a part of the keys of a key head, with all its queries; parts of the next h as parts of the result.
-DEV void attention(const Phase& d, const Block& b) {
-  const u32 dim = 2 * d.half, g = d.queries / d.keys, stride = dim + 4, tid = threadIdx.x;
-  const Keys s = keys_of(d, b.p);
-  float* ks = (float*)b.work;
+DEV void attention(const Phase& d, Block& b) {
+  const u32 dim = 2 * d.half, g = d.queries / d.keys, stride = dim + 4, tid = threadIdx.x, hw = tid / 16, l16 = tid & 15;
+  const u32 row4 = dim / 4, by_row4 = over(row4), by_dim = over(dim), by_g = over(max(2u, g));
+  const Keys s = keys_of(d, position);
+  float* ks = (float*)TILES;
   float* vs = ks + TILE * stride;
-  float* qs = vs + TILE * stride;
+  float* qs = (float*)WORK;
   float* ps = qs + g * stride;
   float* made = ps + g * TILE;
   float* ms = made + g * dim;
   float* ls = ms + g;
   float* fs = ls + g;
-  const u32 items = d.keys * s.splits;
-  if (blockIdx.x < items)
-    for (u32 i = tid * 32; i < d.next * g * dim; i += THREADS * 32)
-      fetch(down_row(d, i / (g * dim)) + blockIdx.x % d.keys * g * dim + i % (g * dim));
-  b.wait();
-  for (u32 item = blockIdx.x; item < items; item += gridDim.x) {
-    const u32 kv = item % d.keys, split = item / d.keys;
-    const u32 from = s.lo + s.n * split / s.splits, to = s.lo + s.n * (split + 1) / s.splits;
-    __syncthreads();
-    for (u32 e = tid; e < g * dim / 4; e += THREADS) {
-      const u32 r = e * 4 / dim, c = e * 4 - r * dim;
-      *(float4*)(qs + r * stride + c) = cg4(d.x + (u64)(kv * g + r) * dim + c);
+  const u32 items = d.keys * s.splits, next = d.next;
+  const float* q = d.x;
+  u32 item = blockIdx.x;
+  // Keys before this token's lie there since before the launch: those of the first tile are on their way before the wait.
+  u32 kv = item % d.keys, split = item / d.keys, from = 0, to = 0;
+  if (item < items) { from = s.lo + s.n * split / s.splits; to = s.lo + s.n * (split + 1) / s.splits; }
+  auto load = [&](u32 k0, u32 r, u32 c) {
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f), y = x;
+    if (k0 + r < to) {
+      const u64 at = ((u64)(k0 + r) * d.keys + kv) * dim + c;
+      x = cg4(d.kc + at);
+      y = cg4(d.vc + at);
+    }
+    *(float4*)(ks + r * stride + c) = x;
+    *(float4*)(vs + r * stride + c) = y;
+  };
+  if (item < items) {
+    for (u32 e = tid; e < TILE * row4; e += THREADS) {
+      const u32 r = divide(e, row4, by_row4);
+      if (from + r != position) load(from, r, (e - r * row4) * 4);
+    }
+    for (u32 i = tid; i < next * g * dim / 32; i += THREADS) {
+      const u32 e = i * 32, rank = e / (g * dim);
+      fetch(down_row(d, rank) + kv * g * dim + e - rank * g * dim);
+    }
+  }
+  ready();
+  for (; item < items; item += gridDim.x) {
+    const bool first = item == blockIdx.x;
+    if (!first) {
+      kv = item % d.keys;
+      split = item / d.keys;
+      from = s.lo + s.n * split / s.splits;
+      to = s.lo + s.n * (split + 1) / s.splits;
+      sync();
+    }
+    for (u32 e = tid; e < g * row4; e += THREADS) {
+      const u32 r = divide(e, row4, by_row4), c = (e - r * row4) * 4;
+      *(float4*)(qs + r * stride + c) = cg4(q + (kv * g + r) * dim + c);
     }
     if (tid < g) { ms[tid] = -inff; ls[tid] = 0.f; }
     float acc[ACCS] = {};
     for (u32 k0 = from; k0 < to; k0 += TILE) {
-      if (k0 != from) __syncthreads();
-      for (u32 e = tid; e < TILE * dim / 4; e += THREADS) {
-        const u32 r = e * 4 / dim, c = e * 4 - r * dim;
-        float4 x = make_float4(0.f, 0.f, 0.f, 0.f), y = x;
-        if (k0 + r < to) {
-          const u64 at = ((u64)(k0 + r) * d.keys + kv) * dim + c;
-          x = cg4(d.kc + at);
-          y = cg4(d.vc + at);
-        }
-        *(float4*)(ks + r * stride + c) = x;
-        *(float4*)(vs + r * stride + c) = y;
+      if (k0 != from) sync();
+      // Of the first tile only this token's key is missing.
+      const bool there = first && k0 == from;
+      const u32 r0 = there && position >= k0 ? position - k0 : 0, rows = there ? (position >= k0 && position < k0 + TILE ? 1 : 0) : TILE;
+      for (u32 e = tid; e < rows * row4; e += THREADS) {
+        const u32 r = divide(e, row4, by_row4);
+        load(k0, r0 + r, (e - r * row4) * 4);
       }
-      __syncthreads();
+      sync();
       for (u32 r = b.warp; r < g; r += WARPS) {
-        float v = 0.f;
+        float v = 0.f, v2 = 0.f;
 #pragma unroll 4
         for (u32 c = 0; c < dim; c += 4) {
           const float4 x = *(const float4*)(qs + r * stride + c), y = *(const float4*)(ks + b.lane * stride + c);
-          v += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+          v += x.x * y.x + x.y * y.y;
+          v2 += x.z * y.z + x.w * y.w;
         }
-        const float score = k0 + b.lane < to ? v * d.factor : -inff, old = ms[r], m = fmaxf(old, warp_max(score));
+        const float score = k0 + b.lane < to ? (v + v2) * d.factor : -inff, old = ms[r], m = fmaxf(old, warp_max(score));
         const float zero = m == -inff ? 0.f : m, e = expf(score - zero), f = expf(old - zero), sum = warp_sum(e);
         ps[r * TILE + b.lane] = e;
         if (b.lane == 0) { fs[r] = f; ls[r] = ls[r] * f + sum; ms[r] = m; }
       }
-      __syncthreads();
+      sync();
 #pragma unroll
       for (int j = 0; j < ACCS; ++j) {
         const u32 e = tid + j * THREADS;
         if (e >= g * dim) break;
-        const u32 r = e / dim, c = e - r * dim;
-        float v = acc[j] * fs[r];
-#pragma unroll 8
-        for (u32 i = 0; i < TILE; ++i) v += ps[r * TILE + i] * vs[i * stride + c];
-        acc[j] = v;
+        const u32 r = divide(e, dim, by_dim), c = e - r * dim;
+        float v = acc[j] * fs[r], v2 = 0.f;
+#pragma unroll 4
+        for (u32 i = 0; i < TILE; i += 2) {
+          v += ps[r * TILE + i] * vs[i * stride + c];
+          v2 += ps[r * TILE + i + 1] * vs[(i + 1) * stride + c];
+        }
+        acc[j] = v + v2;
       }
     }
 #pragma unroll
     for (int j = 0; j < ACCS; ++j) {
       const u32 e = tid + j * THREADS;
       if (e >= g * dim) break;
-      const u32 r = e / dim, c = e - r * dim;
+      const u32 r = divide(e, dim, by_dim), c = e - r * dim;
       d.part[((u64)(kv * g + r) * SPLITS + split) * dim + c] = acc[j];
       made[e] = acc[j];
     }
     if (tid < g) d.stats[(kv * g + tid) * SPLITS + split] = make_float2(ms[tid], ls[tid]);
-    if (d.next) {
-      __syncthreads();
-      for (u32 i = b.warp; i < d.next * g; i += WARPS) {
-        const u32 q = i / g, r = i - q * g;
-        const float* row = down_row(d, q) + (kv * g + r) * dim;
+    if (next) {
+      sync();
+      for (u32 i = hw; i - (b.lane >> 4) < next * g; i += THREADS / 16) {
+        const u32 rank = divide(i, g, by_g), r = i - rank * g;
         float h = 0.f;
-        for (u32 c = b.lane; c < dim; c += 32) h += row[c] * made[r * dim + c];
-        h = warp_sum(h);
-        if (b.lane == 0) d.np[((u64)q * d.queries + kv * g + r) * SPLITS + split] = h;
+        if (i < next * g) {
+          const float* row = down_row(d, rank) + (kv * g + r) * dim;
+          for (u32 c = l16; c < dim; c += 16) h += row[c] * made[r * dim + c];
+        }
+        h = half_sum(h);
+        if (l16 == 0 && i < next * g) d.np[(rank * d.queries + kv * g + r) * SPLITS + split] = h;
       }
     }
   }
 }
 DEV void likeliest(const Phase& d, const Block& b) {
-  b.wait();
+  ready();
   if (blockIdx.x > 0 || b.warp > 0) return;
   Top top = {-inff, d.outputs, 0, 0};
   for (u32 i = b.lane; i < gridDim.x; i += 32) {
@@ -484,64 +540,106 @@ DEV void likeliest(const Phase& d, const Block& b) {
   warp_top(top);
   if (b.lane == 0) { d.y[0] = (float)(top.bad ? d.outputs : top.at); d.y[1] = top.v; }
 }
+// Copies all weights of this block, a lane for each warp that computes.
+DEV void feed(u32 count) {
+  const u32 lane = threadIdx.x & 31;
+  u32 phase = 0, task = lane, issued = 0;
+  for (;;) {
+    while (phase < count && task >= STREAMS[phase].tasks) { ++phase; task = lane; }
+    const bool more = lane < WARPS && phase < count;
+    if (!__any_sync(~0u, more)) return;
+    const u32 slot = issued % SLOTS, at = lane * SLOTS + slot;
+    if (more && (issued < SLOTS || bar_passed(empty + at, (issued / SLOTS - 1) & 1))) {
+      const Stream& z = STREAMS[phase];
+      const u32 u = divide(task, z.pieces, z.by_pieces), c = (task - u * z.pieces) * z.piece;
+      const u32 bytes = min(z.k / 8 - c, (u32)z.piece) * 16;
+      u32 oa, ob, start;
+      outputs_of<-1>(z, z.first + u, oa, ob);
+      const bool two = ob < z.outputs;
+      char* to = RING + at * SLOT;
+      bar_expect(full + at, two ? 2 * bytes : bytes);
+      u32 i = part_of(oa, z.end0, z.end1, start);
+      copy(to, z.w[i] + ((u64)(oa - start) * z.k + c * 8) * 2, bytes, full + at);
+      if (two) {
+        i = part_of(ob, z.end0, z.end1, start);
+        copy(to + SLOT / 2, z.w[i] + ((u64)(ob - start) * z.k + c * 8) * 2, bytes, full + at);
+      }
+      ++issued;
+      task += WARPS;
+    }
+    __syncwarp();
+  }
+}
+// Tells the other blocks when this one is done with a step, and this one when all are; and brings what the next step is.
 // bar: arrivals since ever, those before this launch, blocks that are done.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) chain(const Phase* phases, u32 count, u32* bar, const u32* pos) {
-  extern __shared__ uint4 memory[];
-  __shared__ u64 full[WARPS * SLOTS];
-  __shared__ Phase desc[2];
-  __shared__ float sums[WARPS], hs[RANKS];
-  __shared__ Top tops[WARPS];
-  Stream* streams = (Stream*)((char*)memory + WARPS * SLOTS * SLOT);
+DEV void watch(const Phase* phases, u32 count, u32* bar) {
+  const u32 lane = threadIdx.x & 31, base = ((volatile u32*)bar)[1];
+  for (u32 f = 0; f < count; ++f) {
+    u32 words[(PHASE_WORDS + 31) / 32];
+    if (f + 1 < count)
+#pragma unroll
+      for (u32 i = 0; i < (PHASE_WORDS + 31) / 32; ++i)
+        if (lane + 32 * i < PHASE_WORDS) words[i] = ((const u32*)(phases + f + 1))[lane + 32 * i];
+    if (f > 0) {
+      all_done();
+      if (lane == 0) arrive(bar);
+    }
+    if (f + 1 < count)
+#pragma unroll
+      for (u32 i = 0; i < (PHASE_WORDS + 31) / 32; ++i)
+        if (lane + 32 * i < PHASE_WORDS) ((u32*)(desc + (f + 1 & 1)))[lane + 32 * i] = words[i];
+    if (f > 0 && lane == 0)
+      while ((int)(arrived(bar) - (base + f * gridDim.x)) < 0) {}
+    __syncwarp();
+    ready();
+  }
+  all_done();
+  if (lane == 0 && atomicAdd(bar + 2, 1u) == gridDim.x - 1) {
+    bar[2] = 0;
+    bar[1] = base + (count - 1) * gridDim.x;
+  }
+}
+extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) chain(const Phase* phases, u32 count, u32* bar, const u32* pos, const float* freq) {
   Block b;
   b.warp = threadIdx.x >> 5;
   b.lane = threadIdx.x & 31;
-  b.p = pos ? *pos : 0;
-  b.base = ((volatile u32*)bar)[1];
-  b.count = count;
-  b.bar = bar;
-  b.streams = streams;
-  b.mine = (char*)memory + b.warp * SLOTS * SLOT;
-  b.full = full + b.warp * SLOTS;
-  b.work = (float4*)(streams + count);
-  b.sums = sums;
-  b.hs = hs;
-  b.tops = tops;
-  if (b.lane < SLOTS) bar_init(b.full + b.lane);
+  if (threadIdx.x == 0) position = pos ? *pos : 0;
+  b.used = 0;
+  if (threadIdx.x < WARPS * SLOTS) { bar_init(full + threadIdx.x); bar_init(empty + threadIdx.x); }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  for (u32 i = threadIdx.x; i < count; i += THREADS) {
+  for (u32 i = threadIdx.x; i < count; i += THREADS + 64) {
     const Phase& d = phases[i];
-    Stream z;
+    Stream z = {};
     for (int k = 0; k < 3; ++k) z.w[k] = d.w[k];
     const u32 units = d.kind < 3 ? d.units : 0, end = (u32)((u64)(blockIdx.x + 1) * units / gridDim.x);
-    z.k = d.k; z.units = d.units; z.outputs = d.outputs; z.piece = d.piece; z.end0 = d.end0; z.end1 = d.end1; z.half = d.half;
+    z.k = d.k; z.outputs = d.outputs; z.end0 = d.end0; z.end1 = d.end1; z.half = d.half;
+    z.by_half = over(max(2u, d.half)); z.by_pieces = over(max(2u, d.pieces));
     z.first = (u32)((u64)blockIdx.x * units / gridDim.x);
-    z.pieces = (u16)d.pieces;
-    z.kind = (u16)d.kind;
-    z.tasks = (end - z.first) * d.pieces;
-    streams[i] = z;
+    z.n = (u16)(end - z.first);
+    z.pieces = (u16)d.pieces; z.piece = (u16)d.piece; z.kind = (u16)d.kind;
+    z.tasks = (u16)((end - z.first) * d.pieces);
+    STREAMS[i] = z;
+  }
+  for (u32 i = threadIdx.x; freq && i < HALF; i += THREADS + 64) {
+    const float angle = (float)(pos ? *pos : 0) * freq[i];
+    turn[i] = make_float2(cosf(angle), sinf(angle));
   }
   if (threadIdx.x < PHASE_WORDS) ((u32*)desc)[threadIdx.x] = ((const u32*)phases)[threadIdx.x];
   __syncthreads();
-  Fetch f = {0, b.warp, 0, 0};
-  for (int i = 0; i < SLOTS; ++i) issue(f, streams, count, b.mine, b.full);
-  for (b.f = 0; b.f < count; ++b.f) {
-    const Phase& d = desc[b.f & 1];
-    u32 word = 0;
-    const bool carries = b.f + 1 < count && threadIdx.x < PHASE_WORDS;
-    if (carries) word = ((const u32*)(phases + b.f + 1))[threadIdx.x];
-    if (d.kind < 3) linear(d, b, f);
+  if (b.warp == WARPS) { feed(count); return; }
+  if (b.warp == WARPS + 1) { watch(phases, count, bar); return; }
+  for (u32 f = 0; f < count; ++f) {
+    const Phase& d = desc[f & 1];
+    if (d.kind == 0 && d.joined) linear<0, true>(d, STREAMS[f], b);
+    else if (d.kind == 0) linear<0, false>(d, STREAMS[f], b);
+    else if (d.kind == 1) linear<1, false>(d, STREAMS[f], b);
+    else if (d.kind == 2) linear<2, false>(d, STREAMS[f], b);
     else if (d.kind == 3) attention(d, b);
     else likeliest(d, b);
-    if (carries) ((u32*)(desc + (b.f + 1 & 1)))[threadIdx.x] = word;
-    __syncthreads();
-    if (threadIdx.x == 0 && b.f + 1 < count) arrive(bar);
-  }
-  if (threadIdx.x == 0 && atomicAdd(bar + 2, 1u) == gridDim.x - 1) {
-    bar[2] = 0;
-    bar[1] = b.base + (count - 1) * gridDim.x;
+    done();
   }
 }
 #else
-extern "C" __global__ void chain(const Phase*, u32, u32*, const u32*) {}
+extern "C" __global__ void chain(const Phase*, u32, u32*, const u32*, const float*) {}
 #endif

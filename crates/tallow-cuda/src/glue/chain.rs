@@ -5,14 +5,14 @@
 //! Absent on purpose: which steps of a plan these are; that is `crate::fused`.
 use super::{
     Arg, Job, Target,
-    pairs::{Kind, Pairs},
+    pairs::{Heads, Kind, Pairs},
     source,
 };
 use crate::launch::{Kernel, Start};
 
 const FILE: &str = include_str!("chain.cu");
-/// Warps of a block, and pieces of weights that each has on their way.
-const WARPS: usize = 24;
+/// Warps of a block that compute, and pieces of weights that each has on their way; two more warps see to the others.
+const WARPS: usize = 22;
 const SLOTS: usize = 2;
 /// Most parts that the keys of a head are read in, and keys of a tile.
 const SPLITS: usize = 32;
@@ -20,10 +20,12 @@ const TILE: usize = 32;
 /// Results of attention that a thread can hold.
 const ACCS: usize = 4;
 /// Bytes of a step in the table, and of what of it lies in shared memory.
-const PHASE_BYTES: usize = 328;
-const STREAM_BYTES: usize = 64;
+const PHASE_BYTES: usize = 320;
+const STREAM_BYTES: usize = 72;
 /// Shared memory for everything else.
-const REST_BYTES: usize = 4 << 10;
+const REST_BYTES: usize = 6 << 10;
+/// Most pieces of a block and step.
+const MOST_TASKS: usize = 1 << 15;
 /// Most ranks of a step, and fewest bytes of a piece of weights that are worth a copy.
 const MOST_RANKS: usize = 256;
 const LEAST_SLOT: usize = 512;
@@ -55,8 +57,11 @@ impl Cached {
     }
     fn work(&self) -> usize {
         let group = self.queries / self.keys;
-        let (row, tiles) = (self.d + 4, 2 * TILE + group);
-        4 * (tiles * row + group * (TILE + self.d + 3))
+        4 * group * (self.d + 4 + TILE + self.d + 3)
+    }
+    /// Bytes of a tile of keys and one of values.
+    fn tiles(&self) -> usize {
+        2 * TILE * (self.d + 4) * 4
     }
 }
 
@@ -115,8 +120,16 @@ struct Cut {
 /// Where a launch's shared memory goes.
 struct Room {
     slot: usize,
+    steps: usize,
+    tiles: usize,
     work: usize,
     cuts: Vec<Cut>,
+}
+
+impl Room {
+    fn bytes(&self) -> usize {
+        WARPS * SLOTS * self.slot + self.steps * STREAM_BYTES + self.tiles + self.work
+    }
 }
 
 fn cut(p: &Pairs, blocks: usize, slot: usize) -> Cut {
@@ -150,9 +163,14 @@ fn room(t: &Target, links: &[Link]) -> Option<Room> {
         };
         links.iter().enumerate().map(one).max().unwrap_or(0)
     };
-    let all = t
-        .shared
-        .checked_sub(REST_BYTES + links.len() * STREAM_BYTES)?;
+    let tiles = |l: &Link| match l {
+        Link::Attention(a) => a.tiles(),
+        _ => 0,
+    };
+    let tiles = links.iter().map(tiles).max()?;
+    let steps = links.len().next_multiple_of(2);
+    let taken = REST_BYTES + steps * STREAM_BYTES + tiles;
+    let all = t.shared.checked_sub(taken)?;
     // Smaller pieces need more room for their sums.
     let mut slot = all / (WARPS * SLOTS);
     for _ in 0..8 {
@@ -166,19 +184,24 @@ fn room(t: &Target, links: &[Link]) -> Option<Room> {
                 _ => Cut::default(),
             };
             let cuts: Vec<Cut> = links.iter().map(one).collect();
+            let tasks = |(l, c): (&Link, &Cut)| match l {
+                Link::Linear(p) => (p.units().div_ceil(blocks) + 1) * c.pieces,
+                _ => 0,
+            };
+            if links.iter().zip(&cuts).map(tasks).any(|n| n > MOST_TASKS) {
+                return None;
+            }
             let largest = cuts.iter().map(|c| c.piece * 32).max()?;
             return Some(Room {
                 slot: largest,
+                steps,
+                tiles,
                 work: work(slot),
                 cuts,
             });
         }
     }
     None
-}
-
-fn rank_of(p: &Pairs) -> usize {
-    p.rank()
 }
 
 /// Memory of the recording, handed out from the front.
@@ -212,16 +235,29 @@ pub(crate) fn chain(
     let blocks = t.processors as usize;
     let room = room(t, links)?;
     let ranks = |l: &Link| match l {
-        Link::Linear(p) => rank_of(p),
+        Link::Linear(p) => p.rank(),
         _ => 0,
     };
     let most = links.iter().map(ranks).max()?;
-    let heads = |l: &Link| match l {
+    let heads_of = |l: &Link| match l {
         Link::Attention(a) => (a.queries, a.queries * a.d),
         _ => (0, 0),
     };
-    let queries = links.iter().map(|l| heads(l).0).max()?;
-    let row = links.iter().map(|l| heads(l).1).max()?;
+    let queries = links.iter().map(|l| heads_of(l).0).max()?;
+    let row = links.iter().map(|l| heads_of(l).1).max()?;
+    // Angles are made once for all layers.
+    let turned = |l: &Link| match l {
+        Link::Linear(p) => match p.kind {
+            Kind::Heads(h) => Some(h),
+            _ => None,
+        },
+        _ => None,
+    };
+    let heads = links.iter().find_map(turned);
+    let same = |h: &Heads| heads.is_some_and(|o| (o.freq, o.d) == (h.freq, h.d));
+    if !links.iter().filter_map(turned).all(|h| same(&h)) {
+        return None;
+    }
     if !t.bulk || most > MOST_RANKS {
         return None;
     }
@@ -243,7 +279,7 @@ pub(crate) fn chain(
     };
     let mut jobs = vec![];
     if let Link::Linear(first) = links.first()?
-        && rank_of(first) > 0
+        && first.rank() > 0
     {
         jobs.push(first.down(&first.wants(between.parts[1])));
     }
@@ -255,15 +291,24 @@ pub(crate) fn chain(
         ("WARPS", WARPS.to_string()),
         ("SLOTS", SLOTS.to_string()),
         ("SLOT", room.slot.to_string()),
+        ("STEPS", room.steps.to_string()),
+        ("TILE_BYTES", room.tiles.to_string()),
         ("RANKS", most.max(1).to_string()),
+        ("HALF", heads.map_or(1, |h| h.d / 2).to_string()),
     ];
     jobs.push(Job::Kernel(Kernel {
         entry: "chain",
         source: source(FILE, &defines),
         grid: [t.processors, 1, 1],
-        block: (WARPS * 32) as u32,
-        shared: (WARPS * SLOTS * room.slot + links.len() * STREAM_BYTES + room.work) as u32,
-        args: vec![table, Arg::U32(links.len() as u32), bar, Arg::U64(pos)],
+        block: ((WARPS + 2) * 32) as u32,
+        shared: room.bytes() as u32,
+        args: vec![
+            table,
+            Arg::U32(links.len() as u32),
+            bar,
+            Arg::U64(pos),
+            Arg::U64(heads.map_or(0, |h| h.freq)),
+        ],
         unless_same: None,
         start: Start::Together,
     }));
@@ -277,7 +322,7 @@ impl Table {
     fn phase(&mut self, links: &[Link], i: usize, cut: Cut, b: &Between, blocks: usize) {
         let before = i.checked_sub(1).map(|i| &links[i]);
         let next = match links.get(i + 1) {
-            Some(Link::Linear(p)) if rank_of(p) > 0 => Some(*p),
+            Some(Link::Linear(p)) if p.rank() > 0 => Some(*p),
             _ => None,
         };
         match &links[i] {
@@ -293,7 +338,7 @@ impl Table {
                 };
                 self.addresses(&[NULL; 12]);
                 self.addresses(&[b.tops, Arg::U64(*y)]);
-                self.addresses(&[NULL; 10]);
+                self.addresses(&[NULL; 9]);
                 self.numbers(&[4, 8, 0, outputs, 1, 1]);
                 self.numbers(&[0; 28]);
             }
@@ -355,7 +400,6 @@ impl Table {
         };
         let address = |v: Option<u64>| Arg::U64(v.unwrap_or(0));
         self.addresses(&[
-            address(heads.map(|h| h.freq)),
             address(heads.map(|h| h.cache[0])),
             address(heads.map(|h| h.cache[1])),
             b.rows,
@@ -385,7 +429,7 @@ impl Table {
             (_, Some(a)) => (a.d / 2, a.queries, a.keys, a.slots),
             _ => (1, 0, 1, 0),
         };
-        self.numbers(&[rank_of(p), count, next.map_or(0, rank_of)]);
+        self.numbers(&[p.rank(), count, next.map_or(0, Pairs::rank)]);
         self.numbers(&[next.map_or(0, |n| n.k), ends[0], ends[1]]);
         self.numbers(&[half, queries, keys, slots as usize]);
         self.words.push(p.norm.map_or(0.0, |n| n.1).to_bits());
@@ -400,10 +444,10 @@ impl Table {
         self.addresses(&down);
         let [keys, values] = a.cache.map(Arg::U64);
         self.addresses(&[Arg::U64(a.q), NULL, NULL, NULL, NULL, b.parts[i % 2], NULL]);
-        self.addresses(&[NULL, keys, values, b.rows, b.stats]);
+        self.addresses(&[keys, values, b.rows, b.stats]);
         self.numbers(&[3, 8, 0, 0, 1, 1, 0, 0]);
         self.numbers(&[0; 9]);
-        self.numbers(&[0, 0, next.map_or(0, rank_of), next.map_or(0, |n| n.k)]);
+        self.numbers(&[0, 0, next.map_or(0, Pairs::rank), next.map_or(0, |n| n.k)]);
         self.numbers(&ends);
         self.numbers(&[a.d / 2, a.queries, a.keys, a.slots as usize, 0]);
         self.words.push(a.scale.to_bits());
@@ -452,8 +496,7 @@ mod tests {
         let all = super::super::pairs::examples_of_all();
         let links: Vec<Link> = all.iter().map(Link::Linear).collect();
         let room = room(&target(), &links).unwrap();
-        let all_bytes = WARPS * SLOTS * room.slot + room.work + links.len() * STREAM_BYTES;
-        assert!(all_bytes + REST_BYTES <= target().shared, "{all_bytes}");
+        assert!(room.bytes() + REST_BYTES <= target().shared);
         for (p, c) in all.iter().zip(&room.cuts) {
             assert!(c.pieces * c.piece * 8 >= p.k && (c.pieces - 1) * c.piece * 8 < p.k);
             assert!(c.piece * 32 <= room.slot);
