@@ -186,17 +186,17 @@ DEV void join(const Phase& d, const Block& b, float* wg) {
 }
 // Row x as it lies, times the norm's weights, the sum of its squares by warp, and h from its parts.
 DEV void take(const Phase& d, const Block& b) {
-  const u32 tid = threadIdx.x, k4 = d.k / 4, k8 = d.k / 8, hw = tid / 16, l16 = tid & 15, count = d.count, ranks = d.ranks;
+  const u32 tid = threadIdx.x, k4 = d.k / 4, k8 = d.k / 8, count = d.count, ranks = d.ranks;
   const float* x = d.x;
   const float* norm = d.norm;
-  const float* hp = d.hp + (u64)hw * count;
+  const float* hp = d.hp + (u64)b.warp * count;
   float4 n0 = make_float4(1.f, 1.f, 1.f, 1.f);
   if (norm && tid < k4) n0 = *(const float4*)(norm + tid * 4);
   ready();
   float part[4];
   if (ranks)
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) part[i] = hw < ranks && l16 + 16 * i < count ? __ldcg(hp + l16 + 16 * i) : 0.f;
+    for (u32 i = 0; i < 4; ++i) part[i] = b.warp < ranks && b.lane + 32 * i < count ? __ldcg(hp + b.lane + 32 * i) : 0.f;
   float s = 0.f;
   for (u32 at = tid; at < k4; at += 2 * THREADS) {
     const bool more = at + THREADS < k4;
@@ -216,17 +216,13 @@ DEV void take(const Phase& d, const Block& b) {
     s = warp_sum(s);
     if (b.lane == 0) sums[b.warp] = s;
   }
-  // Both halves of a warp go round as often as the first.
-  for (u32 q = hw; q - (b.lane >> 4) < ranks; q += THREADS / 16) {
-    float h = 0.f;
-    const bool mine = q == hw;
-    if (mine)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) h += part[i];
-    if (q < ranks)
-      for (u32 at = mine ? l16 + 64 : l16; at < count; at += 16) h += __ldcg(d.hp + (u64)q * count + at);
-    h = half_sum(h);
-    if (l16 == 0 && q < ranks) hs[q] = scale_of(d, q) * h;
+  for (u32 q = b.warp; q < ranks; q += WARPS) {
+    const bool mine = q == b.warp;
+    float h = mine ? (part[0] + part[1]) + (part[2] + part[3]) : 0.f;
+#pragma unroll 1
+    for (u32 at = mine ? b.lane + 128 : b.lane; at < count; at += 32) h += __ldcg(d.hp + (u64)q * count + at);
+    h = warp_sum(h);
+    if (b.lane == 0) hs[q] = scale_of(d, q) * h;
   }
 }
 // What stands behind the sums of a unit's two outputs.
@@ -393,6 +389,8 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
           if (l16 + 16 * i < values) h += wd[i] * wn[i] * made[l16 + 16 * i];
       if (q < d.next) {
         const float* row = down_row(d, q);
+        
+#pragma unroll 1
         for (u32 v = mine ? l16 + 48 : l16; v < values; v += 16)
           if (v0 + v < d.nk) h += row[v0 + v] * (d.nw ? d.nw[v0 + v] : 1.f) * made[v];
       }

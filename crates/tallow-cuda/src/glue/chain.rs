@@ -132,6 +132,15 @@ impl Room {
     }
 }
 
+/// A block for every processor; a whole number of warps reads what each left behind, where few processors stand idle then.
+fn blocks(t: &Target) -> usize {
+    let all = t.processors as usize;
+    match all % 32 {
+        1..=4 if all > 32 => all / 32 * 32,
+        _ => all,
+    }
+}
+
 fn cut(p: &Pairs, blocks: usize, slot: usize) -> Cut {
     let groups = p.k / 8;
     let needed = groups.div_ceil(slot / 32);
@@ -146,7 +155,7 @@ fn cut(p: &Pairs, blocks: usize, slot: usize) -> Cut {
 }
 
 fn room(t: &Target, links: &[Link]) -> Option<Room> {
-    let blocks = t.processors as usize;
+    let blocks = blocks(t);
     let joined = |i: usize| match i.checked_sub(1).map(|i| &links[i]) {
         Some(Link::Attention(a)) => a.queries * SPLITS * 4,
         _ => 0,
@@ -232,7 +241,7 @@ pub(crate) fn chain(
     pos: u64,
     own: usize,
 ) -> Option<(Vec<Job>, Table, usize)> {
-    let blocks = t.processors as usize;
+    let blocks = blocks(t);
     let room = room(t, links)?;
     let ranks = |l: &Link| match l {
         Link::Linear(p) => p.rank(),
@@ -299,7 +308,7 @@ pub(crate) fn chain(
     jobs.push(Job::Kernel(Kernel {
         entry: "chain",
         source: source(FILE, &defines),
-        grid: [t.processors, 1, 1],
+        grid: [blocks as u32, 1, 1],
         block: ((WARPS + 2) * 32) as u32,
         shared: room.bytes() as u32,
         args: vec![
