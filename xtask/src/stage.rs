@@ -20,7 +20,7 @@ pub(crate) struct Stage {
 pub(crate) const STAGES: &[Stage] = &[
     Stage {
         name: "fmt",
-        what: "rustfmt on the workspace and on peers/",
+        what: "rustfmt on the workspace",
         run: fmt,
     },
     Stage {
@@ -66,8 +66,7 @@ pub(crate) const STAGES: &[Stage] = &[
 ];
 
 fn fmt() -> Result<String> {
-    cargo("fmt --all --check", &[])?;
-    cargo("fmt --manifest-path peers/Cargo.toml --check", &[])
+    cargo("fmt --all --check", &[])
 }
 
 fn clippy() -> Result<String> {

@@ -98,6 +98,13 @@ fn columns(what: &str, old: &Figures, new: &Figures) -> Vec<Change> {
     pairs.into_iter().filter_map(one).collect()
 }
 
+fn device(r: &Report) -> String {
+    r.machine
+        .device
+        .clone()
+        .unwrap_or("the processor".to_owned())
+}
+
 fn remarks(a: &Report, b: &Report) -> Vec<String> {
     let mut out = vec![];
     let pairs = [
@@ -111,6 +118,7 @@ fn remarks(a: &Report, b: &Report) -> Vec<String> {
             a.machine.isa.clone(),
             b.machine.isa.clone(),
         ),
+        ("device", device(a), device(b)),
         ("threads", a.threads.to_string(), b.threads.to_string()),
         ("dtype", a.dtype.clone(), b.dtype.clone()),
         ("tallow", a.tallow.clone(), b.tallow.clone()),

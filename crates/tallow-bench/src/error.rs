@@ -12,6 +12,9 @@ pub enum Error {
     /// The compiler or the device refused.
     #[error(transparent)]
     Core(#[from] tallow::Error),
+    /// The processor, or what the environment says of it, is not what kernels are made for.
+    #[error(transparent)]
+    Cpu(#[from] tallow::cpu::Error),
     /// A model or an adapter could not be had.
     #[error(transparent)]
     Llm(#[from] tallow::llm::Error),

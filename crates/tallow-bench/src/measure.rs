@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::probe::Floor;
 use crate::stats::{Summary, median};
-use crate::work::{Chain, Check, Clock, Looped, Queued, Work, link};
+use crate::work::{Chain, Chained, Check, Clock, Looped, Queued, Work, link};
 use crate::{Error, Result};
 
 mod doubt;
@@ -53,6 +53,19 @@ pub struct Contender {
     pub floor: Floor,
     /// Does it put off work until somebody asks, so that many starts and one wait compute one result?
     pub lazy: bool,
+    /// What it takes, where that is known.
+    pub memory: Option<Memory>,
+}
+
+/// Bytes that a work takes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Intermediates, by the plan.
+    pub intermediates: usize,
+    /// With state, operands and results; without weights, which works share.
+    pub own: usize,
+    /// By how much the process grew when it was made and first run, where that was looked at.
+    pub grew: Option<usize>,
 }
 
 /// Seconds of one repetition.
@@ -68,6 +81,9 @@ pub struct Figures {
     pub waited: Summary,
     /// Inside a replayed plan of dependent repetitions.
     pub in_plan: Option<Summary>,
+    /// Why there is no such plan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_plan: Option<String>,
     /// The check of a timed result.
     pub check: Check,
     /// How many times as long four times the dependent repetitions took.
@@ -93,6 +109,9 @@ pub struct Row {
     pub floor: Floor,
     /// Figures, or the reason why there are none.
     pub verdict: Verdict,
+    /// What it takes, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
 }
 
 impl Row {
@@ -133,6 +152,7 @@ struct Track {
     growth: f64,
     /// The plan with `n` repetitions, and one with four times as many.
     chains: Option<(usize, [Box<dyn Chain>; 2])>,
+    no_plan: Option<&'static str>,
     wrong: Option<Reason>,
 }
 
@@ -149,6 +169,7 @@ impl Track {
             check: None,
             growth: f64::NAN,
             chains: None,
+            no_plan: None,
             wrong: None,
         }
     }
@@ -236,6 +257,22 @@ impl Bench<'_> {
     /// `n` repetitions, each waited for and fed from the one before.
     fn waited(&mut self, n: usize, seed: u64) -> Result<Looped, Doubt> {
         self.who.work.renew(seed)?;
+        self.warm(n, seed)?;
+        self.loop_of(n, seed)
+    }
+
+    /// New operands have driven everything else out of the caches: of several repetitions the first would be another work
+    /// than the rest, and four times as many less than four times as long. So one is run before, and not timed.
+    fn warm(&mut self, n: usize, seed: u64) -> Result<(), Doubt> {
+        if n > 1 {
+            let first = link(3.0, seed as usize);
+            self.who.work.waited(self.clock, 1, first)?;
+        }
+        Ok(())
+    }
+
+    /// The repetitions alone.
+    fn loop_of(&mut self, n: usize, seed: u64) -> Result<Looped, Doubt> {
         let first = link(1.0, seed as usize);
         let done = self.who.work.waited(self.clock, n, first)?;
         let last = done.links.last().map_or(f32::NAN, |l| l.1);
@@ -246,6 +283,7 @@ impl Bench<'_> {
     /// `n` repetitions started, one wait.
     fn queued(&mut self, n: usize, seed: u64) -> Result<Queued, Doubt> {
         self.who.work.renew(seed)?;
+        self.warm(n, seed)?;
         let first = link(2.0, seed as usize);
         let done = self.who.work.queued(self.clock, n, first)?;
         self.settled(done.last, done.seconds / n as f64)?;
@@ -282,10 +320,35 @@ impl Bench<'_> {
         let reps = (PLAN_S / one.max(1e-9)).ceil();
         let reps = reps.clamp(2.0, MOST_IN_PLAN as f64) as usize;
         let work = &mut self.who.work;
-        if let (Some(a), Some(b)) = (work.chain(reps)?, work.chain(4 * reps)?) {
-            self.track.chains = Some((reps, [a, b]));
+        let track = &mut self.track;
+        match (work.chain(reps)?, work.chain(4 * reps)?) {
+            (Chained::Plan(a), Chained::Plan(b)) => track.chains = Some((reps, [a, b])),
+            (Chained::No(why), _) | (_, Chained::No(why)) => track.no_plan = Some(why),
         }
         Ok(())
+    }
+
+    /// Seconds of `chains[k]`, replayed as often as a loop holds it, one behind the other, and waited for once. A wait for
+    /// each would be most of the time of a short plan on a device behind a bus.
+    fn in_plan(&mut self, k: usize, seed: u64) -> Result<Option<(f64, usize)>, Doubt> {
+        let Some((reps, chains)) = &mut self.track.chains else {
+            return Ok(None);
+        };
+        let times = (self.track.n / *reps).clamp(1, 64);
+        let chain = &mut chains[k];
+        chain.renew(seed)?;
+        if self.track.n > 1 {
+            // As before a loop.
+            chain.start()?;
+            chain.wait()?;
+        }
+        let start = self.clock.now();
+        for _ in 0..times {
+            chain.start()?;
+        }
+        chain.wait()?;
+        let seconds = self.clock.now() - start;
+        Ok(Some((seconds * chain.share()?, times * *reps)))
     }
 
     /// One round of every loop; round 0 warms up.
@@ -294,19 +357,8 @@ impl Bench<'_> {
         let waited = self.waited(n, round + 1)?.seconds;
         let starts = if self.who.lazy { n.max(LAZY) } else { n };
         let queued = self.queued(starts, 1000 + round)?;
-        let in_plan = match &mut self.track.chains {
-            Some((reps, [short, _])) => {
-                let times = (n / *reps).clamp(1, 64);
-                short.renew(round)?;
-                let start = self.clock.now();
-                for _ in 0..times {
-                    short.run()?;
-                }
-                let seconds = self.clock.now() - start;
-                Some(seconds * short.share()? / (times * *reps) as f64)
-            }
-            None => None,
-        };
+        let in_plan = self.in_plan(0, round)?;
+        let in_plan = in_plan.map(|(seconds, n)| seconds / n as f64);
         if round > 0 {
             let per = 1.0 / n as f64;
             self.track.waited.push(waited * per);
@@ -323,13 +375,7 @@ impl Bench<'_> {
         self.track.growth = self.grown("waited", |b, k| Ok(b.waited(n * [1, 4][k], 7)?.seconds))?;
         if self.track.chains.is_some() {
             self.grown("in plan", |b, k| {
-                let Some((_, chains)) = &mut b.track.chains else {
-                    return Ok(f64::NAN);
-                };
-                chains[k].renew(7)?;
-                let start = b.clock.now();
-                chains[k].run()?;
-                Ok(b.clock.now() - start)
+                Ok(b.in_plan(k, 7)?.map_or(f64::NAN, |(seconds, _)| seconds))
             })?;
         }
         Ok(())
@@ -364,7 +410,9 @@ impl Bench<'_> {
             true => 1,
             false => self.track.n,
         };
-        let done = self.waited(n, 99)?;
+        // Nothing is run before: what is compared was poisoned a moment ago.
+        self.who.work.renew(99)?;
+        let done = self.loop_of(n, 99)?;
         let Some((_, last)) = done.links.last().copied() else {
             return Err(Reason::Poisoned.into());
         };
@@ -382,7 +430,8 @@ impl Bench<'_> {
         if let Some((_, chains)) = &mut self.track.chains {
             for chain in chains {
                 chain.renew(99)?;
-                chain.run()?;
+                chain.start()?;
+                chain.wait()?;
                 doubt::check("result of the plan", &chain.check()?)?;
             }
         }
@@ -400,6 +449,7 @@ fn row(who: &Contender, track: Track) -> Row {
         engine: who.engine.clone(),
         floor: who.floor.clone(),
         verdict,
+        memory: who.memory.clone(),
     }
 }
 
@@ -435,6 +485,7 @@ fn verdict(who: &Contender, track: Track) -> Result<Figures, Reason> {
         not_executed,
         waited,
         in_plan,
+        no_plan: track.no_plan.map(str::to_owned),
         check: track.check.ok_or(Reason::Stopped)?,
         growth: track.growth,
     })

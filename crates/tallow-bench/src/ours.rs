@@ -14,7 +14,7 @@ use tallow::core::tensor::lower;
 use tallow::{DType, Plan, Program, Role, Session, Tensor, TensorType};
 
 use crate::Result;
-use crate::work::{Chain, Check, Judge, Work};
+use crate::work::{Chained, Check, Clock, Judge, Looped, Work, link};
 
 mod chain;
 pub mod judge;
@@ -116,7 +116,7 @@ impl<'a> Operands<'a> {
     pub fn filled(&mut self, shape: &[usize], dtype: DType, fill: Fill) -> Result<Tensor> {
         let ty = TensorType::new(shape, dtype);
         let host = fill.draw(&ty, &mut self.rng);
-        let bytes = encode(dtype, &host);
+        let bytes = dtype.encode(&host);
         let all = 0..bytes.len();
         let leaf = self.session.adopt(Arc::new(bytes), all, ty)?;
         self.made.push(Operand {
@@ -188,8 +188,8 @@ pub type Again = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>>;
 
 /// How one repetition in a plan depends on the one before.
 pub enum Join {
-    /// There is no chain.
-    None,
+    /// There is no chain; why.
+    None(&'static str),
     /// Results are the next operands.
     Feed,
     /// The next operand is the old one plus the last column of the result.
@@ -508,6 +508,35 @@ impl Work for Ours {
         Ok(f32::from_le_bytes(bytes))
     }
 
+    fn waited(&mut self, clock: &dyn Clock, n: usize, first: f32) -> Result<Looped> {
+        // Behind a bus what feeds the next repetition takes as long as a small work, and is nobody else's time. On this
+        // side of it that is a store, and a second look at the clock would take longer.
+        let apart = self.graph.session.backend().far();
+        let (mut links, mut next, mut seconds) = (Vec::with_capacity(n), first, 0.0);
+        let begin = clock.now();
+        for i in 0..n {
+            self.feed(next)?;
+            let start = match apart {
+                true => {
+                    self.graph.session.backend().wait()?;
+                    clock.now()
+                }
+                false => begin,
+            };
+            self.start()?;
+            let y = self.finish()?;
+            if apart {
+                seconds += clock.now() - start;
+            }
+            links.push((next, y));
+            next = link(y, i);
+        }
+        if !apart {
+            seconds = clock.now() - begin;
+        }
+        Ok(Looped { seconds, links })
+    }
+
     fn check(&mut self, returned: f32) -> Result<Check> {
         self.graph.check(&self.results()?, returned)
     }
@@ -516,27 +545,14 @@ impl Work for Ours {
         !self.graph.subject.updates.is_empty()
     }
 
-    fn chain(&mut self, n: usize) -> Result<Option<Box<dyn Chain>>> {
+    fn chain(&mut self, n: usize) -> Result<Chained> {
         chain::make(&self.graph, &self.program, n)
     }
 }
 
-/// Elements as little-endian bytes.
-fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(values.len() * dtype.bytes());
-    for v in values {
-        match dtype {
-            DType::BF16 => out.extend(bf16::from_f64(*v).to_le_bytes()),
-            DType::U32 => out.extend((*v as u32).to_le_bytes()),
-            _ => out.extend((*v as f32).to_le_bytes()),
-        }
-    }
-    out
-}
-
 fn upload(session: &Session, t: &Tensor, values: &[f64]) -> Result<()> {
     match t.buffer() {
-        Some(b) => Ok(session.backend().upload(b, 0, &encode(t.dtype(), values))?),
+        Some(b) => Ok(session.backend().upload(b, 0, &t.dtype().encode(values))?),
         None => Ok(()),
     }
 }
@@ -547,30 +563,7 @@ pub(crate) fn download(session: &Session, t: &Tensor) -> Result<Vec<f64>> {
     if let Some(b) = t.buffer() {
         session.backend().download(b, 0, &mut bytes)?;
     }
-    let four = |c: &[u8]| [c[0], c[1], c[2], c[3]];
-    Ok(match t.dtype() {
-        DType::BF16 => {
-            let one = |c: &[u8]| bf16::from_le_bytes([c[0], c[1]]).to_f64();
-            bytes.chunks_exact(2).map(one).collect()
-        }
-        DType::F16 => {
-            let one = |c: &[u8]| half::f16::from_le_bytes([c[0], c[1]]).to_f64();
-            bytes.chunks_exact(2).map(one).collect()
-        }
-        DType::U32 => {
-            let one = |c: &[u8]| f64::from(u32::from_le_bytes(four(c)));
-            bytes.chunks_exact(4).map(one).collect()
-        }
-        DType::I32 => {
-            let one = |c: &[u8]| f64::from(i32::from_le_bytes(four(c)));
-            bytes.chunks_exact(4).map(one).collect()
-        }
-        DType::F32 => {
-            let one = |c: &[u8]| f64::from(f32::from_le_bytes(four(c)));
-            bytes.chunks_exact(4).map(one).collect()
-        }
-        DType::U8 => bytes.into_iter().map(f64::from).collect(),
-    })
+    Ok(t.dtype().decode(&bytes))
 }
 
 #[cfg(test)]

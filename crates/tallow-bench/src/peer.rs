@@ -11,6 +11,8 @@ use crate::suite::products::LoraShape;
 use crate::{Error, Result};
 
 #[cfg(feature = "peers")]
+mod candle;
+#[cfg(feature = "peers")]
 mod gemm;
 #[cfg(feature = "peers")]
 pub mod local;
@@ -76,11 +78,11 @@ pub trait Peer {
     fn is_there(&self) -> bool {
         true
     }
-    /// It, with a job; `None` where it has no such thing.
+    /// It, with a job, by each way it has to do it; none where it has no such thing.
     ///
     /// # Errors
     /// What the engine reports.
-    fn contender(&mut self, job: &Job, cx: &Context) -> Result<Option<Contender>>;
+    fn contenders(&mut self, job: &Job, cx: &Context) -> Result<Vec<Contender>>;
 }
 
 /// Names that this build knows.
@@ -151,7 +153,7 @@ impl Peer for Missing {
     fn is_there(&self) -> bool {
         false
     }
-    fn contender(&mut self, _: &Job, _: &Context) -> Result<Option<Contender>> {
-        Ok(None)
+    fn contenders(&mut self, _: &Job, _: &Context) -> Result<Vec<Contender>> {
+        Ok(vec![])
     }
 }

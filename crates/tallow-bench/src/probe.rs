@@ -5,13 +5,16 @@
 //! Absent on purpose: data sheets.
 
 use serde::{Deserialize, Serialize};
-use tallow::DType;
 use tallow::cpu::exec::Exec;
 use tallow::cpu::pool::Pool;
 use tallow::cpu::probe::{Product, multiply_adds, read};
 use tallow::cpu::simd::Isa;
+use tallow::{DType, Session};
 
+use crate::Result;
 use crate::work::Clock;
+
+mod device;
 
 /// Reading `bytes` again and again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,7 +97,19 @@ const PASS_BYTES: usize = 32 << 20;
 const STEPS: usize = 20_000;
 
 impl Probe {
-    /// Looks for every rate, on one thread and on `threads`. Takes about a second and a half.
+    /// The rates of the device behind `session`, whose weights are kept in `dtype`: of a CPU on `threads` threads with the
+    /// instructions it has, of everything else through its backend.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn of(clock: &dyn Clock, session: &Session, dtype: DType, threads: usize) -> Result<Self> {
+        match &*session.backend().info().name {
+            "cpu" => Ok(Self::run(clock, Isa::detect()?, threads)),
+            _ => Self::device(clock, session, dtype),
+        }
+    }
+
+    /// Looks for every rate of a CPU, on one thread and on `threads`. Takes about a second and a half.
     #[must_use]
     pub fn run(clock: &dyn Clock, isa: Isa, threads: usize) -> Self {
         let mut probe = Self::default();

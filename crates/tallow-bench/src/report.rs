@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tallow::Session;
 use tallow::cpu::simd::Isa;
 
 use crate::measure::{Row, Settings};
@@ -86,8 +87,11 @@ impl Group {
 pub struct Machine {
     /// The processor's name.
     pub processor: String,
-    /// Instruction set of tallow's kernels.
+    /// Instruction set of tallow's kernels on the processor.
     pub isa: String,
+    /// The device that computes, where it is not the processor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// Processors a process may use.
     pub logical: usize,
     /// `x86_64-linux`.
@@ -98,21 +102,27 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// This one.
-    #[must_use]
-    pub fn here(isa: Isa) -> Self {
+    /// This one, computing on the device behind `session`.
+    ///
+    /// # Errors
+    /// A processor or a setting that means nothing.
+    pub fn here(session: &Session) -> Result<Self> {
+        let isa = Isa::detect()?;
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let info = read("/proc/cpuinfo");
         let name = info.lines().find(|l| l.starts_with("model name"));
         let name = name.and_then(|l| l.split_once(':')).map(|(_, n)| n.trim());
         let load = read("/proc/loadavg");
-        Machine {
+        let backend = session.backend();
+        let elsewhere = backend.info().name != "cpu";
+        Ok(Machine {
             processor: name.unwrap_or(std::env::consts::ARCH).to_owned(),
             isa: isa.name().to_owned(),
+            device: elsewhere.then(|| backend.identity()),
             logical: std::thread::available_parallelism().map_or(1, usize::from),
             system: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
             load: load.split(' ').next().and_then(|n| n.parse().ok()),
-        }
+        })
     }
 }
 

@@ -4,15 +4,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tallow::cpu::simd::Isa;
-
-use crate::Result;
 use crate::measure::{Contender, Reason, Row, Settings, Verdict, measure};
 use crate::peer::Peer;
 use crate::probe::{Bound, Floor};
 use crate::report::{FORMAT, Group, Machine, Report};
 use crate::suite::{Context, Suite, Task, tasks};
 use crate::work::Wall;
+use crate::{Error, Result};
 
 /// What is told while it runs.
 pub enum Event<'a> {
@@ -35,6 +33,8 @@ pub enum Event<'a> {
 pub struct Plan<'a> {
     /// Suites, in order.
     pub suites: &'a [Suite],
+    /// Of these only tasks that have this in their name.
+    pub only: Option<&'a str>,
     /// How much is measured.
     pub settings: Settings,
     /// What was typed, for the report.
@@ -50,7 +50,6 @@ pub struct Plan<'a> {
 pub fn run(
     cx: &Context,
     mut plan: Plan<'_>,
-    isa: Isa,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Report> {
@@ -62,7 +61,7 @@ pub fn run(
         missing: peers(&plan, false),
         command: plan.command.clone(),
         unix_s: since.map_or(0, |d| d.as_secs()),
-        machine: Machine::here(isa),
+        machine: Machine::here(&cx.session)?,
         threads: cx.threads,
         dtype: cx.dtype.name().to_owned(),
         settings: plan.settings,
@@ -73,6 +72,16 @@ pub fn run(
     let mut all = vec![];
     for suite in plan.suites {
         all.extend(tasks(*suite, cx)?);
+    }
+    if let Some(part) = plan.only {
+        all.retain(|task| task.name.contains(part));
+        if all.is_empty() {
+            return Err(Error::Setting {
+                name: "--only",
+                want: "a part of the name of a task of these suites",
+                got: part.to_owned(),
+            });
+        }
     }
     tell(Event::Begin(&report));
     let total = all.len();
@@ -112,14 +121,16 @@ fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -
     };
     for peer in &mut plan.peers {
         for (label, job) in &task.peers {
-            let name = match &**label {
-                "" => peer.name().to_owned(),
-                label => format!("{}, {label}", peer.name()),
+            let named = |engine: &str| match &**label {
+                "" => engine.to_owned(),
+                label => format!("{engine}, {label}"),
             };
-            match peer.contender(job, cx) {
-                Ok(Some(c)) => contenders.push(Contender { engine: name, ..c }),
-                Ok(None) => {}
-                Err(e) => missing.push(absent(&name, e.to_string())),
+            match peer.contenders(job, cx) {
+                Ok(all) => contenders.extend(all.into_iter().map(|c| Contender {
+                    engine: named(&c.engine),
+                    ..c
+                })),
+                Err(e) => missing.push(absent(&named(peer.name()), e.to_string())),
             }
         }
     }
@@ -143,5 +154,6 @@ fn absent(engine: &str, what: String) -> Row {
             bound: Bound::Bandwidth,
         },
         verdict: Verdict::Invalid(Reason::Failed { what }),
+        memory: None,
     }
 }

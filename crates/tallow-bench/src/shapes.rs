@@ -1,5 +1,5 @@
 //! Models of known sizes with random weights, written like any other model's files.
-//! Invariant: a model that cannot fit is refused before its first byte is written; equal seeds give equal files.
+//! Invariant: equal seeds give equal files. Whether a model fits is asked before its first byte is written.
 //! Absent on purpose: a tokenizer. Ids are random.
 
 use std::io::{BufWriter, Write as _};
@@ -105,14 +105,12 @@ impl ModelShape {
         self.layers * layer + tables * self.vocab * c + c
     }
 
-    /// Refuses what does not fit: the files, which stay in memory while they are mapped, and the weights laid out for
-    /// the kernels.
+    /// Refuses what does not fit into the memory that is free, for weights computed in `dtype`.
     ///
     /// # Errors
     /// [`Error::Memory`].
-    pub fn fits(&self) -> Result<()> {
-        // Beside them activations, gradients, caches.
-        let need = 2 * self.parameters() * self.stored.bytes() * 11 / 10;
+    pub fn fits(&self, dtype: DType) -> Result<()> {
+        let need = self.need(dtype);
         match free_bytes() {
             Some(have) if need > have => Err(Error::Memory {
                 what: format!("a model of shape {}", self.name),
@@ -123,12 +121,18 @@ impl ModelShape {
         }
     }
 
+    /// The files, which stay in memory while they are read; the weights laid out for the kernels; the same for the kernels that
+    /// judge; beside them, a tenth, activations, gradients and caches.
+    fn need(&self, dtype: DType) -> usize {
+        let weights = self.parameters();
+        (weights * self.stored.bytes() + 2 * weights * dtype.bytes()) / 10 * 11
+    }
+
     /// Writes `config.json` and `model.safetensors` into `dir`.
     ///
     /// # Errors
-    /// [`Error::Memory`]; a full disk.
+    /// A full disk.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        self.fits()?;
         let [heads, kv_heads, head_dim] = self.heads;
         let config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
@@ -201,14 +205,20 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_fit_is_refused_before_anything_is_written() {
-        let dir = tempfile::tempdir().unwrap();
+    fn what_cannot_fit_is_refused() {
         let huge = ModelShape {
             layers: 1 << 20,
             ..SHAPES[3]
         };
-        let e = huge.write(dir.path()).unwrap_err().to_string();
+        let e = huge.fits(DType::BF16).unwrap_err().to_string();
         assert!(e.contains("--shape") && e.contains("GiB"), "{e}");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(SMALL.fits(DType::F32).is_ok());
+    }
+
+    #[test]
+    fn what_is_needed_follows_the_type_that_is_computed_in() {
+        let gib = |name: &str, dtype| ModelShape::named(name).unwrap().need(dtype) >> 30;
+        assert_eq!([gib("0.5b", DType::F32), gib("1b", DType::F32)], [5, 12]);
+        assert_eq!([gib("1b", DType::BF16), gib("8b", DType::BF16)], [7, 49]);
     }
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use tallow::{DType, Session};
 
-use crate::measure::{Contender, Settings};
+use crate::measure::{Contender, Memory, Settings};
 use crate::ours::Ours;
 use crate::probe::{Cost, Probe};
 use crate::{Error, Result};
@@ -20,6 +20,7 @@ pub mod layers;
 pub mod models;
 pub mod products;
 pub mod rows;
+pub mod sweep;
 pub mod tax;
 
 /// A set of tasks.
@@ -35,18 +36,21 @@ pub enum Suite {
     Train,
     /// A whole model decoding.
     Decode,
+    /// Adapters trained side by side.
+    Sweep,
     /// Works beside a program that keeps every core busy.
     Busy,
 }
 
 impl Suite {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Seed,
         Self::Layers,
         Self::Tax,
         Self::Train,
         Self::Decode,
+        Self::Sweep,
         Self::Busy,
     ];
 
@@ -59,6 +63,7 @@ impl Suite {
             Self::Tax => "tax",
             Self::Train => "train",
             Self::Decode => "decode",
+            Self::Sweep => "sweep",
             Self::Busy => "busy",
         }
     }
@@ -98,15 +103,28 @@ pub struct Context {
 
 impl Context {
     /// A contender that is tallow itself.
-    ///
-    /// # Errors
-    /// A session that cannot run what it is asked.
+    #[must_use]
     pub fn ours(&self, engine: &str, work: Ours, cost: &Cost) -> Contender {
         Contender {
             engine: engine.to_owned(),
             work: Box::new(work),
             floor: self.probe.floor(cost, self.threads),
             lazy: false,
+            memory: None,
+        }
+    }
+
+    /// The same with a whole model: what it takes of memory is told as well.
+    #[must_use]
+    pub fn model(&self, engine: &str, work: Ours, cost: &Cost) -> Contender {
+        let planned = work.plan().memory();
+        Contender {
+            memory: Some(Memory {
+                intermediates: planned.arena,
+                own: planned.arena + planned.state + planned.data + planned.outputs,
+                grew: None,
+            }),
+            ..self.ours(engine, work, cost)
         }
     }
 }
@@ -142,6 +160,7 @@ pub fn tasks(suite: Suite, cx: &Context) -> Result<Vec<Task>> {
         Suite::Tax => tax::tasks(cx),
         Suite::Train => models::train(cx),
         Suite::Decode => models::decode(cx),
+        Suite::Sweep => sweep::tasks(cx),
         Suite::Busy => busy::tasks(cx),
     }
 }
@@ -154,7 +173,7 @@ impl std::str::FromStr for Suite {
         let found = Self::ALL.into_iter().find(|s| s.name() == name);
         found.ok_or_else(|| Error::Setting {
             name: "suite",
-            want: "seed, layers, tax, train, decode or busy",
+            want: "seed, layers, tax, train, decode, sweep or busy",
             got: name.to_owned(),
         })
     }

@@ -163,19 +163,29 @@ pub trait Work {
         false
     }
 
-    /// `n` repetitions inside one replayed plan, each on the result of the one before. `None` where there is no such thing.
-    fn chain(&mut self, n: usize) -> Result<Option<Box<dyn Chain>>> {
+    /// `n` repetitions inside one replayed plan, each on the result of the one before, where there is such a thing.
+    fn chain(&mut self, n: usize) -> Result<Chained> {
         let _ = n;
-        Ok(None)
+        Ok(Chained::No("it has no plans"))
     }
+}
+
+/// See [`Work::chain`].
+pub enum Chained {
+    /// A plan.
+    Plan(Box<dyn Chain>),
+    /// There is none; why.
+    No(&'static str),
 }
 
 /// Dependent repetitions inside one plan.
 pub trait Chain {
     /// As [`Work::renew`].
     fn renew(&mut self, seed: u64) -> Result<()>;
-    /// Replays once and waits.
-    fn run(&mut self) -> Result<()>;
+    /// Replays once. May return before anything is computed.
+    fn start(&mut self) -> Result<()>;
+    /// Waits for all replays that were started.
+    fn wait(&mut self) -> Result<()>;
     /// The share of the plan's time that is the work, and not what joins one repetition to the next; in `(0, 1]`.
     fn share(&mut self) -> Result<f64>;
     /// Compares the last repetition with the oracle on the result of the last but one.

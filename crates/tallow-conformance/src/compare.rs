@@ -117,7 +117,7 @@ fn leaves(session: &Session, g: &Graph, inputs: &[Value]) -> Result<Vec<Tensor>>
         let Op::Input(slot, _) = g.node(id).op else {
             continue;
         };
-        let bytes = encode(&inputs[slot as usize]);
+        let bytes = ty.dtype.encode(&inputs[slot as usize].data);
         let t = match role {
             Role::Frozen => {
                 let n = bytes.len();
@@ -142,28 +142,11 @@ fn poison(session: &Session, t: &Tensor, dtype: DType) -> Result<()> {
         if dtype.is_float() { f64::NAN } else { 77.0 },
     );
     match t.buffer() {
-        Some(b) => session.backend().upload(b, 0, &encode(&nan)),
+        Some(b) => session
+            .backend()
+            .upload(b, 0, &nan.ty.dtype.encode(&nan.data)),
         None => Ok(()),
     }
-}
-
-fn encode(v: &Value) -> Vec<u8> {
-    let mut out = Vec::with_capacity(v.ty.bytes());
-    for x in &v.data {
-        match v.ty.dtype {
-            DType::F32 => out.extend((*x as f32).to_le_bytes()),
-            DType::BF16 => out.extend(bf16_bits(*x).to_le_bytes()),
-            DType::F16 => out.extend(half::f16::from_f64(*x).to_le_bytes()),
-            DType::I32 => out.extend((*x as i32).to_le_bytes()),
-            DType::U32 => out.extend((*x as u32).to_le_bytes()),
-            DType::U8 => out.push(*x as u8),
-        }
-    }
-    out
-}
-
-fn bf16_bits(x: f64) -> u16 {
-    half::bf16::from_f64(x).to_bits()
 }
 
 fn download(session: &Session, t: &Tensor) -> Result<Vec<f64>> {
@@ -171,28 +154,5 @@ fn download(session: &Session, t: &Tensor) -> Result<Vec<f64>> {
     if let Some(b) = t.buffer() {
         session.backend().download(b, 0, &mut bytes)?;
     }
-    let four = |c: &[u8]| [c[0], c[1], c[2], c[3]];
-    Ok(match t.dtype() {
-        DType::F32 => bytes
-            .chunks_exact(4)
-            .map(|c| f64::from(f32::from_le_bytes(four(c))))
-            .collect(),
-        DType::I32 => bytes
-            .chunks_exact(4)
-            .map(|c| f64::from(i32::from_le_bytes(four(c))))
-            .collect(),
-        DType::U32 => bytes
-            .chunks_exact(4)
-            .map(|c| f64::from(u32::from_le_bytes(four(c))))
-            .collect(),
-        DType::BF16 => bytes
-            .chunks_exact(2)
-            .map(|c| half::bf16::from_le_bytes([c[0], c[1]]).to_f64())
-            .collect(),
-        DType::F16 => bytes
-            .chunks_exact(2)
-            .map(|c| half::f16::from_le_bytes([c[0], c[1]]).to_f64())
-            .collect(),
-        DType::U8 => bytes.iter().map(|b| f64::from(*b)).collect(),
-    })
+    Ok(t.dtype().decode(&bytes))
 }

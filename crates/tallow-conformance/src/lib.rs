@@ -6,8 +6,10 @@
 
 mod cases;
 mod compare;
+mod specs;
 pub use cases::{Case, composites, dtypes, inside, layouts, structural, training};
 pub use compare::{Failure, check, check_all, distance};
+pub use specs::specs;
 
 /// Makes one test for each part of the suite, on the session that `$session` opens.
 #[macro_export]

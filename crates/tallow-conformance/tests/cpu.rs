@@ -24,9 +24,9 @@ fn session(isa: Isa, threads: usize) -> Session {
 /// The dearest candidate: what is offered but seldom chosen is tested too.
 struct Dearest;
 impl Chooser for Dearest {
-    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> (usize, String) {
+    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> tallow_core::Result<(usize, String)> {
         let dearest = (0..c.len()).max_by(|a, b| c[*a].cost.total_cmp(&c[*b].cost));
-        (dearest.unwrap_or(0), "dearest".into())
+        Ok((dearest.unwrap_or(0), "dearest".into()))
     }
 }
 

@@ -138,7 +138,10 @@ pub trait Recording: Send {
 /// Picks among candidates: by model cost, or by timing them once and remembering.
 pub trait Chooser: Send + Sync {
     /// Index of the winner and why it won.
-    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> (usize, String);
+    ///
+    /// # Errors
+    /// All of `c` were found to be wrong.
+    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> Result<(usize, String)>;
     /// A plan is complete: the time to write down and to tell what was found for it.
     fn planned(&self) {}
 }
@@ -146,7 +149,7 @@ pub trait Chooser: Send + Sync {
 /// The cheapest by the backend's own estimate.
 pub struct ByCost;
 impl Chooser for ByCost {
-    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> (usize, String) {
+    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> Result<(usize, String)> {
         let best = (0..c.len())
             .min_by(|a, b| c[*a].cost.total_cmp(&c[*b].cost))
             .unwrap_or(0);
@@ -154,7 +157,7 @@ impl Chooser for ByCost {
             0 | 1 => "only candidate".into(),
             n => format!("lowest estimate of {n}"),
         };
-        (best, why)
+        Ok((best, why))
     }
 }
 
@@ -164,12 +167,12 @@ pub(crate) struct Pinned<'a> {
     pub(crate) otherwise: &'a dyn Chooser,
 }
 impl Chooser for Pinned<'_> {
-    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> (usize, String) {
+    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> Result<(usize, String)> {
         if c.len() > 1
             && let Some(name) = self.choices.get(&spec.key())
             && let Some(i) = c.iter().position(|c| c.name == name)
         {
-            return (i, "as before".into());
+            return Ok((i, "as before".into()));
         }
         self.otherwise.choose(spec, c)
     }

@@ -3,6 +3,7 @@
 //! Read the modules in this order; data only ever flows downwards.
 #![forbid(unsafe_code)]
 pub mod backend;
+pub mod element;
 pub mod error;
 pub mod grad;
 pub mod graph;

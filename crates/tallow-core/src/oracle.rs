@@ -4,6 +4,7 @@
 //! Absent on purpose: speed.
 use crate::{
     Error, Result,
+    element::{to_bf16, to_f16},
     graph::{Graph, NodeId},
     op::{Op, ReduceOp},
     pass::expand::expand_all,
@@ -40,8 +41,8 @@ impl Value {
 pub fn store(d: DType, v: f64) -> f64 {
     match d {
         DType::F32 => v,
-        DType::BF16 => half::bf16::from_f64(v).to_f64(),
-        DType::F16 => half::f16::from_f64(v).to_f64(),
+        DType::BF16 => to_bf16(v).to_f64(),
+        DType::F16 => to_f16(v).to_f64(),
         DType::I32 => f64::from(v as i32),
         DType::U32 => f64::from(v as u32),
         DType::U8 => f64::from(v as u8),

@@ -183,7 +183,7 @@ impl Planner<'_> {
         if cands.is_empty() {
             return Ok(None);
         }
-        let (best, why) = self.ch.choose(spec, &cands);
+        let (best, why) = self.ch.choose(spec, &cands)?;
         let rejected = (0..cands.len()).filter(|i| *i != best).map(|i| Rejected {
             name: cands[i].name,
             cost: cands[i].cost,

@@ -185,8 +185,23 @@ impl Session {
             let done = self.eval(std::slice::from_ref(t))?.remove(0);
             return self.read_into(&done, out);
         }
+        self.read_part(t, 0, out)
+    }
+    /// Reads elements of an f32 leaf, from element `at` of its memory on, into `out`. Waits.
+    pub fn read_part(&self, t: &Tensor, at: usize, out: &mut [f32]) -> Result<()> {
+        let what = "read of a tensor";
+        if t.dtype() != DType::F32 {
+            let (want, got) = (DType::F32, t.dtype());
+            return Err(Error::DType { what, want, got });
+        }
+        let (end, all) = (at.saturating_add(out.len()), t.shape().numel());
+        if end > all {
+            return Err(Error::size(what, all, end, "elements"));
+        }
         let bytes = bytemuck::cast_slice_mut(out);
-        self.0.backend.download(leaf(t)?, 0, bytes)
+        self.0
+            .backend
+            .download(leaf(t)?, at * DType::F32.bytes(), bytes)
     }
 
     /// canonical → expand → again → fuse → plan: the whole compiler, in order.

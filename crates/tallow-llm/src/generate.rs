@@ -7,6 +7,8 @@ mod decoder;
 
 pub use decoder::Decoder;
 
+use std::collections::VecDeque;
+
 use crate::adapter::Adapter;
 use crate::cache::Cache;
 use crate::error::{Error, Result};
@@ -138,6 +140,7 @@ impl Generator {
             prompt: prompt.len(),
             history: prompt,
             fed: 0,
+            ahead: VecDeque::new(),
             finish: None,
             broken: false,
         })
@@ -185,8 +188,10 @@ pub struct Stream<'a> {
     /// The prompt and what was added.
     history: Vec<u32>,
     prompt: usize,
-    /// Of the history: what the decoder has seen.
+    /// Of the history, and of what is `ahead`: what the decoder has seen.
     fed: usize,
+    /// Chosen by the device, not yet given out.
+    ahead: VecDeque<u32>,
     finish: Option<FinishReason>,
     broken: bool,
 }
@@ -214,21 +219,9 @@ impl Stream<'_> {
         if self.history.len() > self.limit {
             return self.end(FinishReason::MaxPositions);
         }
-        let new = &self.history[self.fed..];
-        let likeliest = match self.sampler.takes_likeliest() {
-            true => self.decoder.feed_likeliest(new)?,
-            false => {
-                self.decoder.advance(new)?;
-                None
-            }
-        };
-        self.fed = self.history.len();
-        let id = match likeliest {
+        let id = match self.ahead.pop_front() {
             Some(id) => id,
-            None => {
-                let scores = self.decoder.scores()?;
-                self.sampler.next(scores, &self.history)?
-            }
+            None => self.choose()?,
         };
         if self.eos.contains(&id) {
             return self.end(FinishReason::Eos);
@@ -243,6 +236,22 @@ impl Stream<'_> {
             text,
             token: Some(id),
         }))
+    }
+
+    /// The next token. Where the device chose several, the others wait in `ahead`.
+    fn choose(&mut self) -> Result<u32> {
+        let new = &self.history[self.fed..];
+        match self.sampler.takes_likeliest() {
+            true => self.ahead = self.decoder.feed_likeliest(new, self.left)?.into(),
+            false => self.decoder.advance(new)?,
+        }
+        self.fed = self.history.len();
+        let Some(id) = self.ahead.pop_front() else {
+            let scores = self.decoder.scores()?;
+            return self.sampler.next(scores, &self.history);
+        };
+        self.fed += self.ahead.len();
+        Ok(id)
     }
 
     /// What was held back, if anything.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
+use tallow_core::element::{to_bf16, to_f16};
 
 use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result, io_error, quote};
@@ -389,16 +390,16 @@ fn read_row(dtype: StoredDtype, bytes: &[u8], row: &mut [f64]) {
 
 fn push_row(dtype: StoredDtype, row: &[f64], out: &mut Vec<u8>) {
     match dtype {
-        StoredDtype::BF16 => out.extend(row.iter().flat_map(|v| bf16::from_f64(*v).to_le_bytes())),
-        StoredDtype::F16 => out.extend(row.iter().flat_map(|v| f16::from_f64(*v).to_le_bytes())),
+        StoredDtype::BF16 => out.extend(row.iter().flat_map(|v| to_bf16(*v).to_le_bytes())),
+        StoredDtype::F16 => out.extend(row.iter().flat_map(|v| to_f16(*v).to_le_bytes())),
         _ => out.extend(row.iter().flat_map(|v| (*v as f32).to_le_bytes())),
     }
 }
 
 fn rounded(dtype: StoredDtype, v: f64) -> f32 {
     match dtype {
-        StoredDtype::BF16 => bf16::from_f64(v).to_f32(),
-        StoredDtype::F16 => f16::from_f64(v).to_f32(),
+        StoredDtype::BF16 => to_bf16(v).to_f32(),
+        StoredDtype::F16 => to_f16(v).to_f32(),
         _ => v as f32,
     }
 }

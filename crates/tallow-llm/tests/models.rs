@@ -4,6 +4,8 @@
 
 #[path = "models/adapters.rs"]
 mod adapters;
+#[path = "models/ahead.rs"]
+mod ahead;
 #[path = "models/generation.rs"]
 mod generation;
 #[path = "models/goldens.rs"]

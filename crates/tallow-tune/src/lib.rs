@@ -6,19 +6,21 @@
 //! costs time, never a result. Absent on purpose: any device. It is given one.
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tallow_core::backend::{Backend, ByCost, Chooser};
 use tallow_core::kernel::{Candidate, KernelSpec};
+use tallow_core::{Error, Result};
 
 mod table;
 #[cfg(test)]
 mod tests;
 mod trial;
 
-use table::{Entry, Table};
+use table::{Entry, Hopeless, Table};
 
 /// Time that the kernels of one session may be measured for, unless more is asked for.
 pub const BUDGET: Duration = Duration::from_secs(2);
@@ -64,6 +66,8 @@ pub struct Tuner {
 
 struct State {
     table: Table,
+    /// By key of the table, which does not keep them: what fails today for want of memory may pass tomorrow.
+    hopeless: HashMap<String, Hopeless>,
     spent: Duration,
     /// Since the last plan was complete.
     measured: usize,
@@ -85,6 +89,7 @@ impl Tuner {
             tell: options.tell,
             state: Mutex::new(State {
                 table,
+                hopeless: HashMap::new(),
                 spent: Duration::ZERO,
                 measured: 0,
                 guessed: 0,
@@ -93,50 +98,76 @@ impl Tuner {
         }
     }
 
+    /// The answer where no candidate has a time: one that failed its check is not taken.
+    fn without(
+        &self,
+        spec: &KernelSpec,
+        h: &Hopeless,
+        favourite: usize,
+    ) -> Result<(usize, String)> {
+        if !h.wrong {
+            return Ok((favourite, format!("estimate: measuring failed: {}", h.what)));
+        }
+        Err(Error::Device {
+            device: self.backend.info().name.clone(),
+            what: format!(
+                "no kernel for {} {} computes what it should: {}; `tallow doctor` checks the device and its driver",
+                spec.name(),
+                spec.signature(),
+                h.what
+            ),
+        })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Chooser for Tuner {
-    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> (usize, String) {
-        let (favourite, why) = ByCost.choose(spec, c);
+    fn choose(&self, spec: &KernelSpec, c: &[Candidate]) -> Result<(usize, String)> {
+        let (favourite, why) = ByCost.choose(spec, c)?;
         if c.len() < 2 {
-            return (favourite, why);
+            return Ok((favourite, why));
         }
         let mut state = self.state();
         let key = table::key(spec, c);
         if let Some(choice) = state.table.get(&key).and_then(|e| e.best(c, favourite)) {
-            return choice;
+            return Ok(choice);
+        }
+        if let Some(known) = state.hopeless.get(&key) {
+            return self.without(spec, known, favourite);
         }
         if let Some(reason) = trial::unfit(spec) {
-            return (favourite, format!("estimate: {reason}"));
+            return Ok((favourite, format!("estimate: {reason}")));
         }
         let left = self.budget.saturating_sub(state.spent);
         if left.is_zero() {
             state.guessed += 1;
             let why = "estimate: the time for measuring is spent, `tallow tune` measures the rest";
-            return (favourite, why.to_owned());
+            return Ok((favourite, why.to_owned()));
         }
         let start = Instant::now();
         let tried = trial::run(&*self.backend, spec, c, favourite, left);
         state.spent += start.elapsed();
-        match tried {
-            Ok(tried) => {
-                let entry = Entry::new(c, tried);
-                let choice = entry.best(c, favourite);
-                state.table.put(key, entry);
-                state.measured += 1;
-                let none = || {
-                    (
-                        favourite,
-                        "estimate: no candidate passed its check".to_owned(),
-                    )
-                };
-                choice.unwrap_or_else(none)
-            }
-            Err(e) => (favourite, format!("estimate: measuring failed: {e}")),
-        }
+        let entry = tried.map(|tried| Entry::new(c, tried));
+        let hopeless = match entry {
+            Ok(entry) => match entry.best(c, favourite) {
+                Some(choice) => {
+                    state.table.put(key, entry);
+                    state.measured += 1;
+                    return Ok(choice);
+                }
+                None => entry.none(),
+            },
+            Err(e) => Hopeless {
+                wrong: false,
+                what: e.to_string(),
+            },
+        };
+        let answer = self.without(spec, &hopeless, favourite);
+        state.hopeless.insert(key, hopeless);
+        answer
     }
 
     fn planned(&self) {

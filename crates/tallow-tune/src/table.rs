@@ -56,12 +56,34 @@ impl Entry {
             why += &format!(", next {}", micros(next.1));
         }
         for (name, tried) in &self.tried {
-            if let Tried::Refused(what) = tried {
+            if let Tried::Wrong(what) | Tried::Refused(what) = tried {
                 why += &format!("; {name} is out: {what}");
             }
         }
         Some((won.0, why))
     }
+
+    /// Why there is no best one.
+    pub(crate) fn none(self) -> Hopeless {
+        let wrong = self.tried.iter().all(|t| matches!(t.1, Tried::Wrong(_)));
+        let mut all = vec![];
+        for (name, tried) in self.tried {
+            if let Tried::Wrong(what) | Tried::Refused(what) = tried {
+                all.push(format!("{name} {what}"));
+            }
+        }
+        let what = all.join(", ");
+        Hopeless { wrong, what }
+    }
+}
+
+/// What is known of a spec that has no candidate with a time.
+#[derive(Clone, Debug)]
+pub(crate) struct Hopeless {
+    /// Every candidate ran and failed its check.
+    pub(crate) wrong: bool,
+    /// What each candidate did, in one line.
+    pub(crate) what: String,
 }
 
 fn micros(seconds: f64) -> String {
@@ -178,7 +200,7 @@ fn read(path: &Path, device: &str) -> Result<BTreeMap<String, Entry>, String> {
     }
     let sane = |t: &(String, Tried)| match t.1 {
         Tried::Seconds(s) => s.is_finite() && s > 0.0,
-        Tried::Refused(_) => true,
+        Tried::Wrong(_) | Tried::Refused(_) => true,
     };
     match file.entries.values().all(|e| e.tried.iter().all(sane)) {
         true => Ok(file.entries),

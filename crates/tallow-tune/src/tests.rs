@@ -167,7 +167,7 @@ fn options(folder: &std::path::Path) -> Options {
 fn choose(tuner: &Tuner, device: &Liar, n: usize) -> (&'static str, String) {
     let spec = spec(n);
     let c = device.candidates(&spec).unwrap();
-    let (i, why) = tuner.choose(&spec, &c);
+    let (i, why) = tuner.choose(&spec, &c).unwrap();
     tuner.planned();
     (c[i].name, why)
 }
@@ -204,6 +204,33 @@ fn the_fastest_that_is_right_wins_and_is_remembered() {
     choose(&Tuner::new(other.clone(), options(dir.path())), &other, 7);
     assert!(other.recorded() > 0);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn where_all_are_wrong_none_is_taken_and_it_is_not_tried_again() {
+    let device = Liar::new("liar");
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec(7);
+    let all = device.candidates(&spec).unwrap();
+    let only = |names: &[&str]| -> Vec<Candidate> {
+        let some = all.iter().filter(|c| names.contains(&c.name));
+        some.cloned().collect()
+    };
+    let tuner = Tuner::new(device.clone(), options(dir.path()));
+    let wrong = only(&["wrong_f32", "idle_f32"]);
+    let said = tuner.choose(&spec, &wrong).unwrap_err().to_string();
+    for part in ["matmul", "wrong_f32 failed its check", "idle_f32", "doctor"] {
+        assert!(said.contains(part), "{said}");
+    }
+    // What cannot be run says nothing of what it would compute: the estimate decides.
+    let unknown = only(&["broken_f32", "wrong_f32"]);
+    let (i, why) = tuner.choose(&spec, &unknown).unwrap();
+    assert_eq!(unknown[i].name, "wrong_f32");
+    assert!(why.starts_with("estimate: measuring failed: "), "{why}");
+    let runs = device.recorded();
+    assert!(tuner.choose(&spec, &wrong).is_err());
+    assert_eq!(tuner.choose(&spec, &unknown), Ok((i, why)));
+    assert_eq!(device.recorded(), runs);
 }
 
 #[test]
@@ -352,7 +379,7 @@ fn the_cpu_measures_what_it_has_a_choice_for() {
             budget: BUDGET,
             tell: |_| {},
         };
-        let (_, why) = Tuner::new(cpu.clone(), nowhere).choose(&spec, &c);
+        let (_, why) = Tuner::new(cpu.clone(), nowhere).choose(&spec, &c).unwrap();
         assert!(
             why.starts_with("measured: ") && !why.contains("out:"),
             "{why}"

@@ -23,7 +23,9 @@ use tallow_core::types::DType;
 pub(crate) enum Tried {
     /// The time of one run.
     Seconds(f64),
-    /// It failed, or its result did.
+    /// Its result failed the check.
+    Wrong(String),
+    /// It could not be run.
     Refused(String),
 }
 
@@ -95,7 +97,7 @@ pub(crate) fn run(
         run, result, verdict,
     ) {
         (Err(e), ..) | (_, Err(e), _) => Tried::Refused(e.to_string()),
-        (.., Some(wrong)) => Tried::Refused(wrong),
+        (.., Some(wrong)) => Tried::Wrong(wrong),
         (Ok(run), ..) => Tried::Seconds(run.best_s),
     };
     Ok(runs.iter().zip(&results).zip(verdicts).map(one).collect())
@@ -173,29 +175,6 @@ fn values(spec: &KernelSpec) -> Vec<Value> {
     drawn.into_iter().map(exact).collect()
 }
 
-/// One element in memory.
-fn element(dtype: DType, v: f64) -> Vec<u8> {
-    match dtype {
-        DType::F32 => (v as f32).to_le_bytes().to_vec(),
-        DType::BF16 => half::bf16::from_f64(v).to_le_bytes().to_vec(),
-        DType::F16 => half::f16::from_f64(v).to_le_bytes().to_vec(),
-        DType::I32 => (v as i32).to_le_bytes().to_vec(),
-        DType::U32 => (v as u32).to_le_bytes().to_vec(),
-        DType::U8 => vec![v as u8],
-    }
-}
-
-fn number(dtype: DType, b: &[u8]) -> f64 {
-    match dtype {
-        DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        DType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),
-        DType::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f64(),
-        DType::I32 => f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        DType::U32 => f64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        DType::U8 => f64::from(b[0]),
-    }
-}
-
 fn reach(o: &Operand) -> usize {
     o.layout.end() * o.dtype.bytes()
 }
@@ -204,15 +183,23 @@ fn reach(o: &Operand) -> usize {
 fn laid_out(o: &Operand, v: &mut Value) -> Vec<u8> {
     let size = o.dtype.bytes();
     let mut bytes = vec![0xff; reach(o)];
-    for (i, x) in v.data.iter().enumerate() {
+    for (i, x) in o.dtype.encode(&v.data).chunks_exact(size).enumerate() {
         let at = o.layout.index(i) * size;
-        bytes[at..at + size].copy_from_slice(&element(o.dtype, *x));
+        bytes[at..at + size].copy_from_slice(x);
     }
-    for (i, x) in v.data.iter_mut().enumerate() {
-        let at = o.layout.index(i) * size;
-        *x = number(o.dtype, &bytes[at..at + size]);
-    }
+    v.data = read(o, &bytes);
     bytes
+}
+
+/// The operand's values, out of memory where it lies with its strides.
+fn read(o: &Operand, bytes: &[u8]) -> Vec<f64> {
+    let size = o.dtype.bytes();
+    let one = |i: usize| {
+        let at = o.layout.index(i) * size;
+        &bytes[at..at + size]
+    };
+    let dense: Vec<u8> = (0..o.layout.shape.numel()).flat_map(one).copied().collect();
+    o.dtype.decode(&dense)
 }
 
 impl<'a> Bench<'a> {
@@ -346,12 +333,7 @@ impl<'a> Bench<'a> {
             let (Some(o), Some(b)) = (o, b) else { continue };
             let mut bytes = vec![0; b.bytes];
             self.be.download(b, 0, &mut bytes)?;
-            let size = o.dtype.bytes();
-            let one = |i: usize| {
-                let at = o.layout.index(i) * size;
-                number(o.dtype, &bytes[at..at + size])
-            };
-            all.push((0..o.layout.shape.numel()).map(one).collect());
+            all.push(read(o, &bytes));
         }
         Ok(all)
     }

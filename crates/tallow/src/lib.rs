@@ -18,6 +18,8 @@ pub use tallow_cuda as cuda;
 pub use tallow_llm as llm;
 pub use tallow_train as train;
 pub use tallow_tune as tune;
+#[cfg(feature = "wgpu")]
+pub use tallow_wgpu as wgpu;
 
 /// The README's examples, compiled and run.
 #[cfg(doctest)]
@@ -29,12 +31,19 @@ use tallow_cpu::{Cpu, CpuOptions};
 use tallow_cuda::{Cuda, CudaOptions};
 
 /// Device names that [`open`] knows.
-pub const BACKENDS: &[&str] = &["cpu", "cuda:N", "auto"];
+pub const BACKENDS: &[&str] = &[
+    "cpu",
+    "cuda:N",
+    #[cfg(feature = "wgpu")]
+    "wgpu:N",
+    "auto",
+];
 
 /// How a device is opened.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
-    /// `cpu`; `cuda:0` or another card by number; `auto`: card 0 if it opens, else the CPU.
+    /// `cpu`; `cuda:0` or another card by number; `wgpu`: the first GPU of Metal, Vulkan or DX12, or `wgpu:0` another
+    /// adapter by number; `auto`: card 0 if it opens, else such a GPU if it opens, else the CPU.
     pub device: String,
     /// CPU threads; `None`: `TALLOW_THREADS` or the physical cores.
     pub threads: Option<usize>,
@@ -71,19 +80,14 @@ pub fn open(device: &str) -> Result<Session> {
 /// # Errors
 /// As [`open`].
 pub fn open_with(options: &OpenOptions) -> Result<Session> {
-    let backend: Arc<dyn Backend> = match (options.device.as_str(), card(&options.device)) {
-        ("cpu", _) => cpu_backend(options)?,
-        ("auto", _) => match cuda_backend(0, options) {
-            Ok(card) => card,
-            Err(_) => cpu_backend(options)?,
-        },
-        (_, Some(ordinal)) => cuda_backend(ordinal, options)?,
-        (other, None) => {
-            return Err(Error::Device {
-                device: other.into(),
-                what: format!("unknown device; this build knows {}", BACKENDS.join(", ")),
-            });
-        }
+    let backend: Arc<dyn Backend> = match Device::named(&options.device) {
+        Some(Device::Cpu) => cpu_backend(options)?,
+        Some(Device::Auto) => cuda_backend(0, options)
+            .or_else(|_| wgpu_backend(None, options))
+            .or_else(|_| cpu_backend(options))?,
+        Some(Device::Cuda(ordinal)) => cuda_backend(ordinal, options)?,
+        Some(Device::Wgpu(number)) => wgpu_backend(number, options)?,
+        None => return Err(unknown(&options.device)),
     };
     Ok(match options.choose.clone() {
         Choose::Estimate => Session::new(backend),
@@ -94,11 +98,36 @@ pub fn open_with(options: &OpenOptions) -> Result<Session> {
     })
 }
 
-/// The number in `cuda:N`; `cuda` is the first card.
-fn card(device: &str) -> Option<usize> {
-    match device.strip_prefix("cuda")? {
-        "" => Some(0),
-        rest => rest.strip_prefix(':')?.parse().ok(),
+fn unknown(device: &str) -> Error {
+    Error::Device {
+        device: device.into(),
+        what: format!("unknown device; this build knows {}", BACKENDS.join(", ")),
+    }
+}
+
+/// What a device's name means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Device {
+    Cpu,
+    Cuda(usize),
+    /// An adapter by number, or the first that is a GPU.
+    Wgpu(Option<usize>),
+    Auto,
+}
+
+impl Device {
+    fn named(device: &str) -> Option<Device> {
+        let (name, number) = match device.split_once(':') {
+            Some((name, number)) => (name, Some(number.parse().ok()?)),
+            None => (device, None),
+        };
+        match (name, number) {
+            ("cpu", None) => Some(Device::Cpu),
+            ("auto", None) => Some(Device::Auto),
+            ("cuda", n) => Some(Device::Cuda(n.unwrap_or(0))),
+            ("wgpu", n) => Some(Device::Wgpu(n)),
+            _ => None,
+        }
     }
 }
 
@@ -117,16 +146,43 @@ fn cuda_backend(ordinal: usize, options: &OpenOptions) -> Result<Arc<dyn Backend
     })?))
 }
 
+#[cfg(feature = "wgpu")]
+fn wgpu_backend(number: Option<usize>, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
+    use tallow_wgpu::{Choice, Wgpu, WgpuOptions};
+    Ok(Arc::new(Wgpu::open(&WgpuOptions {
+        adapter: number.map_or(Choice::Gpu, Choice::Number),
+        weights: options.weights,
+        plain: false,
+        binding_bytes: None,
+    })?))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu_backend(_: Option<usize>, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
+    Err(unknown(&options.device))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn cards_are_named_by_number() {
-        assert_eq!(card("cuda"), Some(0));
-        assert_eq!(card("cuda:3"), Some(3));
-        for other in ["cuda:", "cuda:x", "cuda3", "cpu", "auto"] {
-            assert_eq!(card(other), None, "{other}");
+    fn devices_are_named_by_kind_and_number() {
+        let known = [
+            ("cpu", Device::Cpu),
+            ("auto", Device::Auto),
+            ("cuda", Device::Cuda(0)),
+            ("cuda:3", Device::Cuda(3)),
+            ("wgpu", Device::Wgpu(None)),
+            ("wgpu:1", Device::Wgpu(Some(1))),
+        ];
+        for (name, device) in known {
+            assert_eq!(Device::named(name), Some(device), "{name}");
+        }
+        for other in [
+            "cuda:", "cuda:x", "cuda3", "cpu:0", "auto:0", "wgpu:", "metal", "",
+        ] {
+            assert_eq!(Device::named(other), None, "{other}");
         }
     }
 }

@@ -31,6 +31,11 @@ const LAYERS: &[Layer] = &[
         tests_need: &["tallow-conformance"],
     },
     Layer {
+        name: "tallow-wgpu",
+        needs: &["tallow-core"],
+        tests_need: &["tallow-conformance"],
+    },
+    Layer {
         name: "tallow-tune",
         needs: &["tallow-core"],
         tests_need: &["tallow-cpu"],
@@ -64,6 +69,7 @@ const LAYERS: &[Layer] = &[
             "tallow-llm",
             "tallow-train",
             "tallow-tune",
+            "tallow-wgpu",
         ],
         tests_need: &[],
     },

@@ -21,8 +21,6 @@ const UNSAFE_PLACES: [&str; 6] = [
     // An allocator that counts.
     "crates/tallow/tests/replay.rs",
 ];
-/// `peers/` calls libraries whose interface is unsafe.
-const FOREIGN: &str = "peers/";
 
 /// Adds what is wrong or remarkable in the file at `path` to `found`.
 pub(super) fn check(path: &str, text: &str, found: &mut Findings) {
@@ -39,8 +37,7 @@ pub(super) fn check(path: &str, text: &str, found: &mut Findings) {
     }
     match TokenStream::from_str(text) {
         Ok(tokens) => {
-            let may_be_unsafe = path.starts_with(FOREIGN)
-                || UNSAFE_PLACES.iter().any(|place| path.starts_with(place));
+            let may_be_unsafe = UNSAFE_PLACES.iter().any(|place| path.starts_with(place));
             Walk {
                 path,
                 may_be_unsafe,

@@ -19,8 +19,12 @@ const CALL_S: f64 = 50e-9;
 enum Lie {
     /// None: it computes when started.
     Honest,
-    /// Honest, but it starts without waiting, as a GPU does.
+    /// Honest, but new operands lie far away, and the first to look at them waits for them.
+    Cold,
+    /// Honest, but it starts without waiting, as a GPU does, in plans too.
     Asynchronous,
+    /// The same, with plans whose wait does not wait.
+    PlanNotWaited,
     /// Honest when asked, but many starts and one wait compute only the last result.
     Lazy,
     /// Builds a graph that nobody evaluates; what was read last is returned.
@@ -48,6 +52,10 @@ struct World {
     now: Cell<f64>,
     device_until: Cell<f64>,
     lie: Lie,
+    /// Seconds that the work takes.
+    true_s: f64,
+    /// Seconds that any wait for an asynchronous device takes on top.
+    wait_s: f64,
 }
 
 impl World {
@@ -60,7 +68,8 @@ impl World {
         self.device_until.set(from + s);
     }
     fn wait(&self) {
-        self.now.set(self.now.get().max(self.device_until.get()));
+        self.now
+            .set(self.now.get().max(self.device_until.get()) + self.wait_s);
     }
 }
 
@@ -80,6 +89,7 @@ struct Liar {
     first: Option<[f32; 4]>,
     returned: f32,
     asked: usize,
+    cold: bool,
 }
 
 fn right(x: [f32; 4]) -> [f32; 4] {
@@ -105,10 +115,15 @@ fn compared(got: [f32; 4], want: [f32; 4]) -> Check {
 
 impl Liar {
     fn new(lie: Lie) -> (Rc<World>, Self) {
+        Self::that(lie, TRUE_S, 0.0)
+    }
+    fn that(lie: Lie, true_s: f64, wait_s: f64) -> (Rc<World>, Self) {
         let world = Rc::new(World {
             now: Cell::new(0.0),
             device_until: Cell::new(0.0),
             lie,
+            true_s,
+            wait_s,
         });
         let liar = Liar {
             world: world.clone(),
@@ -118,6 +133,7 @@ impl Liar {
             first: None,
             returned: 0.5,
             asked: 0,
+            cold: true,
         };
         (world, liar)
     }
@@ -130,6 +146,7 @@ impl Work for Liar {
     fn renew(&mut self, seed: u64) -> Result<()> {
         let mut rng = fastrand::Rng::with_seed(seed);
         self.x = std::array::from_fn(|_| rng.f32());
+        self.cold = true;
         self.write([f32::NAN; 4]);
         Ok(())
     }
@@ -142,13 +159,18 @@ impl Work for Liar {
         let (w, x) = (self.world.clone(), self.x);
         w.pass(CALL_S);
         self.asked = 0;
+        let cold = std::mem::take(&mut self.cold);
         match w.lie {
+            Lie::Cold => {
+                w.pass(if cold { 20.0 * TRUE_S } else { TRUE_S });
+                self.write(right(x));
+            }
             Lie::Honest | Lie::FoldedPlan => {
                 w.pass(TRUE_S);
                 self.write(right(x));
             }
-            Lie::Asynchronous => {
-                w.enqueue(TRUE_S);
+            Lie::Asynchronous | Lie::PlanNotWaited => {
+                w.enqueue(w.true_s);
                 self.write(right(x));
             }
             Lie::Lazy | Lie::Unevaluated => self.pending = true,
@@ -187,7 +209,7 @@ impl Work for Liar {
         w.pass(CALL_S);
         self.asked += 1;
         match w.lie {
-            Lie::Asynchronous => w.wait(),
+            Lie::Asynchronous | Lie::PlanNotWaited => w.wait(),
             Lie::Lazy if self.pending => {
                 w.pass(TRUE_S);
                 self.write(right(self.x));
@@ -219,12 +241,18 @@ impl Work for Liar {
             false => Ok(compared([f32::NAN; 4], y)),
         }
     }
-    fn chain(&mut self, n: usize) -> Result<Option<Box<dyn Chain>>> {
-        let honest = matches!(self.world.lie, Lie::Honest | Lie::FoldedPlan);
-        Ok(honest.then(|| {
-            let world = self.world.clone();
-            Box::new(Plan { n, world }) as Box<dyn Chain>
-        }))
+    fn chain(&mut self, n: usize) -> Result<Chained> {
+        let has_plans = [
+            Lie::Honest,
+            Lie::FoldedPlan,
+            Lie::Asynchronous,
+            Lie::PlanNotWaited,
+        ];
+        if !has_plans.contains(&self.world.lie) {
+            return Ok(Chained::No("it has no plans"));
+        }
+        let world = self.world.clone();
+        Ok(Chained::Plan(Box::new(Plan { n, world })))
     }
 }
 
@@ -233,16 +261,29 @@ struct Plan {
     world: Rc<World>,
 }
 
+/// Share of the work's time that it takes in a plan.
+const IN_PLAN: f64 = 0.8;
+
 impl Chain for Plan {
     fn renew(&mut self, _: u64) -> Result<()> {
         Ok(())
     }
-    fn run(&mut self) -> Result<()> {
-        let n = match self.world.lie {
-            Lie::FoldedPlan => 30,
-            _ => self.n,
-        };
-        self.world.pass(0.8 * TRUE_S * n as f64);
+    fn start(&mut self) -> Result<()> {
+        let one = IN_PLAN * self.world.true_s;
+        match self.world.lie {
+            Lie::FoldedPlan => self.world.pass(30.0 * one),
+            Lie::Asynchronous | Lie::PlanNotWaited => {
+                self.world.pass(CALL_S);
+                self.world.enqueue(one * self.n as f64);
+            }
+            _ => self.world.pass(one * self.n as f64),
+        }
+        Ok(())
+    }
+    fn wait(&mut self) -> Result<()> {
+        if self.world.lie == Lie::Asynchronous {
+            self.world.wait();
+        }
         Ok(())
     }
     fn share(&mut self) -> Result<f64> {
@@ -254,9 +295,12 @@ impl Chain for Plan {
 }
 
 fn judge(lie: Lie, lazy: bool) -> Row {
-    let (clock, liar) = Liar::new(lie);
+    judge_that(lie, Liar::new(lie), (FLOOR_S, lazy))
+}
+
+fn judge_that(lie: Lie, (clock, liar): (Rc<World>, Liar), (floor_s, lazy): (f64, bool)) -> Row {
     let floor = Floor {
-        seconds: FLOOR_S,
+        seconds: floor_s,
         bytes: 1,
         flops: 1.0,
         bound: Bound::Bandwidth,
@@ -266,6 +310,7 @@ fn judge(lie: Lie, lazy: bool) -> Row {
         work: Box::new(liar),
         floor,
         lazy,
+        memory: None,
     }];
     let rows = measure(&clock, &Settings::QUICK, &mut all, &|| false);
     rows.unwrap().remove(0)
@@ -288,10 +333,19 @@ fn an_honest_work_gets_its_own_time() {
     let f = row.figures().unwrap();
     near(f.waited.median, TRUE_S);
     near(f.queued.as_ref().unwrap().median, TRUE_S);
-    near(f.in_plan.as_ref().unwrap().median, 0.8 * TRUE_S);
+    near(f.in_plan.as_ref().unwrap().median, IN_PLAN * TRUE_S);
     near(f.growth, 4.0);
     assert_eq!(f.waited.samples.len(), Settings::QUICK.rounds);
     assert!(f.check.pass());
+}
+
+#[test]
+fn operands_that_lie_far_away_are_in_no_time() {
+    let row = judge(Lie::Cold, false);
+    let f = row.figures().unwrap();
+    near(f.waited.median, TRUE_S);
+    near(f.queued.as_ref().unwrap().median, TRUE_S);
+    near(f.growth, 4.0);
 }
 
 #[test]
@@ -299,7 +353,29 @@ fn starting_without_waiting_is_no_lie() {
     let row = judge(Lie::Asynchronous, false);
     let f = row.figures().unwrap();
     near(f.queued.as_ref().unwrap().median, TRUE_S);
+    near(f.in_plan.as_ref().unwrap().median, IN_PLAN * TRUE_S);
     near(f.built.median, CALL_S);
+}
+
+#[test]
+fn a_wait_that_takes_longer_than_the_work_is_in_what_is_waited_for_only() {
+    // A small kernel behind a bus: 2 µs, and 10 µs for any wait.
+    let (true_s, wait_s) = (2e-6, 10e-6);
+    let device = Liar::that(Lie::Asynchronous, true_s, wait_s);
+    let row = judge_that(Lie::Asynchronous, device, (0.5 * true_s, false));
+    let f = row.figures().unwrap();
+    assert!((true_s + wait_s..true_s + 1.1 * wait_s).contains(&f.waited.median));
+    let alone = |s: &Summary, own_s: f64| (own_s..1.1 * own_s).contains(&s.median);
+    assert!(alone(f.queued.as_ref().unwrap(), true_s), "{f:?}");
+    let in_plan = f.in_plan.as_ref().unwrap();
+    assert!(alone(in_plan, IN_PLAN * true_s), "{f:?}");
+}
+
+#[test]
+fn a_plan_that_is_not_waited_for_is_caught() {
+    assert!(
+        matches!(reason(Lie::PlanNotWaited), Reason::Growth { column, .. } | Reason::UnderFloor { column, .. } if column == "in plan")
+    );
 }
 
 #[test]
@@ -386,6 +462,7 @@ fn contenders_take_turns_and_a_stop_leaves_nothing_half_done() {
         work: Box::new(liar),
         floor,
         lazy: false,
+        memory: None,
     }];
     let asked = Cell::new(0);
     let stop = || {

@@ -9,7 +9,7 @@ use tallow::{Plan, Program, Tensor};
 
 use super::{Graphed, Join, download};
 use crate::Result;
-use crate::work::{Chain, Check, Judge};
+use crate::work::{Chain, Chained, Check, Judge};
 
 /// Factor on what [`Join::Add`] adds: operands stay of their size over many repetitions.
 const ADDED: f32 = 0.125;
@@ -28,14 +28,14 @@ fn names(plan: &Plan) -> impl Iterator<Item = String> {
     plan.steps.iter().map(|s| s.spec.name())
 }
 
-/// A chain of `n` repetitions; `one` is the recording of a single one. `None` where there is no chain.
-pub(super) fn make(graph: &Rc<Graphed>, one: &Program, n: usize) -> Result<Option<Box<dyn Chain>>> {
+/// A chain of `n` repetitions; `one` is the recording of a single one.
+pub(super) fn make(graph: &Rc<Graphed>, one: &Program, n: usize) -> Result<Chained> {
     let subject = &graph.subject;
     let mut carried = subject.carried.clone();
     for _ in 1..n {
         let outs = (subject.again)(&carried)?;
         carried = match subject.join {
-            Join::None => return Ok(None),
+            Join::None(why) => return Ok(Chained::No(why)),
             Join::Feed => outs[..carried.len()].to_vec(),
             Join::Add => vec![joined(&carried[0], &outs[0])?],
         };
@@ -43,7 +43,7 @@ pub(super) fn make(graph: &Rc<Graphed>, one: &Program, n: usize) -> Result<Optio
     let outs = (subject.again)(&carried)?;
     let wanted: Vec<&Tensor> = carried.iter().chain(&outs).collect();
     let program = graph.session.record(&wanted, &[])?;
-    Ok(Some(Box::new(Repeated {
+    Ok(Chained::Plan(Box::new(Repeated {
         graph: graph.clone(),
         ours: names(&one.compiled.plan).collect(),
         program,
@@ -66,8 +66,11 @@ impl Chain for Repeated {
         self.graph.poison(&self.program)
     }
 
-    fn run(&mut self) -> Result<()> {
-        self.program.replay()?;
+    fn start(&mut self) -> Result<()> {
+        Ok(self.program.replay()?)
+    }
+
+    fn wait(&mut self) -> Result<()> {
         // Reading waits.
         let out = &self.program.outputs[self.program.outputs.len() - 1];
         let mut bytes = [0; 4];

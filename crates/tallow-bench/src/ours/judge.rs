@@ -51,13 +51,16 @@ impl Judged {
         Ok(all.map(|o| o.host.clone()).collect())
     }
 
-    /// The last element fed becomes `link` times [`Judged::scale`].
+    /// The last element fed becomes a number made of `link`, which is given back.
     ///
     /// # Errors
     /// As [`Judged::draw`].
-    pub fn feed(&mut self, link: f32) -> Result<()> {
+    pub fn feed(&mut self, link: f32) -> Result<f64> {
         self.link = link;
-        self.ours.feed(link)
+        self.ours.feed(link)?;
+        let graph = self.graph();
+        let fed = graph.operands.borrow()[graph.fed].host.last().copied();
+        Ok(fed.unwrap_or(f64::NAN))
     }
 
     /// What was fed last.

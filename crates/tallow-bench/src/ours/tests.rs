@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::suite::products::{LoraShape, lora};
+use crate::work::Chain;
 
 fn session() -> Session {
     tallow::open("cpu").unwrap()
@@ -26,6 +27,13 @@ fn run(work: &mut Ours, seed: u64) -> f32 {
     work.feed(0.3).unwrap();
     work.start().unwrap();
     work.finish().unwrap()
+}
+
+fn chained(work: &mut Ours, n: usize) -> Result<Box<dyn Chain>, &'static str> {
+    match work.chain(n).unwrap() {
+        Chained::Plan(chain) => Ok(chain),
+        Chained::No(why) => Err(why),
+    }
 }
 
 #[test]
@@ -72,15 +80,19 @@ fn chains_are_whole_and_right() {
     for join in [Join::Feed, Join::Add] {
         let links = matches!(join, Join::Add);
         let mut work = softmax(&s, join);
-        let mut chain = work.chain(5).unwrap().unwrap();
+        let mut chain = chained(&mut work, 5).unwrap();
         chain.renew(3).unwrap();
         assert!(!chain.check().unwrap().pass(), "nothing has run yet");
-        chain.run().unwrap();
+        chain.start().unwrap();
+        chain.wait().unwrap();
         assert!(chain.check().unwrap().pass());
         let share = chain.share().unwrap();
         assert_eq!(share < 1.0, links, "{share}");
     }
-    assert!(softmax(&s, Join::None).chain(5).unwrap().is_none());
+    assert_eq!(
+        chained(&mut softmax(&s, Join::None("no")), 5).err(),
+        Some("no")
+    );
 }
 
 #[test]
@@ -106,9 +118,10 @@ fn samples_of_a_product_see_a_dropped_adapter() {
         upload(&s, &out, &values).unwrap();
         let y = work.finish().unwrap();
         assert!(!work.check(y).unwrap().pass());
-        let mut chain = work.chain(3).unwrap().unwrap();
+        let mut chain = chained(&mut work, 3).unwrap();
         chain.renew(3).unwrap();
-        chain.run().unwrap();
+        chain.start().unwrap();
+        chain.wait().unwrap();
         assert!(chain.check().unwrap().pass());
     }
 }

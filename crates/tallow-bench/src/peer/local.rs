@@ -8,12 +8,12 @@ use faer::{Accum, MatMut, MatRef, Par};
 use tallow::DType;
 
 use super::gemm::gemm_xwt;
-use super::{Job, Peer, RowOp};
+use super::{Job, Peer, candle};
 use crate::measure::Contender;
 use crate::ours::judge::{Judged, judged};
+use crate::probe::Cost;
 use crate::suite::products::{LoraShape, SCALE};
-use crate::suite::rows::EPS;
-use crate::suite::{Context, products, rows};
+use crate::suite::{Context, products};
 use crate::work::{Check, Clock, Looped, Queued, Work, link};
 use crate::{Error, Result};
 
@@ -57,34 +57,40 @@ impl Peer for Local {
         version(self.0)
     }
 
-    fn contender(&mut self, job: &Job, cx: &Context) -> Result<Option<Contender>> {
-        if cx.dtype != DType::F32 {
-            return Ok(None);
-        }
-        let (judged, cost) = match job {
-            Job::Lora(shape) => (
-                judged(products::lora(&cx.session, *shape, cx.dtype)?),
-                shape.cost(cx.dtype),
-            ),
-            Job::Rows(op) => (judged(rows::work(cx, *op)?), rows::cost(*op)),
-            Job::Layer(_) | Job::Model(_) => return Ok(None),
+    fn contenders(&mut self, job: &Job, cx: &Context) -> Result<Vec<Contender>> {
+        let ways = match (self.0, job) {
+            ("candle", _) => candle::ways(job, cx)?,
+            (_, Job::Lora(shape)) => vec![slices(self.0, *shape, cx)?],
+            (_, Job::Rows(_) | Job::Layer(_) | Job::Model(_)) => vec![],
         };
-        let Some(engine) = engine(self.0, job, &judged, cx.threads)? else {
-            return Ok(None);
-        };
-        let work = Here {
-            engine,
-            x: vec![],
-            y: vec![],
-            judged,
-        };
-        Ok(Some(Contender {
-            engine: self.0.to_owned(),
-            work: Box::new(work),
-            floor: cx.probe.floor(&cost, cx.threads),
+        let contender = |way: Way| Contender {
+            engine: match way.name {
+                "" => self.0.to_owned(),
+                name => format!("{}, {name}", self.0),
+            },
+            work: Box::new(Here {
+                engine: way.engine,
+                y: f32::NAN,
+                judged: way.judged,
+            }),
+            floor: cx.probe.floor(&way.cost, cx.threads),
             lazy: false,
-        }))
+            memory: None,
+        };
+        Ok(ways.into_iter().map(contender).collect())
     }
+}
+
+/// One of the ways in which a peer does a job.
+pub(super) struct Way {
+    /// Behind the peer's name, where there are several or it is not what was asked for.
+    pub(super) name: &'static str,
+    /// What it does.
+    pub(super) engine: Box<dyn Engine>,
+    /// Its operands, and what is right.
+    pub(super) judged: Judged,
+    /// The least of it.
+    pub(super) cost: Cost,
 }
 
 /// Versions in the lock file that this was built with.
@@ -104,46 +110,47 @@ fn version(name: &str) -> String {
 }
 
 /// What a peer does with operands.
-trait Engine {
-    /// New operands, as the peer wants them.
-    fn take(&mut self, x: &[f32]) -> Result<()>;
-    /// The work, and the last element of the result.
+pub(super) trait Engine {
+    /// New operands: all that vary, in the order they were made. Results are poisoned.
+    fn renew(&mut self, operands: &[Vec<f64>]) -> Result<()>;
+    /// The last element of the first operand becomes this.
+    fn feed(&mut self, value: f64) -> Result<()>;
+    /// The work, and the last element of the first result.
     fn run(&mut self) -> Result<f32>;
-    /// The whole result.
-    fn result(&mut self) -> Result<Vec<f32>>;
+    /// All results, whole.
+    fn results(&mut self) -> Result<Vec<Vec<f32>>>;
+    /// Does a run change its own operands?
+    fn remembers(&self) -> bool {
+        false
+    }
 }
 
 /// A peer with a job.
 struct Here {
     engine: Box<dyn Engine>,
-    x: Vec<f32>,
     /// The last element of the last result.
-    y: Vec<f32>,
+    y: f32,
     judged: Judged,
 }
 
 impl Work for Here {
     fn renew(&mut self, seed: u64) -> Result<()> {
-        self.x = self.judged.draw(seed)?.iter().map(|v| *v as f32).collect();
-        self.y = vec![f32::NAN];
-        Ok(())
+        self.y = f32::NAN;
+        self.engine.renew(&self.judged.draw_all(seed)?)
     }
 
     fn feed(&mut self, link: f32) -> Result<()> {
-        self.judged.feed(link)?;
-        if let Some(last) = self.x.last_mut() {
-            *last = self.judged.scale() * link;
-        }
-        self.engine.take(&self.x)
+        let value = self.judged.feed(link)?;
+        self.engine.feed(value)
     }
 
     fn start(&mut self) -> Result<()> {
-        self.y = vec![self.engine.run()?];
+        self.y = self.engine.run()?;
         Ok(())
     }
 
     fn finish(&mut self) -> Result<f32> {
-        Ok(self.y.first().copied().unwrap_or(f32::NAN))
+        Ok(self.y)
     }
 
     fn waited(&mut self, clock: &dyn Clock, n: usize, first: f32) -> Result<Looped> {
@@ -154,7 +161,7 @@ impl Work for Here {
             let y = self.engine.run()?;
             seconds += clock.now() - start;
             links.push((next, y));
-            self.y = vec![y];
+            self.y = y;
             next = link(y, i);
         }
         Ok(Looped { seconds, links })
@@ -176,42 +183,46 @@ impl Work for Here {
     }
 
     fn check(&mut self, returned: f32) -> Result<Check> {
-        let got = self.engine.result()?.into_iter().map(f64::from).collect();
-        self.judged.check(got, returned)
+        let wide = |y: Vec<f32>| y.into_iter().map(f64::from).collect();
+        let got: Vec<_> = self.engine.results()?.into_iter().map(wide).collect();
+        self.judged.check_all(&got, returned)
+    }
+
+    fn remembers(&self) -> bool {
+        self.engine.remembers()
     }
 }
 
-fn engine(
-    name: &str,
-    job: &Job,
-    judged: &Judged,
-    threads: usize,
-) -> Result<Option<Box<dyn Engine>>> {
-    let f32s = |(v, shape): (Vec<f64>, Vec<usize>)| {
-        (v.iter().map(|v| *v as f32).collect::<Vec<f32>>(), shape)
+/// Elements of weights, as f32, with their extents.
+pub(super) fn weights(judged: &Judged) -> Vec<(Vec<f32>, Vec<usize>)> {
+    let narrow =
+        |(v, shape): (Vec<f64>, Vec<usize>)| (v.iter().map(|v| *v as f32).collect(), shape);
+    judged.weights().into_iter().map(narrow).collect()
+}
+
+/// gemm or faer. Neither has a product of bf16 (gemm has one of f16), so where tallow's weights are bf16 they get f32 copies.
+fn slices(name: &'static str, shape: LoraShape, cx: &Context) -> Result<Way> {
+    let judged = judged(products::lora(&cx.session, shape, cx.dtype)?);
+    let values = |i: usize| weights(&judged).get(i).map_or(vec![], |w| w.0.clone());
+    let engine = Slices {
+        product: if name == "gemm" { gemm_xwt } else { faer_xwt },
+        threads: cx.threads,
+        shape,
+        x: vec![],
+        w: values(0),
+        a: values(1),
+        b: values(2),
+        h: vec![0.0; shape.m * shape.rank],
+        y: vec![f32::NAN; shape.m * shape.n],
     };
-    let weights: Vec<(Vec<f32>, Vec<usize>)> = judged.weights().into_iter().map(f32s).collect();
-    Ok(match (name, job) {
-        ("candle", _) => Some(Box::new(Candle::new(
-            job.clone(),
-            &weights,
-            judged.shape(),
-        )?)),
-        (_, Job::Lora(shape)) => {
-            let values = |i: usize| weights.get(i).map_or(vec![], |w| w.0.clone());
-            Some(Box::new(Slices {
-                product: if name == "gemm" { gemm_xwt } else { faer_xwt },
-                threads,
-                shape: *shape,
-                x: vec![],
-                w: values(0),
-                a: values(1),
-                b: values(2),
-                h: vec![0.0; shape.m * shape.rank],
-                y: vec![f32::NAN; shape.m * shape.n],
-            }))
-        }
-        (_, Job::Rows(_) | Job::Layer(_) | Job::Model(_)) => None,
+    Ok(Way {
+        name: match cx.dtype {
+            DType::BF16 => "no bf16 product: its f32 one",
+            _ => "",
+        },
+        engine: Box::new(engine),
+        judged,
+        cost: shape.cost(DType::F32),
     })
 }
 
@@ -232,10 +243,16 @@ struct Slices {
 }
 
 impl Engine for Slices {
-    fn take(&mut self, x: &[f32]) -> Result<()> {
-        self.x.clear();
-        self.x.extend_from_slice(x);
+    fn renew(&mut self, operands: &[Vec<f64>]) -> Result<()> {
+        self.x = operands[0].iter().map(|v| *v as f32).collect();
         self.y.fill(f32::NAN);
+        Ok(())
+    }
+
+    fn feed(&mut self, value: f64) -> Result<()> {
+        if let Some(last) = self.x.last_mut() {
+            *last = value as f32;
+        }
         Ok(())
     }
 
@@ -250,8 +267,8 @@ impl Engine for Slices {
         Ok(self.y[m * n - 1])
     }
 
-    fn result(&mut self) -> Result<Vec<f32>> {
-        Ok(self.y.clone())
+    fn results(&mut self) -> Result<Vec<Vec<f32>>> {
+        Ok(vec![self.y.clone()])
     }
 }
 
@@ -279,125 +296,5 @@ fn faer_xwt(
     matmul(y, accum, x, w.transpose(), add_scaled.unwrap_or(1.0), par);
 }
 
-/// candle, with its fused norms.
-struct Candle {
-    job: Job,
-    shape: Vec<usize>,
-    /// Those of a product are turned.
-    weights: Vec<candle_core::Tensor>,
-    x: Option<candle_core::Tensor>,
-    y: Option<candle_core::Tensor>,
-}
-
-fn candle<T>(r: candle_core::Result<T>) -> Result<T> {
-    r.map_err(|e| Error::Peer {
-        peer: "candle".to_owned(),
-        what: e.to_string(),
-    })
-}
-
-impl Candle {
-    fn new(job: Job, weights: &[(Vec<f32>, Vec<usize>)], shape: Vec<usize>) -> Result<Self> {
-        let one = |(v, shape): &(Vec<f32>, Vec<usize>)| {
-            let t =
-                candle_core::Tensor::from_slice(v, shape.as_slice(), &candle_core::Device::Cpu)?;
-            if shape.len() == 2 { t.t() } else { Ok(t) }
-        };
-        Ok(Candle {
-            job,
-            shape,
-            weights: candle(weights.iter().map(one).collect())?,
-            x: None,
-            y: None,
-        })
-    }
-
-    fn forward(&self, x: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
-        let w = &self.weights;
-        match &self.job {
-            Job::Lora(LoraShape { rank: 0, .. }) => x.matmul(&w[0]),
-            Job::Lora(_) => {
-                let y = x.matmul(&w[0])?;
-                y + (x.matmul(&w[1])?.matmul(&w[2])? * f64::from(SCALE))?
-            }
-            Job::Rows(RowOp::Softmax) => candle_nn::ops::softmax_last_dim(x),
-            Job::Rows(RowOp::RmsNorm) => candle_nn::ops::rms_norm(x, &w[0], EPS),
-            Job::Layer(_) | Job::Model(_) => candle_core::bail!("not here (bug in tallow)"),
-            Job::Rows(RowOp::LayerNorm) => candle_nn::ops::layer_norm(x, &w[0], &w[1], EPS),
-        }
-    }
-
-    fn last(y: &candle_core::Tensor) -> candle_core::Result<f32> {
-        let flat = y.flatten_all()?;
-        flat.get(flat.elem_count() - 1)?.to_scalar()
-    }
-}
-
-impl Engine for Candle {
-    fn take(&mut self, x: &[f32]) -> Result<()> {
-        let x =
-            candle_core::Tensor::from_slice(x, self.shape.as_slice(), &candle_core::Device::Cpu);
-        self.x = Some(candle(x)?);
-        self.y = None;
-        Ok(())
-    }
-
-    fn run(&mut self) -> Result<f32> {
-        let Some(x) = &self.x else {
-            return Ok(f32::NAN);
-        };
-        let y = candle(self.forward(x))?;
-        let last = candle(Self::last(&y))?;
-        self.y = Some(y);
-        Ok(last)
-    }
-
-    fn result(&mut self) -> Result<Vec<f32>> {
-        match &self.y {
-            None => Ok(vec![]),
-            Some(y) => candle(y.flatten_all().and_then(|y| y.to_vec1())),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::probe::Probe;
-    use crate::work::Wall;
-
-    #[test]
-    fn peers_agree_with_the_oracle_and_a_changed_element_does_not() {
-        let cx = Context {
-            session: tallow::open("cpu").unwrap(),
-            threads: 2,
-            dtype: DType::F32,
-            quick: true,
-            probe: Probe::default(),
-            models: vec![],
-            spinner: None,
-        };
-        let shape = LoraShape {
-            m: 17,
-            k: 33,
-            n: 29,
-            rank: 5,
-        };
-        let jobs = [Job::Lora(shape), Job::Lora(LoraShape { rank: 0, ..shape })];
-        let jobs = jobs.into_iter().chain(RowOp::ALL.map(Job::Rows));
-        for job in jobs {
-            for name in ENGINES {
-                let Some(made) = Local(name).contender(&job, &cx).unwrap() else {
-                    continue;
-                };
-                let mut work = made.work;
-                work.renew(3).unwrap();
-                let done = work.waited(&Wall::new(), 3, 0.4).unwrap();
-                let (_, y) = done.links[2];
-                let check = work.check(y).unwrap();
-                assert!(check.pass(), "{name} {job:?}: {check:?}");
-                assert!(!work.check(y + 0.5).unwrap().pass());
-            }
-        }
-    }
-}
+mod tests;

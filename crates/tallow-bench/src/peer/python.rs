@@ -195,12 +195,12 @@ impl Peer for Python {
         self.version.clone()
     }
 
-    fn contender(&mut self, job: &Job, cx: &Context) -> Result<Option<Contender>> {
+    fn contenders(&mut self, job: &Job, cx: &Context) -> Result<Vec<Contender>> {
         let half = cx.dtype == DType::BF16;
         let asked = match job {
             Job::Lora(shape) => self.product(*shape, cx)?,
             // A norm has no weight matrix that could be bf16.
-            Job::Rows(_) | Job::Layer(_) if half => return Ok(None),
+            Job::Rows(_) | Job::Layer(_) if half => return Ok(vec![]),
             Job::Rows(op) => self.row_op(*op, cx)?,
             Job::Layer(layer) => self.layer(*layer, cx)?,
             Job::Model(job) => self.model(job, cx)?,
@@ -214,7 +214,7 @@ impl Peer for Python {
             "shape": asked.judged.shape(),
         });
         let made: Made = self.lock().ask(&request)?;
-        Ok(made.slot.map(|slot| Contender {
+        let contender = made.slot.map(|slot| Contender {
             engine: self.name.clone(),
             work: Box::new(Remote {
                 server: self.server.clone(),
@@ -226,7 +226,9 @@ impl Peer for Python {
             floor: cx.probe.floor(&asked.cost, cx.threads),
             // A step reads what the one before it wrote: none can be left out.
             lazy: self.lazy && !asked.changes,
-        }))
+            memory: None,
+        });
+        Ok(contender.into_iter().collect())
     }
 }
 
@@ -301,7 +303,7 @@ impl Python {
             judged,
             cost,
             job: json!({ "kind": kind, "shapes": shapes, "backward": backward }),
-            changes: false,
+            changes: matches!(layer, Layer::AdamW),
         })
     }
 
@@ -393,7 +395,7 @@ impl Work for Remote {
     }
 
     fn feed(&mut self, link: f32) -> Result<()> {
-        self.judged.feed(link)
+        self.judged.feed(link).map(drop)
     }
 
     /// One repetition on what was fed.

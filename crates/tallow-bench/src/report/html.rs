@@ -64,7 +64,11 @@ fn group(g: &Group) -> String {
     for (i, row) in g.rows.iter().enumerate() {
         out += &line(g, i, row);
     }
-    out += "</table>\n<details><summary>samples, µs</summary>\n";
+    out += "</table>\n";
+    if let Some(why) = table::no_plan(g) {
+        out += &format!("<p class=\"facts\">No time in a plan: {}.</p>\n", text(why));
+    }
+    out += "<details><summary>samples, µs</summary>\n";
     for row in &g.rows {
         if let Some(f) = row.figures() {
             let all = f.waited.samples.iter().map(|s| format!("{:.2}", s * 1e6));
@@ -107,8 +111,11 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
         more.push(format!("{:.0} tokens/s", tokens as f64 / f.waited.median));
     }
     if let Some(r) = g.ratio(i) {
-        more.push(format!("{:.3}× ({:.3} – {:.3})", r.middle, r.low, r.high));
+        let first = &g.rows[0].engine;
+        let ratio = format!("{:.3} × {first} ({:.3} – {:.3})", r.middle, r.low, r.high);
+        more.push(ratio);
     }
+    more.extend(row.memory.as_ref().map(table::memory));
     let more = more.join(", ");
     let cells: String = cells
         .iter()

@@ -1,8 +1,10 @@
 //! Reports for people at a terminal.
 //! Invariant: a row without figures shows its reason in their place.
 
+use tallow::train::memory::show;
+
 use super::{Group, Report, seconds};
-use crate::measure::{Row, Verdict};
+use crate::measure::{Memory, Row, Verdict};
 use crate::stats::Summary;
 use crate::work::{Check, Judge};
 
@@ -35,10 +37,16 @@ pub fn head(report: &Report) -> Vec<String> {
         .map(|(name, version)| format!("; {name} {version}"));
     let mut lines = vec![
         format!("tallow {}{}", report.tallow, peers.collect::<String>()),
-        format!(
-            "{}, {}, {} of {} threads, {} weights{load}",
-            m.processor, m.isa, report.threads, m.logical, report.dtype
-        ),
+        match &m.device {
+            None => format!(
+                "{}, {}, {} of {} threads, {} weights{load}",
+                m.processor, m.isa, report.threads, m.logical, report.dtype
+            ),
+            Some(device) => format!(
+                "{device}, {} weights; behind {}{load}",
+                report.dtype, m.processor
+            ),
+        },
     ];
     let missing = report.missing.iter();
     lines.extend(missing.map(|(name, why)| format!("{name} takes no part: {why}")));
@@ -77,7 +85,13 @@ pub fn group(g: &Group) -> Vec<String> {
             lines.push(format!("  {:wide$} {}", "", more.join("; ")));
         }
     }
+    lines.extend(no_plan(g).map(|why| format!("  no time in a plan: {why}")));
     lines
+}
+
+/// Why the first row has no time in a plan, if it should have one.
+pub(super) fn no_plan(g: &Group) -> Option<&str> {
+    g.rows.first()?.figures()?.no_plan.as_deref()
 }
 
 fn cells(row: &Row) -> String {
@@ -113,6 +127,14 @@ pub fn check(c: &Check) -> String {
     }
 }
 
+/// "54.0 MiB of intermediates, 56.5 MiB with state; the process grew by 54.8 MiB".
+pub(super) fn memory(m: &Memory) -> String {
+    let grew = m.grew.map(|g| format!("; the process grew by {}", show(g)));
+    let [intermediates, own] = [m.intermediates, m.own].map(show);
+    let grew = grew.unwrap_or_default();
+    format!("{intermediates} of intermediates, {own} with state{grew}")
+}
+
 /// Tokens a second, the ratio to the first row, and what a lazy engine did not do.
 fn more(g: &Group, i: usize, row: &Row) -> Vec<String> {
     let mut all = vec![];
@@ -130,6 +152,7 @@ fn more(g: &Group, i: usize, row: &Row) -> Vec<String> {
         }
         all.push(text);
     }
+    all.extend(row.memory.as_ref().map(memory));
     if let Some(s) = &f.not_executed {
         all.push(format!(
             "timed as people time it: {} (NOT EXECUTED: only the last result was computed)",

@@ -27,6 +27,7 @@ pub(crate) fn report(scale: f64) -> Report {
         not_executed: samples(0.5e-6),
         waited: samples(10e-6).unwrap(),
         in_plan: samples(8e-6),
+        no_plan: None,
         check: Check {
             worst: 0.25,
             compared: 10,
@@ -39,11 +40,13 @@ pub(crate) fn report(scale: f64) -> Report {
         engine: "tallow".into(),
         floor: floor.clone(),
         verdict: Verdict::Valid(Box::new(figures)),
+        memory: None,
     };
     let invalid = Row {
         engine: "liar <b>".into(),
         floor,
         verdict: Verdict::Invalid(Reason::Poisoned),
+        memory: None,
     };
     let bandwidth = [(16 << 10, 200e9), (1 << 20, 100e9), (256 << 20, 20e9)];
     Report {
@@ -56,6 +59,7 @@ pub(crate) fn report(scale: f64) -> Report {
         machine: Machine {
             processor: "a processor".into(),
             isa: "avx512".into(),
+            device: None,
             logical: 2,
             system: "x86_64-linux".into(),
             load: Some(0.0),

@@ -70,6 +70,7 @@ pub fn tasks(cx: &Context) -> Result<Vec<Task>> {
                     work: Box::new(beside),
                     floor: cx.probe.floor(&cost, cx.threads),
                     lazy: false,
+                    memory: None,
                 },
             ])
         }),

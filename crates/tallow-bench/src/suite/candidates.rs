@@ -25,8 +25,8 @@ pub struct Offer {
 struct Pick(usize);
 
 impl Chooser for Pick {
-    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> (usize, String) {
-        (self.0.min(c.len() - 1), "asked for".to_owned())
+    fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> tallow::core::Result<(usize, String)> {
+        Ok((self.0.min(c.len() - 1), "asked for".to_owned()))
     }
 }
 

@@ -160,8 +160,9 @@ fn layer(
                 Ok(value_and_grad(&loss, &wrt)?.grads)
             }),
             updates: vec![],
-            // Gradients of gradients would fade into denormal numbers, which cost more than others.
-            join: Join::None,
+            join: Join::None(
+                "gradients of gradients fade into denormal numbers, which cost more than others",
+            ),
             reference: Reference::Whole,
         }
     } else {
@@ -256,6 +257,26 @@ fn rope(cx: &Context) -> Result<(Ours, Cost)> {
     Ok((layer(o, vec![x], forward, (false, Join::Feed))?, cost))
 }
 
+/// Learning rate, both betas, epsilon, weight decay of the suite's AdamW: but for epsilon powers of two and one less, so that
+/// engines that keep them as f64 and engines that keep them as f32 compute the same.
+pub const ADAMW: [f64; 5] = [1.0 / 1024.0, 0.875, 1.0 - 1.0 / 1024.0, 1e-8, 1.0 / 128.0];
+
+/// `ADAMW` behind it the corrections of both moments, and the factor on the gradient.
+fn hyper(o: &mut Operands<'_>, corrections: [f64; 2]) -> Result<Tensor> {
+    let all = ADAMW.into_iter().chain(corrections).chain([1.0]);
+    let all = all.map(|v| f64::from(v as f32)).collect();
+    o.data(TensorType::f32([8]), Fill::Fixed(all))
+}
+
+fn step_cost() -> Cost {
+    Cost {
+        bytes: 4 * 7 * PARAMETERS,
+        flops: 10.0 * PARAMETERS as f64,
+        dtype: DType::F32,
+    }
+}
+
+/// A step far from the first: the corrections are 1.
 fn adamw(cx: &Context) -> Result<(Ours, Cost)> {
     let ty = TensorType::f32([PARAMETERS]);
     let mut o = Operands::new(&cx.session, 17);
@@ -263,14 +284,7 @@ fn adamw(cx: &Context) -> Result<(Ours, Cost)> {
     let m = o.data(ty.clone(), Fill::Signed(0.1))?;
     let v = o.data(ty.clone(), Fill::Positive(0.1))?;
     let g = o.data(ty, Fill::Signed(0.1))?;
-    let hyper = [1e-3, 0.9, 0.999, 1e-8, 0.01, 1.0, 1.0, 1.0];
-    let hyper = hyper.map(|v: f32| f64::from(v)).to_vec();
-    let hyper = o.data(TensorType::f32([8]), Fill::Fixed(hyper))?;
-    let cost = Cost {
-        bytes: 4 * 7 * PARAMETERS,
-        flops: 10.0 * PARAMETERS as f64,
-        dtype: DType::F32,
-    };
+    let hyper = hyper(&mut o, [1.0, 1.0])?;
     let subject = Subject {
         carried: vec![p, m, v],
         again: Box::new(move |x| Ok(x[0].adamw(&g, &x[1], &x[2], &hyper)?.to_vec())),
@@ -278,5 +292,33 @@ fn adamw(cx: &Context) -> Result<(Ours, Cost)> {
         join: Join::Feed,
         reference: Reference::Whole,
     };
-    Ok((Ours::new(o, subject)?, cost))
+    Ok((Ours::new(o, subject)?, step_cost()))
+}
+
+/// The parameters behind the first step, for an optimizer that keeps its moments to itself. Operands: parameters, gradient,
+/// then moments of zero.
+///
+/// # Errors
+/// No memory.
+pub fn first_step(cx: &Context) -> Result<(Ours, Cost)> {
+    let ty = TensorType::f32([PARAMETERS]);
+    let mut o = Operands::new(&cx.session, 17);
+    let p = o.data(ty.clone(), Fill::Signed(1.0))?;
+    let g = o.data(ty.clone(), Fill::Signed(0.1))?;
+    let m = o.data(ty.clone(), Fill::Fixed(vec![0.0; PARAMETERS]))?;
+    let v = o.data(ty, Fill::Fixed(vec![0.0; PARAMETERS]))?;
+    let [_, beta1, beta2, ..] = ADAMW;
+    let hyper = hyper(&mut o, [1.0 - beta1, (1.0 - beta2).sqrt()])?;
+    let again = move |x: &[Tensor]| {
+        let [p, ..] = x[0].adamw(&g, &m, &v, &hyper)?;
+        Ok(vec![p])
+    };
+    let subject = Subject {
+        carried: vec![p],
+        again: Box::new(again),
+        updates: vec![],
+        join: Join::Feed,
+        reference: Reference::Whole,
+    };
+    Ok((Ours::new(o, subject)?, step_cost()))
 }

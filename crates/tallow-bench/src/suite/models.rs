@@ -382,7 +382,7 @@ fn subject(
         carried: vec![fed],
         again,
         updates,
-        join: Join::None,
+        join: Join::None("a repetition is the whole plan: what is queued runs in it"),
         reference: Reference::Deep,
     }
 }
@@ -456,7 +456,7 @@ fn task(
         peers: vec![(String::new(), Job::Model(job))],
         make: Box::new(move |cx| {
             let (work, cost) = work(&cx.session, &dir, cx.dtype, doing, adapted.as_ref())?;
-            Ok(vec![cx.ours("tallow", work, &cost)])
+            Ok(vec![cx.model("tallow", work, &cost)])
         }),
     }
 }

@@ -1,7 +1,7 @@
 //! Products with and without an adapter: 128x512 @ 512x8, where this project began, and LoRA forwards.
 //! Invariant: the oracle judges rows and columns drawn anew each time, the first and the last among them.
 
-use half::bf16;
+use tallow::core::element::to_bf16;
 use tallow::core::graph::Builder;
 use tallow::core::op::{Block, Linear};
 use tallow::core::oracle::Value;
@@ -139,8 +139,7 @@ fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sam
     let exact = product(&x, &w, adapter.as_ref())?;
     let mut want = vec![exact];
     if dtype == DType::BF16 {
-        // By way of f32, which these are: `from_f64` looks at the upper half of a number only.
-        let rounded = x.data.iter().map(|v| bf16::from_f32(*v as f32).to_f64());
+        let rounded = x.data.iter().map(|v| to_bf16(*v).to_f64());
         let rounded = product(&f32s([rows.len(), k], rounded.collect()), &w, None)?;
         let bare = product(&x, &w, None)?;
         let mut with = want[0].clone();

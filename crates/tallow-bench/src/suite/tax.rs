@@ -1,7 +1,9 @@
 //! The adapter tax: the same work without and with adapters, in turns, as a ratio: by rank, by modules, and by number of
-//! adapters side by side; what DoRA and layers computed again add to a training step.
+//! adapters side by side; what DoRA and layers computed again add to a training step, and what the latter save.
 //! Invariant: the sides of a task differ in one thing only, ratios are taken inside a round, and each side passes its
 //! own check, which an adapter that changes nothing would not.
+
+use std::path::Path;
 
 use super::in_turn::InTurn;
 use super::models::{Adapted, Doing, batch, work};
@@ -10,7 +12,7 @@ use crate::Result;
 use crate::measure::Contender;
 use crate::ours::Ours;
 use crate::peer::{Job, ModelJob};
-use crate::probe::Cost;
+use crate::work::Work as _;
 
 const QV: &[&str] = &["q_proj", "v_proj"];
 const ONE: &[&str] = &["down_proj"];
@@ -18,12 +20,14 @@ const ONE: &[&str] = &["down_proj"];
 const MOST: usize = 8;
 
 /// A row of a task: what it is called, and what it does.
-type Side = (String, Made);
+pub(super) type Side = (String, Made);
 
 /// How the contender of a row is made.
-enum Made {
+pub(super) enum Made {
     /// One recording.
     Once(Doing, Option<Adapted>),
+    /// One recording, and by how much the process grows with it.
+    Grown(Doing, Adapted),
     /// So many recordings, one after another.
     Turns(usize, Doing, Adapted),
 }
@@ -44,13 +48,11 @@ pub fn tasks(cx: &Context) -> Result<Vec<Task>> {
     for doing in works {
         all.extend(task(cx, doing.to_string(), (doing, true), sides(cx, doing)));
     }
-    let tokens: &[usize] = if cx.quick { &[16] } else { &[16, 64, 128] };
-    for t in tokens {
-        let doing = Doing::Train([MOST, *t]);
-        let name = format!("adapters side by side, {doing}");
-        all.extend(task(cx, name, (doing, false), side_by_side(*t)));
-    }
-    let doing = Doing::Forward([MOST, tokens[tokens.len() - 1]]);
+    let tokens = if cx.quick { 16 } else { 64 };
+    let doing = Doing::Train([MOST, tokens]);
+    let name = format!("adapters side by side, {doing}");
+    all.extend(task(cx, name, (doing, false), side_by_side(tokens)));
+    let doing = Doing::Forward([MOST, tokens]);
     let name = format!("adapters side by side, {doing}");
     all.extend(task(cx, name, (doing, false), shared(doing)));
     let doing = Doing::Train(batch(cx));
@@ -102,7 +104,7 @@ fn sides(cx: &Context, doing: Doing) -> Vec<Side> {
     all
 }
 
-/// Several adapters in one step, each with its own rows, against one over all rows; and one after another.
+/// Several adapters in one step, each with its own rows, against one over all rows.
 fn side_by_side(t: usize) -> Vec<Side> {
     let doing = Doing::Train([MOST, t]);
     let mut all = vec![(
@@ -113,8 +115,6 @@ fn side_by_side(t: usize) -> Vec<Side> {
         let some = Adapted { count, ..seven(8) };
         all.push((format!("{count} adapters"), Made::Once(doing, Some(some))));
     }
-    let alone = Made::Turns(MOST, Doing::Train([1, t]), seven(8));
-    all.push((format!("{MOST}, one after another"), alone));
     all
 }
 
@@ -141,14 +141,15 @@ fn dora(doing: Doing) -> Vec<Side> {
 
 fn kept(doing: Doing, again: Doing) -> Vec<Side> {
     vec![
-        ("layers kept".to_owned(), Made::Once(doing, Some(seven(8)))),
+        ("layers kept".to_owned(), Made::Grown(doing, seven(8))),
         (
             "layers computed again".to_owned(),
-            Made::Once(again, Some(seven(8))),
+            Made::Grown(again, seven(8)),
         ),
     ]
 }
 
+/// On the first model of the run.
 fn task(
     cx: &Context,
     name: String,
@@ -171,41 +172,67 @@ fn task(
             _ => None,
         }
     });
-    let peers = others.collect();
     Some(Task {
         suite: Suite::Tax,
         name: format!("{name}, {model}"),
         tokens: Some(doing.tokens()),
-        peers,
-        make: Box::new(move |cx| {
-            let one = |doing, adapted: Option<&Adapted>| -> Result<(Ours, Cost)> {
-                work(&cx.session, &dir, cx.dtype, doing, adapted)
-            };
-            let mut all = vec![];
-            for (name, made) in sides {
-                all.push(match made {
-                    Made::Once(doing, adapted) => {
-                        let (work, cost) = one(doing, adapted.as_ref())?;
-                        cx.ours(&name, work, &cost)
-                    }
-                    Made::Turns(n, doing, adapted) => {
-                        let each = (0..n).map(|_| one(doing, Some(&adapted)));
-                        let each = each.collect::<Result<Vec<_>>>()?;
-                        let mut floor = cx.probe.floor(&each[0].1, cx.threads);
-                        floor.seconds *= n as f64;
-                        floor.bytes *= n;
-                        floor.flops *= n as f64;
-                        let works = each.into_iter().map(|(w, _)| w).collect();
-                        Contender {
-                            engine: name,
-                            work: Box::new(InTurn::new(works)),
-                            floor,
-                            lazy: false,
-                        }
-                    }
-                });
-            }
-            Ok(all)
-        }),
+        peers: others.collect(),
+        make: Box::new(move |cx| made(cx, &dir, sides)),
     })
+}
+
+/// The contenders of these sides, of the model in `dir`.
+pub(super) fn made(cx: &Context, dir: &Path, sides: Vec<Side>) -> Result<Vec<Contender>> {
+    let one = |doing, adapted: Option<&Adapted>| work(&cx.session, dir, cx.dtype, doing, adapted);
+    let of = |(name, made): Side| match made {
+        Made::Once(doing, adapted) => {
+            let (work, cost) = one(doing, adapted.as_ref())?;
+            Ok(cx.model(&name, work, &cost))
+        }
+        Made::Grown(doing, adapted) => {
+            // What all recordings share is there before.
+            run(&mut one(doing, Some(&adapted))?.0)?;
+            let before = resident_bytes();
+            let (mut work, cost) = one(doing, Some(&adapted))?;
+            run(&mut work)?;
+            let grew = resident_bytes().zip(before);
+            let mut made = cx.model(&name, work, &cost);
+            if let Some(memory) = &mut made.memory {
+                memory.grew = grew.map(|(now, then)| now.saturating_sub(then));
+            }
+            Ok(made)
+        }
+        Made::Turns(n, doing, adapted) => {
+            let each = (0..n).map(|_| one(doing, Some(&adapted)));
+            let each = each.collect::<Result<Vec<_>>>()?;
+            let mut floor = cx.probe.floor(&each[0].1, cx.threads);
+            floor.seconds *= n as f64;
+            floor.bytes *= n;
+            floor.flops *= n as f64;
+            let works = each.into_iter().map(|(w, _)| w).collect();
+            Ok(Contender {
+                engine: name,
+                work: Box::new(InTurn::new(works)),
+                floor,
+                lazy: false,
+                memory: None,
+            })
+        }
+    };
+    sides.into_iter().map(of).collect()
+}
+
+fn run(work: &mut Ours) -> Result<f32> {
+    work.renew(1)?;
+    work.feed(0.5)?;
+    work.start()?;
+    work.finish()
+}
+
+/// Memory of this process, where the system says so.
+fn resident_bytes() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
 }

@@ -15,7 +15,7 @@ use std::{
 };
 use tallow::{
     DType,
-    cpu::{pool, simd::Isa},
+    cpu::pool,
     llm::{ComputeDType, ModelConfig, files},
 };
 use tallow_bench::{
@@ -39,16 +39,19 @@ pub(crate) struct Args {
     #[command(subcommand)]
     what: Option<What>,
     /// What to measure: seed (products, adapters, norms), layers, tax (with and without adapters), train, decode,
-    /// busy (alone and beside a program that keeps every core busy) [default: seed].
+    /// sweep (adapters trained side by side), busy (alone and beside a program that keeps every core busy) [default: seed].
     #[arg(value_name = "SUITE", value_parser = suite)]
     suites: Vec<Suite>,
     /// Fewer shapes, fewer rounds.
     #[arg(long)]
     quick: bool,
+    /// Only the tasks that have this in their name: "1x2048", "softmax".
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// Type of the weight matrices: f32 or bf16.
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = open::dtype)]
     dtype: ComputeDType,
-    /// Folder of a model for tax, train and decode; may be given several times [default: the built-in model and one
+    /// Folder of a model for tax, train, decode and sweep; may be given several times [default: the built-in model and one
     /// of hidden size 256].
     #[arg(long, value_name = "DIR")]
     model: Vec<PathBuf>,
@@ -117,9 +120,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     };
     let scratch = tempfile::tempdir().context("cannot make a folder for models")?;
     let models = models(args, suites, scratch.path())?;
-    let (cx, isa) = context(args, global, models)?;
+    let cx = context(args, global, models)?;
     let plan = Plan {
         suites,
+        only: args.only.as_deref(),
         settings: if args.quick {
             Settings::QUICK
         } else {
@@ -129,7 +133,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         peers: peer::open(&args.against, cx.threads)?,
     };
     let mut shown = Shown::new(args);
-    let report = bench(&cx, plan, isa, &interrupt::asked, &mut |e| shown.event(&e))?;
+    let report = bench(&cx, plan, &interrupt::asked, &mut |e| shown.event(&e))?;
     shown.end()?;
     write(args, &report)?;
     drop(polite);
@@ -192,29 +196,32 @@ fn spinner() -> Result<Option<Vec<OsString>>> {
     Ok(Some(std::iter::once(program.into()).chain(args).collect()))
 }
 
-fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Result<(Context, Isa)> {
+fn dtype(args: &Args) -> DType {
+    match args.dtype {
+        ComputeDType::F32 => DType::F32,
+        ComputeDType::BF16 => DType::BF16,
+    }
+}
+
+fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Result<Context> {
     let session = open::session(global, args.dtype)?;
-    let isa = Isa::detect()?;
     let threads = threads(global)?;
-    let cx = Context {
+    let dtype = dtype(args);
+    Ok(Context {
+        probe: Probe::of(&Wall::new(), &session, dtype, threads)?,
         session,
         threads,
-        dtype: match args.dtype {
-            ComputeDType::F32 => DType::F32,
-            ComputeDType::BF16 => DType::BF16,
-        },
+        dtype,
         quick: args.quick,
-        probe: Probe::run(&Wall::new(), isa, threads),
         models,
         spinner: spinner()?,
-    };
-    Ok((cx, isa))
+    })
 }
 
 /// The models of the suites that need one: those asked for, or the built-in one and a random one.
 fn models(args: &Args, suites: &[Suite], scratch: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let wanted = |s: &Suite| matches!(s, Suite::Tax | Suite::Train | Suite::Decode | Suite::Busy);
-    if !suites.iter().any(wanted) {
+    let unwanted = |s: &Suite| matches!(s, Suite::Seed | Suite::Layers);
+    if suites.iter().all(unwanted) {
         return Ok(vec![]);
     }
     let mut all = vec![];
@@ -225,6 +232,10 @@ fn models(args: &Args, suites: &[Suite], scratch: &Path) -> Result<Vec<(String, 
     let mut shapes = args.shape.clone();
     if args.model.is_empty() && args.shape.is_empty() {
         shapes.push(SMALL);
+    }
+    // All of them, before the first is written.
+    for shape in &shapes {
+        shape.fits(dtype(args))?;
     }
     for shape in &shapes {
         let dir = scratch.join(shape.name);

@@ -57,9 +57,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     if !args.json {
         machine.show()?;
     }
-    let cards = cards();
+    let (cards, adapters) = (cards(), adapters());
     if !args.json {
-        cards.iter().try_for_each(out::line)?;
+        cards.iter().chain(&adapters).try_for_each(out::line)?;
     }
     let rates = selftest::rates(&session, machine.threads)?;
     let checks = selftest::checks(&session)?;
@@ -67,6 +67,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     if args.json {
         let mut report = machine.json();
         report["cuda"] = json!(cards);
+        report["wgpu"] = json!(adapters);
         report["read_bytes_per_s"] = json!(rates.read_bytes_per_s);
         report["product_flops"] = json!(rates.product_flops);
         report["self_test"] = checks.iter().map(selftest::Check::json).collect();
@@ -112,6 +113,43 @@ fn cards() -> Vec<String> {
     }
     lines.extend(lacks.iter().map(|e| format!("cuda        {e}")));
     lines
+}
+
+/// A line for each adapter of Metal, Vulkan or DX12, with its limits.
+#[cfg(feature = "wgpu")]
+fn adapters() -> Vec<String> {
+    let one = |(i, f): (usize, &tallow::wgpu::Found)| {
+        let subgroups = match f.subgroups {
+            None => "no subgroups".to_owned(),
+            Some((least, most)) if least == most => format!("subgroups of {least}"),
+            Some((least, most)) => format!("subgroups of {least} to {most}"),
+        };
+        let kind = if f.software {
+            " (computes on the processor: auto leaves it alone)"
+        } else {
+            ""
+        };
+        format!(
+            "wgpu:{i}      {}{kind}, {} ({}), {subgroups}, {}f16, operands to {}, buffers to {}, {} shared by a workgroup",
+            f.name,
+            f.api,
+            f.driver,
+            if f.f16 { "" } else { "no " },
+            out::bytes(f.binding_bytes as usize),
+            out::bytes(f.buffer_bytes as usize),
+            out::bytes(f.shared_bytes as usize),
+        )
+    };
+    let found = tallow::wgpu::found();
+    match found.is_empty() {
+        true => vec![format!("wgpu        {}", tallow::wgpu::Error::NoAdapter)],
+        false => found.iter().enumerate().map(one).collect(),
+    }
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn adapters() -> Vec<String> {
+    vec!["wgpu        not in this build (feature wgpu)".to_owned()]
 }
 
 impl Machine {

@@ -3,6 +3,10 @@
 
 use super::{refused::refused, tallow, text};
 use serde_json::Value;
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
 
 /// Every row has figures with a passed check, or a reason. Engines by task.
 fn rows(report: &Value) -> Vec<(String, String)> {
@@ -68,6 +72,44 @@ fn a_run_is_written_as_json_and_html_and_compared_with_itself() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_run_that_is_interrupted_leaves_what_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("r.json");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tallow"))
+        .args(["bench", "layers", "--quick", "--threads", "1", "--json"])
+        .arg(&json)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    // The second task begins when the first is done.
+    assert!(said.any(|l| l.unwrap().starts_with("2/")));
+    let pid = child.id().to_string();
+    let sent = Command::new("kill").args(["-INT", &pid]).status().unwrap();
+    assert!(sent.success());
+    let rest: Vec<String> = said.map(Result::unwrap).collect();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(130), "{rest:?}");
+    let last = rest.last().unwrap();
+    assert!(
+        last.starts_with("interrupted: ") && last.ends_with("tasks were measured"),
+        "{last}"
+    );
+    let report: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(report["stopped"], true);
+    let found = rows(&report);
+    assert!((1..8).contains(&found.len()), "{found:?}");
+    // Each of them is on the screen as well.
+    let table = text(&out.stdout);
+    assert!(
+        found.iter().all(|(task, _)| table.contains(task)),
+        "{table}"
+    );
+}
+
+#[test]
 fn a_product_is_explained_by_all_its_kernels() {
     let out = tallow(&[
         "explain",
@@ -94,8 +136,9 @@ fn a_product_is_explained_by_all_its_kernels() {
 fn nonsense_is_refused() {
     refused(
         &["bench", "speed"],
-        &["seed, layers, tax, train, decode or busy"],
+        &["seed, layers, tax, train, decode, sweep or busy"],
     );
+    refused(&["bench", "--only", "abacus"], &["abacus", "--only"]);
     refused(&["bench", "--against", "abacus"], &["abacus", "--against"]);
     refused(&["bench", "--shape", "70b", "train"], &["70b", "8b"]);
     refused(&["bench", "compare", "a.json"], &["AFTER"]);

@@ -274,70 +274,67 @@ impl Fuser<'_> {
             Op::Map(_) if self.inlined[id.index()] => return,
             Op::Const(_) if self.only_read_by_maps(id) => return,
             Op::Concat(axis) => self.concat(id, n, *axis),
-            Op::Pad { axis, before, .. } => {
-                let whole = self.target(id);
-                self.group(
-                    id,
-                    Body::Fill(0.0.into()),
-                    vec![],
-                    vec![Some(whole.clone())],
-                    "",
-                );
-                let len = self.g.ty(n.inputs[0]).shape.0[*axis];
-                let window = View {
-                    root: whole.root,
-                    layout: whole.layout.slice(*axis, *before, len),
-                };
-                let from = self.view(n.inputs[0]);
-                self.copy(id, from, window, "inside zeros");
-                whole
-            }
+            Op::Pad { axis, before, .. } => self.pad(id, n, *axis, *before),
             Op::Composite(_) => return self.composite(id, n),
-            Op::Map(_) => {
-                let (program, leaves, count) = self.program(id);
-                let shape = &n.ty.shape;
-                let reads = leaves
-                    .iter()
-                    .map(|i| {
-                        let v = self.view(*i);
-                        View {
-                            layout: v.layout.broadcast(shape),
-                            root: v.root,
-                        }
-                    })
-                    .collect();
-                let to = self.target(id);
-                let note = if count > 1 {
-                    format!("{count} maps in one")
-                } else {
-                    String::new()
-                };
-                self.group(id, Body::Map(program), reads, vec![Some(to.clone())], &note);
-                to
-            }
-            op => {
-                let body = match op {
-                    Op::Const(b) => Body::Fill(*b),
-                    Op::Cast(_) => Body::Copy,
-                    Op::Reduce(r, axis) => Body::Reduce(*r, *axis),
-                    Op::MatMul { ta, tb, alpha } => Body::MatMul {
-                        ta: *ta,
-                        tb: *tb,
-                        alpha: *alpha,
-                    },
-                    Op::Gather(_) => Body::Gather,
-                    Op::ScatterAdd(_) => Body::ScatterAdd,
-                    Op::Iota(_, axis) => Body::Iota(*axis),
-                    Op::Random { id, .. } => Body::Random(*id),
-                    _ => unreachable!("every other op has an arm above (bug in tallow)"),
-                };
-                let reads = n.inputs.iter().map(|i| self.view(*i)).collect();
-                let to = self.target(id);
-                self.group(id, body, reads, vec![Some(to.clone())], "");
-                to
-            }
+            Op::Map(_) => self.maps(id, n),
+            _ => self.plain(id, n),
         };
         self.views[id.index()] = Some(v);
+    }
+    /// A window of zeros.
+    fn pad(&mut self, id: NodeId, n: &Node, axis: usize, before: usize) -> View {
+        let whole = self.target(id);
+        let zeros = Body::Fill(0.0.into());
+        self.group(id, zeros, vec![], vec![Some(whole.clone())], "");
+        let len = self.g.ty(n.inputs[0]).shape.0[axis];
+        let window = View {
+            root: whole.root,
+            layout: whole.layout.slice(axis, before, len),
+        };
+        let from = self.view(n.inputs[0]);
+        self.copy(id, from, window, "inside zeros");
+        whole
+    }
+    /// A map with all maps that only it reads.
+    fn maps(&mut self, id: NodeId, n: &Node) -> View {
+        let (program, leaves, count) = self.program(id);
+        let read = |i: &NodeId| {
+            let v = self.view(*i);
+            View {
+                layout: v.layout.broadcast(&n.ty.shape),
+                root: v.root,
+            }
+        };
+        let reads = leaves.iter().map(read).collect();
+        let to = self.target(id);
+        let note = match count {
+            0 | 1 => String::new(),
+            n => format!("{n} maps in one"),
+        };
+        self.group(id, Body::Map(program), reads, vec![Some(to.clone())], &note);
+        to
+    }
+    /// An op that is a kernel of its own.
+    fn plain(&mut self, id: NodeId, n: &Node) -> View {
+        let body = match &n.op {
+            Op::Const(b) => Body::Fill(*b),
+            Op::Cast(_) => Body::Copy,
+            Op::Reduce(r, axis) => Body::Reduce(*r, *axis),
+            Op::MatMul { ta, tb, alpha } => Body::MatMul {
+                ta: *ta,
+                tb: *tb,
+                alpha: *alpha,
+            },
+            Op::Gather(_) => Body::Gather,
+            Op::ScatterAdd(_) => Body::ScatterAdd,
+            Op::Iota(_, axis) => Body::Iota(*axis),
+            Op::Random { id, .. } => Body::Random(*id),
+            _ => unreachable!("`visit` has an arm for every other op (bug in tallow)"),
+        };
+        let reads = n.inputs.iter().map(|i| self.view(*i)).collect();
+        let to = self.target(id);
+        self.group(id, body, reads, vec![Some(to.clone())], "");
+        to
     }
     fn only_read_by_maps(&self, id: NodeId) -> bool {
         let reads = |n: &Node| n.inputs.contains(&id);

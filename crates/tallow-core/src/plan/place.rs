@@ -109,105 +109,35 @@ pub(super) fn place(
     in_state: &[(RootId, u32)],
     rules: ArenaRules,
 ) -> Plan {
-    let mut fixed: Vec<Option<Place>> = roots
-        .iter()
-        .map(|r| match r.kind {
-            RootKind::Input(slot, _) => Some(Place::Input(slot)),
-            RootKind::Computed => None,
-        })
-        .collect();
-    for (r, slot) in in_state {
-        fixed[r.index()] = Some(Place::Input(*slot));
-    }
-    for (k, r) in outputs.iter().enumerate() {
-        fixed[r.index()] = Some(Place::Output(k as u32));
-    }
-    let share = share_dying(&roots, &drafts, &fixed);
-    let rep = |mut r: RootId| {
-        while let Some(next) = share[r.index()] {
-            r = next;
-        }
-        r
-    };
-    let lives = lifetimes(&drafts, roots.len(), rep);
-    let bytes = |r: &Root| r.elems * r.dtype.bytes();
-    let mut wants: Vec<arena::Life> = vec![];
-    let mut slot_of = vec![usize::MAX; roots.len()];
-    for (i, r) in roots.iter().enumerate() {
-        if let (None, Some((first, last))) = (fixed[i], lives[i]) {
-            slot_of[i] = wants.len();
-            let bytes = bytes(r);
-            wants.push(arena::Life { bytes, first, last });
-        }
-    }
-    let naive_bytes = (0..roots.len())
-        .filter(|i| fixed[*i].is_none() && lives[rep(RootId(*i as u32)).index()].is_some())
-        .map(|i| bytes(&roots[i]))
-        .sum();
-    let scratch_at = wants.len();
-    for (t, d) in drafts.iter().enumerate() {
-        let bytes = d.chosen.workspace;
-        wants.push(arena::Life {
-            bytes,
-            first: t,
-            last: t,
-        });
-    }
-    let (offsets, arena_bytes) = arena::pack(&wants, rules);
-    let span = |v: &View| {
-        let (r, size) = (rep(v.root), roots[v.root.index()].dtype.bytes());
-        let (place, base) = match fixed[r.index()] {
-            Some(p) => (p, 0),
-            None => (Place::Arena, offsets[slot_of[r.index()]]),
-        };
-        Span {
-            place,
-            offset: base + v.layout.offset * size,
-            bytes: (v.layout.end() - v.layout.offset) * size,
-            root: v.root.0,
-        }
-    };
+    let homes = Homes::find(&roots, &drafts, outputs, in_state, rules);
     let mut plan = Plan {
         steps: vec![],
         prepared: vec![],
-        arena_bytes,
-        naive_bytes,
+        arena_bytes: homes.arena_bytes,
+        naive_bytes: homes.naive_bytes,
         inputs: input_sizes(&roots),
         outputs: outputs.iter().map(|r| bytes(&roots[r.index()])).collect(),
     };
     for (t, d) in drafts.into_iter().enumerate() {
-        let mut reads: Vec<Span> = d.reads.iter().map(span).collect();
+        let mut reads: Vec<Span> = d.reads.iter().map(|v| homes.span(&roots, v)).collect();
         for (k, format) in &d.chosen.prepare {
             let Place::Input(slot) = reads[*k].place else {
                 continue;
             };
-            let p = Prepared {
+            let at = plan.prepared_as(Prepared {
                 slot,
                 offset: reads[*k].offset,
                 operand: d.spec.inputs[*k].clone(),
                 format: *format,
-            };
-            let at = plan
-                .prepared
-                .iter()
-                .position(|q| *q == p)
-                .unwrap_or_else(|| {
-                    plan.prepared.push(p);
-                    plan.prepared.len() - 1
-                });
+            });
             reads[*k] = Span {
-                place: Place::Prepared(at as u32),
+                place: Place::Prepared(at),
                 offset: 0,
                 bytes: format.bytes,
                 ..reads[*k]
             };
         }
-        let workspace = (d.chosen.workspace > 0).then(|| Span {
-            place: Place::Arena,
-            offset: offsets[scratch_at + t],
-            bytes: d.chosen.workspace,
-            root: u32::MAX,
-        });
+        let write = |w: &Option<View>| w.as_ref().map(|v| homes.span(&roots, v));
         plan.steps.push(Step {
             kernel: d.chosen.kernel,
             kernel_name: d.chosen.name,
@@ -215,13 +145,139 @@ pub(super) fn place(
             why: d.chosen.why,
             rejected: d.chosen.rejected,
             reads,
-            writes: d.writes.iter().map(|w| w.as_ref().map(span)).collect(),
-            workspace,
+            writes: d.writes.iter().map(write).collect(),
+            workspace: homes.workspace(t, d.chosen.workspace),
             spec: d.spec,
             note: d.note,
         });
     }
     plan
+}
+
+impl Plan {
+    /// Index of `p`, which many steps may share.
+    fn prepared_as(&mut self, p: Prepared) -> u32 {
+        let known = self.prepared.iter().position(|q| *q == p);
+        let at = known.unwrap_or_else(|| {
+            self.prepared.push(p);
+            self.prepared.len() - 1
+        });
+        at as u32
+    }
+}
+
+fn bytes(r: &Root) -> usize {
+    r.elems * r.dtype.bytes()
+}
+
+/// Where every root and every step's workspace lies.
+struct Homes {
+    /// By root: an input's or an output's buffer.
+    fixed: Vec<Option<Place>>,
+    /// By root: the one whose place it takes.
+    share: Vec<Option<RootId>>,
+    /// By root: its offset in the arena, where it has one.
+    arena: Vec<Option<usize>>,
+    /// By step: the offset of its workspace.
+    workspaces: Vec<usize>,
+    arena_bytes: usize,
+    naive_bytes: usize,
+}
+
+impl Homes {
+    fn find(
+        roots: &[Root],
+        drafts: &[Draft],
+        outputs: &[RootId],
+        in_state: &[(RootId, u32)],
+        rules: ArenaRules,
+    ) -> Self {
+        let mut fixed: Vec<Option<Place>> = roots
+            .iter()
+            .map(|r| match r.kind {
+                RootKind::Input(slot, _) => Some(Place::Input(slot)),
+                RootKind::Computed => None,
+            })
+            .collect();
+        for (r, slot) in in_state {
+            fixed[r.index()] = Some(Place::Input(*slot));
+        }
+        for (k, r) in outputs.iter().enumerate() {
+            fixed[r.index()] = Some(Place::Output(k as u32));
+        }
+        let share = share_dying(roots, drafts, &fixed);
+        let mut homes = Homes {
+            fixed,
+            share,
+            arena: vec![None; roots.len()],
+            workspaces: vec![],
+            arena_bytes: 0,
+            naive_bytes: 0,
+        };
+        homes.pack(roots, drafts, rules);
+        homes
+    }
+    /// Gives a place in the arena to every root that has none elsewhere, and to every workspace.
+    fn pack(&mut self, roots: &[Root], drafts: &[Draft], rules: ArenaRules) {
+        let lives = lifetimes(drafts, roots.len(), |r| self.rep(r));
+        let computed = |i: &usize| self.fixed[*i].is_none();
+        self.naive_bytes = (0..roots.len())
+            .filter(computed)
+            .filter(|i| lives[self.rep(RootId(*i as u32)).index()].is_some())
+            .map(|i| bytes(&roots[i]))
+            .sum();
+        let wanted: Vec<(usize, arena::Life)> = (0..roots.len())
+            .filter(computed)
+            .filter_map(|i| {
+                let (first, last) = lives[i]?;
+                let bytes = bytes(&roots[i]);
+                Some((i, arena::Life { bytes, first, last }))
+            })
+            .collect();
+        let during = |(t, d): (usize, &Draft)| arena::Life {
+            bytes: d.chosen.workspace,
+            first: t,
+            last: t,
+        };
+        let workspaces = drafts.iter().enumerate().map(during);
+        let all: Vec<arena::Life> = wanted.iter().map(|w| w.1).chain(workspaces).collect();
+        let (offsets, arena_bytes) = arena::pack(&all, rules);
+        for ((i, _), at) in wanted.iter().zip(&offsets) {
+            self.arena[*i] = Some(*at);
+        }
+        self.workspaces = offsets[wanted.len()..].to_vec();
+        self.arena_bytes = arena_bytes;
+    }
+    /// The root whose memory `r` lies in.
+    fn rep(&self, mut r: RootId) -> RootId {
+        while let Some(next) = self.share[r.index()] {
+            r = next;
+        }
+        r
+    }
+    fn span(&self, roots: &[Root], v: &View) -> Span {
+        let r = self.rep(v.root).index();
+        let (place, base) = match (self.fixed[r], self.arena[r]) {
+            (Some(place), _) => (place, 0),
+            (None, Some(at)) => (Place::Arena, at),
+            (None, None) => unreachable!("a root that a step touches has a life (bug in tallow)"),
+        };
+        let size = roots[v.root.index()].dtype.bytes();
+        Span {
+            place,
+            offset: base + v.layout.offset * size,
+            bytes: (v.layout.end() - v.layout.offset) * size,
+            root: v.root.0,
+        }
+    }
+    fn workspace(&self, step: usize, bytes: usize) -> Option<Span> {
+        (bytes > 0).then(|| Span {
+            place: Place::Arena,
+            offset: self.workspaces[step],
+            bytes,
+            root: u32::MAX,
+        })
+    }
 }
 
 fn input_sizes(roots: &[Root]) -> Vec<(Role, usize)> {

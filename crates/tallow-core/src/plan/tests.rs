@@ -191,6 +191,9 @@ fn the_verifier_finds_corrupted_plans() {
     p.steps.remove(0);
     assert!(p.verify().is_err(), "reads a value nobody wrote");
     let mut p = good.clone();
+    p.steps[0].writes[0].as_mut().unwrap().bytes -= 4;
+    assert!(p.verify().is_err(), "reads a value written but for its end");
+    let mut p = good.clone();
     p.arena_bytes = 64;
     assert!(p.verify().is_err(), "leaves the arena");
     let mut p = good.clone();

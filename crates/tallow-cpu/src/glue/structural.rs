@@ -5,6 +5,7 @@ use super::{Io, Offer};
 use crate::device::Cpu;
 use half::{bf16, f16};
 use tallow_core::{
+    element::{to_bf16, to_f16},
     kernel::{Body, KernelSpec, Operand},
     op::ReduceOp,
     philox,
@@ -53,8 +54,8 @@ impl Cells {
         unsafe {
             match self.dtype {
                 DType::F32 => *p.cast::<f32>().add(at) = v as f32,
-                DType::BF16 => *p.cast::<bf16>().add(at) = bf16::from_f64(v),
-                DType::F16 => *p.cast::<f16>().add(at) = f16::from_f64(v),
+                DType::BF16 => *p.cast::<bf16>().add(at) = to_bf16(v),
+                DType::F16 => *p.cast::<f16>().add(at) = to_f16(v),
                 DType::I32 => *p.cast::<i32>().add(at) = v as i32,
                 DType::U32 => *p.cast::<u32>().add(at) = v as u32,
                 DType::U8 => *p.add(at) = v as u8,

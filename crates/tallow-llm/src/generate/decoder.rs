@@ -4,11 +4,12 @@
 //! Absent on purpose: text and choice; see `generate.rs`. Several sequences at once.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use tallow_core::op::Role;
 use tallow_core::session::Program;
 use tallow_core::tensor::Tensor;
-use tallow_core::types::TensorType;
+use tallow_core::types::{DType, TensorType};
 
 use crate::adapter::Adapter;
 use crate::cache::Cache;
@@ -23,6 +24,10 @@ const SMALL: usize = 16;
 const FEW: usize = 5 * SMALL;
 /// Caches larger than this know no short pieces, so that even long contexts make few plans.
 const SMALL_CACHE: usize = 2048;
+/// Time that tokens chosen ahead may take before the first of them is seen.
+const AHEAD: Duration = Duration::from_millis(20);
+/// Most tokens chosen ahead: what is gained by more is not worth the work thrown away when a text ends.
+const MOST_AHEAD: usize = 16;
 /// The position of a row of padding.
 const PADDING: u32 = u32::MAX;
 
@@ -37,6 +42,8 @@ pub struct Decoder {
     /// Rows of the recording that ran last.
     last: usize,
     logits: Vec<f32>,
+    /// Tokens that one row is replayed for before it is waited for.
+    ahead: usize,
 }
 
 /// A recording that takes some rows of tokens at once.
@@ -48,6 +55,9 @@ struct Step {
     last: Option<Tensor>,
     /// Its outputs: the logits `[1, vocab]` and, on a device behind a bus, the likeliest token `[1, 2]`.
     program: Program,
+    /// What was the likeliest token behind each position, `[1, capacity, 1, 2]`: a single row on a device behind
+    /// a bus, which leaves its choice and the next position where it will read them itself.
+    chosen: Option<Tensor>,
 }
 
 impl Decoder {
@@ -64,6 +74,7 @@ impl Decoder {
             position: 0,
             last: 0,
             logits: vec![0.0; model.config.vocab],
+            ahead: 1,
         })
     }
 
@@ -91,24 +102,55 @@ impl Decoder {
         self.scores()
     }
 
-    /// Appends tokens (at least one) and waits for the likeliest token that follows them. A device behind a bus
-    /// chooses it itself, so that the scores stay there; `None` where it finds none, and elsewhere: see
-    /// [`Decoder::scores`].
+    /// Appends tokens (at least one) and tells the likeliest token that follows them, and what is likeliest behind
+    /// that, at most `most` tokens: all but the last of them are appended, too. A device behind a bus chooses them itself
+    /// and goes on without waiting for anybody, for some tokens at a time; none where it finds none, and
+    /// elsewhere: see [`Decoder::scores`].
     ///
     /// # Errors
     /// As [`Decoder::feed`].
-    pub fn feed_likeliest(&mut self, ids: &[u32]) -> Result<Option<u32>> {
+    pub fn feed_likeliest(&mut self, ids: &[u32], most: usize) -> Result<Vec<u32>> {
+        let from = self.position;
         self.advance(ids)?;
-        let top = self
-            .steps
-            .get(&self.last)
-            .and_then(|s| s.program.outputs.get(1));
-        let Some(top) = top else { return Ok(None) };
-        let mut best = [0.0; 2];
-        self.model.session.read_into(top, &mut best)?;
-        let [id, score] = best;
-        let found = score.is_finite() && (id as usize) < self.model.config.vocab;
-        Ok(found.then_some(id as u32))
+        let mut found = [0.0; 2 * MOST_AHEAD];
+        let Some(step) = self.steps.get_mut(&self.last) else {
+            return Ok(vec![]);
+        };
+        let session = &self.model.session;
+        let n = match (&step.chosen, step.program.outputs.get(1)) {
+            (Some(chosen), _) => {
+                let room = self.cache.capacity() - self.position + 1;
+                let n = self.ahead.min(most).min(room).max(1);
+                let start = Instant::now();
+                for _ in 1..n {
+                    step.program.replay()?;
+                }
+                let at = 2 * (self.position - 1);
+                session.read_part(chosen, at, &mut found[..2 * n])?;
+                self.ahead = fit(start.elapsed() / n as u32);
+                n
+            }
+            (None, Some(top)) => {
+                session.read_into(top, &mut found[..2])?;
+                1
+            }
+            (None, None) => return Ok(vec![]),
+        };
+        let vocab = self.model.config.vocab;
+        let right = |f: &&[f32; 2]| f[1].is_finite() && (f[0] as usize) < vocab;
+        let pairs = &found.as_chunks::<2>().0[..n];
+        let ids_found: Vec<u32> = pairs
+            .iter()
+            .take_while(right)
+            .map(|f| f[0] as u32)
+            .collect();
+        if ids_found.is_empty() && n > 1 {
+            // Its scores are gone: once more, for them alone.
+            self.position = from;
+            self.advance(ids)?;
+        }
+        self.position += ids_found.len().max(1) - 1;
+        Ok(ids_found)
     }
 
     /// The scores `[vocab]` behind the tokens fed last.
@@ -170,13 +212,17 @@ impl Decoder {
 
     fn record(&self, rows: usize) -> Result<Step> {
         let session = &self.model.session;
-        let leaf = |n: &[usize]| session.zeros(TensorType::u32(n), Role::Data);
-        let (ids, pos) = (leaf(&[1, rows])?, leaf(&[1, rows])?);
+        let leaf = |n: &[usize], role| session.zeros(TensorType::u32(n), role);
+        let role = match rows == 1 && session.backend().far() {
+            true => Role::State,
+            false => Role::Data,
+        };
+        let (ids, pos) = (leaf(&[1, rows], role)?, leaf(&[1, rows], role)?);
         let adapter = self.adapter.as_ref();
         let hidden = self.model.hidden(&ids, &pos, adapter, Some(&self.cache))?;
         let c = self.model.config.hidden;
         let mut x = hidden.x.reshape([rows, c])?;
-        let last = (rows > 1).then(|| leaf(&[1])).transpose()?;
+        let last = (rows > 1).then(|| leaf(&[1], Role::Data)).transpose()?;
         if let Some(last) = &last {
             x = x.gather(last, x.dtype())?;
         }
@@ -184,13 +230,43 @@ impl Decoder {
         let mut outs = vec![&logits];
         let top = session.backend().far().then(|| logits.top()).transpose()?;
         outs.extend(&top);
+        let (mut updates, mut chosen) = (hidden.updates, None);
+        if let (1, Some(top)) = (rows, &top) {
+            let log = TensorType::f32([1, self.capacity(), 1, 2]);
+            let log = session.zeros(log, Role::State)?;
+            updates.extend(self.own_next(top, [&ids, &pos, &log])?);
+            chosen = Some(log);
+        }
         Ok(Step {
-            program: session.record(&outs, &hidden.updates)?,
+            program: session.record(&outs, &updates)?,
             ids: (ids, vec![0; rows]),
             pos: (pos, vec![PADDING; rows]),
             last,
+            chosen,
         })
     }
+
+    /// What makes a single row's own choice `top [1, 2]` its next token: written over its id, one position on, and
+    /// kept in `log`.
+    fn own_next(&self, top: &Tensor, leaves: [&Tensor; 3]) -> Result<Vec<(Tensor, Tensor)>> {
+        let [ids, pos, log] = leaves;
+        let one = self.model.session.tensor_u32(&[1], [1, 1], Role::Data)?;
+        // Where a score is NaN there is no token; what is looked up then must still be one.
+        let last = Tensor::scalar((self.model.config.vocab - 1) as f32);
+        let next = top.slice(1, 0, 1)?.minimum(&last)?.cast(DType::U32)?;
+        let kept = log.kv_write(&top.reshape([1, 1, 1, 2])?, pos)?;
+        Ok(vec![
+            (ids.clone(), next),
+            (log.clone(), kept),
+            (pos.clone(), pos.add(&one)?),
+        ])
+    }
+}
+
+/// Tokens ahead, each of which takes `each`.
+fn fit(each: Duration) -> usize {
+    let n = AHEAD.as_secs_f64() / each.as_secs_f64().max(1e-9);
+    (n as usize).clamp(1, MOST_AHEAD)
 }
 
 impl Step {

@@ -81,6 +81,8 @@ class Torch:
             def run(x, cos, sin):
                 half = x.shape[-1] // 2
                 return x * cos + self.t.cat([-x[..., half:], x[..., :half]], -1) * sin
+        elif self.name == "torch":
+            return TorchStep(self.t)
         else:
             return None
         return self.t.compile(run) if self.name == "torch-compiled" else run
@@ -210,7 +212,7 @@ class Mlx:
                 half = x.shape[-1] // 2
                 return x * cos + mx.concatenate([-x[..., half:], x[..., :half]], -1) * sin
         else:
-            return None
+            return MlxStep(mx)
         return run
 
     def tables(self, pos, freq):
@@ -302,6 +304,52 @@ def blas():
     return ", reference BLAS" if found else ""
 
 
+class TorchStep:
+    """Its AdamW on one parameter, far from the first step."""
+
+    def __init__(self, torch):
+        self.t = torch
+
+    def renew(self, xs):
+        p, m, v, g, h = xs
+        lr, beta1, beta2, eps, decay = h.tolist()[:5]
+        self.x = self.t.nn.Parameter(p)
+        self.x.grad = g
+        self.o = self.t.optim.AdamW([self.x], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True)
+        self.o.state[self.x] = {"step": self.t.tensor(1e6), "exp_avg": m, "exp_avg_sq": v}
+        self.ys = [self.x.detach(), m, v]
+
+    def run(self):
+        self.o.step()
+        return self.ys
+
+    def wait(self, ys):
+        pass
+
+
+class MlxStep:
+    """Its AdamW, which corrects nothing unless told to, on one array."""
+
+    def __init__(self, mx):
+        self.mx = mx
+
+    def renew(self, xs):
+        import mlx.optimizers as optim
+
+        self.x, m, v, self.g, h = xs
+        lr, beta1, beta2, eps, decay = h.tolist()[:5]
+        self.o = optim.AdamW(learning_rate=lr, betas=[beta1, beta2], eps=eps, weight_decay=decay)
+        self.o.init({"p": self.x})
+        self.state = {"m": m, "v": v}
+
+    def run(self):
+        self.x = self.o.apply_single(self.g, self.x, self.state)
+        return [self.x, self.state["m"], self.state["v"]]
+
+    def wait(self, ys):
+        self.mx.eval(ys)
+
+
 class Layer:
     """A function of one tensor."""
 
@@ -344,6 +392,26 @@ class Many(Layer):
         return self.e.gradients(self.f, self.xs, self.xs[:wrt])
 
 
+class Step(Layer):
+    """A step of an optimizer, which the next one goes on from."""
+
+    def __init__(self, engine, f):
+        super().__init__(engine, f, None)
+
+    def renew(self, paths):
+        self.f.renew([self.e.tensor(load(p)) for p in paths])
+
+    def feed(self, link, scale):
+        self.f.x = self.e.feed(self.f.x, f32(scale * link))
+
+    def run(self):
+        return self.f.run()
+
+    def wait(self, ys):
+        self.f.wait(ys)
+        return self.e.wait(ys[0])
+
+
 class Model:
     """A whole model; what is fed is the last token id."""
 
@@ -379,7 +447,7 @@ class Server:
             one = f and Model(self.e, f, job["vocab"])
         elif "shapes" in job:
             f = self.e.layer(job, {k: self.e.tensor(load(p), s) for k, (p, s) in r["weights"].items()})
-            one = f and Many(self.e, f, job)
+            one = f and (Step(self.e, f) if job["kind"] == "adamw" else Many(self.e, f, job))
         else:
             weights = {k: self.e.tensor(load(p), s) for k, (p, s) in r["weights"].items()}
             f = self.e.make(job, weights)

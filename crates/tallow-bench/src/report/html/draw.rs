@@ -34,7 +34,8 @@ pub(super) fn bars(g: &Group) -> String {
         );
         let Some([p10, median, p90]) = times(i) else {
             out += &format!(
-                "<text class=\"bad\" x=\"{LEFT}\" y=\"{}\">INVALID</text>\n",
+                "<text class=\"bad\" x=\"{:.1}\" y=\"{}\">INVALID</text>\n",
+                x(1.0) + 6.0,
                 middle + 4.0
             );
             continue;
@@ -96,6 +97,9 @@ impl Axes {
     }
 }
 
+/// Rates this close are one.
+const ALIKE: f64 = 1.3;
+
 /// Arithmetic a second by arithmetic a byte.
 pub(super) fn roofline(r: &Report) -> String {
     let mut points = vec![];
@@ -124,15 +128,18 @@ pub(super) fn roofline(r: &Report) -> String {
         (16 << 10, "16 MiB"),
         (256 << 10, "256 MiB"),
     ];
-    for (i, (kib, name)) in sizes.into_iter().enumerate() {
+    // Sizes that are about as fast share a line.
+    let mut roofs: Vec<(f64, String)> = vec![];
+    for (kib, name) in sizes {
         let rate = r.probe.bytes_per_s(kib << 10, r.threads) / 1e9;
-        out += &roof(
-            &axes,
-            rate,
-            peak,
-            &format!("{name}: {rate:.0} GB/s"),
-            0.2 + 0.2 * i as f64,
-        );
+        match roofs.last_mut() {
+            Some((faster, names)) if *faster < ALIKE * rate => *names += &format!(", {name}"),
+            _ => roofs.push((rate, name.to_owned())),
+        }
+    }
+    for (i, (rate, names)) in roofs.into_iter().enumerate() {
+        let name = format!("{names}: {rate:.0} GB/s");
+        out += &roof(&axes, rate, peak, &name, 0.25 + 0.18 * i as f64);
     }
     let (_, y) = axes.place(1.0, peak);
     out += &format!(

@@ -9,11 +9,7 @@ use crate::{
 };
 use anyhow::Result;
 use serde_json::json;
-use tallow::{
-    DType,
-    cpu::{pool, simd::Isa},
-    llm::ComputeDType,
-};
+use tallow::{DType, cpu::pool, llm::ComputeDType};
 use tallow_bench::{
     measure::{Row, Settings, Verdict, measure},
     probe::Probe,
@@ -31,15 +27,17 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
         Some(n) => n,
         None => pool::threads_from_env()?,
     };
+    let session = open::session(global, args.dtype)?;
+    let dtype = match args.dtype {
+        ComputeDType::F32 => DType::F32,
+        ComputeDType::BF16 => DType::BF16,
+    };
     let cx = Context {
-        session: open::session(global, args.dtype)?,
+        probe: Probe::of(&Wall::new(), &session, dtype, threads)?,
+        session,
         threads,
-        dtype: match args.dtype {
-            ComputeDType::F32 => DType::F32,
-            ComputeDType::BF16 => DType::BF16,
-        },
+        dtype,
         quick: true,
-        probe: Probe::run(&Wall::new(), Isa::detect()?, threads),
         models: vec![],
         spinner: None,
     };

@@ -38,3 +38,12 @@ function table(title, head, rows, kind) {
   if (head) { const tr = el("tr", null, t); head.forEach(h => el("th", h, tr)); }
   for (const r of rows) { const tr = el("tr", null, t); r.forEach(c => el("td", c, tr)); }
 }
+
+/* Shows the data, and on a live page every other second what its server says then. */
+function watch(data, show) {
+  show(data);
+  if (data.live) setInterval(async () => {
+    try { data = Object.assign(await (await fetch("run.json")).json(), { live: true }); } catch { data.lost = true; }
+    show(data);
+  }, 2000);
+}

@@ -1,0 +1,325 @@
+//! A plan frozen into resolved pipelines, bind groups and grids.
+//! Invariant: every window bound lies inside a buffer that the recording keeps alive, at an offset that `Plan::verify`
+//! checked; a replay allocates no memory on the GPU and waits for nothing.
+//! Absent on purpose: arguments. What changes between replays is uploaded into a bound buffer.
+use crate::{
+    device::Wgpu,
+    error::{Error, Result},
+    gpu::{ALIGN, Gpu},
+    launch::{Arg, Kernel, Offer},
+    transfer::{self, Landing},
+};
+use std::sync::Arc;
+use tallow_core::{
+    backend::{Bindings, Buffer, Recording},
+    plan::{Place, Plan, Span, Step},
+};
+
+/// Estimated seconds of work in one submission, so that no display or watchdog waits long.
+const BUDGET_S: f64 = 0.05;
+/// Dispatches in one submission.
+const MOST: usize = 4096;
+
+/// Where an operand, a result or scratch lies.
+#[derive(Clone, Copy)]
+pub(crate) struct Window<'a> {
+    pub(crate) buffer: &'a wgpu::Buffer,
+    pub(crate) offset: usize,
+    pub(crate) bytes: usize,
+}
+
+/// Where everything of one step lies.
+pub(crate) struct Places<'a> {
+    pub(crate) reads: Vec<Window<'a>>,
+    pub(crate) writes: Vec<Option<Window<'a>>>,
+    pub(crate) scratch: Option<Window<'a>>,
+}
+
+impl<'a> Places<'a> {
+    /// Is `k` needed with these places?
+    pub(crate) fn need(&self, k: &Kernel) -> bool {
+        let Some((operand, result)) = k.unless_same else {
+            return true;
+        };
+        let (r, w) = (self.reads.get(operand), self.writes.get(result));
+        match (r, w) {
+            (Some(r), Some(Some(w))) => r.buffer != w.buffer || r.offset != w.offset,
+            _ => true,
+        }
+    }
+    fn window(&self, a: &Arg) -> Option<Window<'a>> {
+        match a {
+            Arg::Read { operand, .. } => self.reads.get(*operand).copied(),
+            Arg::Part {
+                operand, at, bytes, ..
+            } => self.reads.get(*operand).map(|r| Window {
+                offset: r.offset + at,
+                bytes: *bytes,
+                ..*r
+            }),
+            Arg::Write { result, .. } => self.writes.get(*result).copied().flatten(),
+            Arg::Scratch { at, bytes, .. } => self.scratch.map(|s| Window {
+                offset: s.offset + at,
+                bytes: *bytes,
+                ..s
+            }),
+            Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => None,
+        }
+    }
+}
+
+/// A dispatch with its buffers.
+pub(crate) struct Bound {
+    pipeline: wgpu::ComputePipeline,
+    group: wgpu::BindGroup,
+    /// Empty where they come in a uniform buffer.
+    numbers: Vec<u8>,
+    grid: [u32; 3],
+}
+
+impl Bound {
+    pub(crate) fn new(gpu: &Gpu, k: &Kernel, places: &Places<'_>) -> Result<Self> {
+        let (mut numbers, mut windows) = (vec![], vec![]);
+        for a in &k.args {
+            let word = match a {
+                Arg::U32(_, v) => *v,
+                Arg::F32(_, v) => v.to_bits(),
+                Arg::Absent(_) => continue,
+                Arg::Read { name, ty, .. }
+                | Arg::Part { name, ty, .. }
+                | Arg::Write { name, ty, .. }
+                | Arg::Scratch { name, ty, .. } => {
+                    let missing = || Error::Refused {
+                        doing: "binding a kernel",
+                        why: format!("nothing to bind as {name} of {} (bug in tallow)", k.entry),
+                    };
+                    let w = places.window(a).ok_or_else(missing)?;
+                    let start = w.offset / ALIGN * ALIGN;
+                    windows.push(bind(gpu, k, name, w, start)?);
+                    ((w.offset - start) / ty.dtype().bytes()) as u32
+                }
+            };
+            numbers.extend(word.to_le_bytes());
+        }
+        let uniform = k.uniform.then(|| uniform(gpu, &numbers)).transpose()?;
+        if let Some(u) = &uniform {
+            numbers.clear();
+            windows.push(u.as_entire_buffer_binding());
+        }
+        let entry = |(i, w)| wgpu::BindGroupEntry {
+            binding: i as u32,
+            resource: wgpu::BindingResource::Buffer(w),
+        };
+        let entries: Vec<_> = windows.into_iter().enumerate().map(entry).collect();
+        let layout = gpu.layout(k);
+        let how = wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &layout.group,
+            entries: &entries,
+        };
+        Ok(Bound {
+            pipeline: gpu.pipeline(k, &layout)?,
+            group: gpu.device.create_bind_group(&how),
+            numbers,
+            grid: k.grid,
+        })
+    }
+    pub(crate) fn encode(&self, pass: &mut wgpu::ComputePass<'_>) {
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.group, &[]);
+        if !self.numbers.is_empty() {
+            pass.set_immediates(0, &self.numbers);
+        }
+        let [x, y, z] = self.grid;
+        pass.dispatch_workgroups(x, y, z);
+    }
+}
+
+/// `w` as a binding that begins at `start`. Sixteen bytes are read at once: its end is rounded up to that.
+fn bind<'a>(
+    gpu: &Gpu,
+    k: &Kernel,
+    name: &str,
+    w: Window<'a>,
+    start: usize,
+) -> Result<wgpu::BufferBinding<'a>> {
+    let end = (w.offset + w.bytes.max(1)).next_multiple_of(16);
+    let bytes = (end - start) as u64;
+    if bytes > gpu.limits.max_storage_buffer_binding_size {
+        return Err(Error::Binding {
+            what: format!("operand {name} of {}", k.entry),
+            bytes,
+            most: gpu.limits.max_storage_buffer_binding_size,
+        });
+    }
+    Ok(wgpu::BufferBinding {
+        buffer: w.buffer,
+        offset: start as u64,
+        size: std::num::NonZero::new(bytes),
+    })
+}
+
+/// A buffer that holds the numbers of one dispatch.
+fn uniform(gpu: &Gpu, numbers: &[u8]) -> Result<wgpu::Buffer> {
+    let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+    let b = gpu.buffer(numbers.len(), usage)?;
+    gpu.queue.write_buffer(&b, 0, numbers);
+    Ok(b)
+}
+
+pub(crate) struct WgpuRecording {
+    gpu: Arc<Gpu>,
+    device: String,
+    /// The dispatches of each step, with its estimate in seconds.
+    steps: Vec<(Vec<Bound>, f64)>,
+    _keep: (Bindings, Buffer),
+}
+
+/// Where each span of a step lies.
+struct Spans<'a> {
+    bind: &'a Bindings,
+    arena: &'a Buffer,
+}
+
+impl<'a> Spans<'a> {
+    fn at(&self, s: &Span) -> tallow_core::Result<Window<'a>> {
+        let missing = || tallow_core::Error::size("binding", 1, 0, "buffers");
+        let b = match s.place {
+            Place::Input(i) => self.bind.inputs.get(i as usize).ok_or_else(missing)?,
+            Place::Prepared(i) => self.bind.prepared.get(i as usize).ok_or_else(missing)?,
+            Place::Output(i) => self.bind.outputs.get(i as usize).ok_or_else(missing)?,
+            Place::Arena => self.arena,
+        };
+        crate::device::window(b, s.offset, s.bytes, "operand of a step")
+    }
+    fn step(&self, s: &Step) -> tallow_core::Result<Places<'a>> {
+        let reads = s.reads.iter().map(|r| self.at(r));
+        let write = |w: &Option<Span>| w.as_ref().map(|w| self.at(w)).transpose();
+        Ok(Places {
+            reads: reads.collect::<tallow_core::Result<_>>()?,
+            writes: s
+                .writes
+                .iter()
+                .map(write)
+                .collect::<tallow_core::Result<_>>()?,
+            scratch: s.workspace.as_ref().map(|w| self.at(w)).transpose()?,
+        })
+    }
+}
+
+impl WgpuRecording {
+    pub(crate) fn new(wgpu: &Wgpu, plan: &Plan, bind: Bindings) -> tallow_core::Result<Self> {
+        let arena = wgpu.buffer(plan.arena_bytes)?;
+        let spans = Spans {
+            bind: &bind,
+            arena: &arena,
+        };
+        let mut steps = vec![];
+        for s in &plan.steps {
+            let offer: Offer = wgpu.offer(s.kernel);
+            let places = spans.step(s)?;
+            let needed = offer.jobs.iter().filter(|k| places.need(k));
+            let bound = needed.map(|k| Bound::new(&wgpu.gpu, k, &places));
+            let bound = bound.collect::<Result<Vec<_>>>();
+            steps.push((bound.map_err(|e| wgpu.error(e))?, s.cost));
+        }
+        wgpu.gpu.check().map_err(|e| wgpu.error(e))?;
+        wgpu.gpu.keep_kernels();
+        Ok(WgpuRecording {
+            gpu: wgpu.gpu.clone(),
+            device: wgpu.name().to_owned(),
+            steps,
+            _keep: (bind, arena),
+        })
+    }
+    /// Asks for all steps, in as few submissions as the budget allows.
+    fn ask(&self) -> Result<()> {
+        let mut rest = &self.steps[..];
+        while !rest.is_empty() {
+            let (mut cost, mut dispatches, mut n) = (0.0, 0, 0);
+            while n < rest.len() && (n == 0 || (cost < BUDGET_S && dispatches < MOST)) {
+                cost += rest[n].1;
+                dispatches += rest[n].0.len();
+                n += 1;
+            }
+            let (now, later) = rest.split_at(n);
+            let mut encoder = self.gpu.encoder();
+            {
+                let mut pass = encoder.begin_compute_pass(&Default::default());
+                now.iter()
+                    .flat_map(|(b, _)| b)
+                    .for_each(|b| b.encode(&mut pass));
+            }
+            self.gpu.submit(encoder)?;
+            rest = later;
+        }
+        Ok(())
+    }
+    /// Seconds of each step by the GPU's own clock.
+    fn by_clock(&self) -> Result<Vec<f64>> {
+        let mut all = vec![];
+        for steps in self.steps.chunks(wgpu::QUERY_SET_MAX_QUERIES as usize / 2) {
+            let (count, bytes) = (steps.len() as u32 * 2, steps.len() * 16);
+            let set = self.gpu.device.create_query_set(&wgpu::QuerySetDescriptor {
+                label: None,
+                ty: wgpu::QueryType::Timestamp,
+                count,
+            });
+            let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+            let ticks = self.gpu.buffer(bytes, usage)?;
+            let mut encoder = self.gpu.encoder();
+            for (i, (bounds, _)) in steps.iter().enumerate() {
+                let writes = wgpu::ComputePassTimestampWrites {
+                    query_set: &set,
+                    beginning_of_pass_write_index: Some(i as u32 * 2),
+                    end_of_pass_write_index: Some(i as u32 * 2 + 1),
+                };
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                    label: None,
+                    timestamp_writes: Some(writes),
+                });
+                bounds.iter().for_each(|b| b.encode(&mut pass));
+            }
+            encoder.resolve_query_set(&set, 0..count, &ticks, 0);
+            self.gpu.submit(encoder)?;
+            let mut words = vec![0; bytes];
+            transfer::download(&self.gpu, &Landing::default(), &ticks, 0, &mut words)?;
+            let tick = |c: &[u8]| c.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+            let period = f64::from(self.gpu.queue.get_timestamp_period()) * 1e-9;
+            let one = |c: &[u8]| tick(&c[8..]).saturating_sub(tick(&c[..8])) as f64 * period;
+            all.extend(words.chunks_exact(16).map(one));
+        }
+        Ok(all)
+    }
+    /// Seconds of each step, each waited for. Includes what a submission costs.
+    fn waited(&self) -> Result<Vec<f64>> {
+        self.gpu.wait_for(None)?;
+        let one = |(bounds, _): &(Vec<Bound>, f64)| {
+            let start = std::time::Instant::now();
+            let mut encoder = self.gpu.encoder();
+            {
+                let mut pass = encoder.begin_compute_pass(&Default::default());
+                bounds.iter().for_each(|b| b.encode(&mut pass));
+            }
+            let index = self.gpu.submit(encoder)?;
+            self.gpu.wait_for(Some(index))?;
+            Ok(start.elapsed().as_secs_f64())
+        };
+        self.steps.iter().map(one).collect()
+    }
+}
+
+impl Recording for WgpuRecording {
+    fn replay(&mut self) -> tallow_core::Result<()> {
+        self.ask().map_err(|e| e.on(&self.device))
+    }
+    fn replay_timed(&mut self) -> tallow_core::Result<Vec<f64>> {
+        let clock = self.gpu.features.contains(wgpu::Features::TIMESTAMP_QUERY);
+        // In software the GPU's clock counts compiling too.
+        let timed = match clock && !crate::adapter::is_software(&self.gpu.info) {
+            true => self.by_clock(),
+            false => self.waited(),
+        };
+        timed.map_err(|e| e.on(&self.device))
+    }
+}

@@ -1,0 +1,134 @@
+//! What single kernels must do beyond the examples that every op brings: large angles, values that are no numbers, sums
+//! over many workgroups.
+//! Invariant: expectations come from the oracle or from f64 arithmetic written here, never from a kernel.
+use super::{Way, gpu};
+use std::sync::Arc;
+use tallow_conformance::{Case, check_all};
+use tallow_core::{
+    graph::Builder,
+    op::{Attention, AttentionGrad, Composite, CrossEntropy, Mask, Role, Rope, Top},
+    oracle::sample,
+    session::Session,
+    tensor::{Tensor, lift},
+    types::TensorType,
+};
+
+fn session() -> Option<Session> {
+    Some(Session::new(gpu(Way::Usual)? as Arc<_>))
+}
+
+/// `c` on operands of these types, drawn at random: a case for the oracle.
+fn case(c: impl Into<Composite>, tys: &[TensorType]) -> Case {
+    let (c, seed) = (c.into(), 77);
+    let mut b = Builder::default();
+    let ins: Vec<_> = tys.iter().map(|t| b.input(Role::Data, t.clone())).collect();
+    let outs = b.composite(c.clone(), &ins).unwrap();
+    Case {
+        name: format!("{} {tys:?}", c.name()),
+        graph: b.finish(outs, vec![]),
+        inputs: sample::operands(&c, tys, seed),
+    }
+}
+
+/// The results of `c` on these operands.
+fn results(s: &Session, c: impl Into<Composite>, leaves: &[Tensor]) -> Vec<Vec<f32>> {
+    let mut b = Builder::default();
+    let ty = |t: &Tensor| TensorType::new(t.shape().clone(), t.dtype());
+    let ins: Vec<_> = leaves.iter().map(|t| b.input(Role::Data, ty(t))).collect();
+    let outs = b.composite(c, &ins).unwrap();
+    let outs = lift(&b.finish(outs, vec![]), leaves);
+    let made = s.eval(&outs).unwrap();
+    made.iter().map(|t| s.read(t).unwrap()).collect()
+}
+
+/// Angles of many turns are as exact as small ones: a long context must not blur.
+#[test]
+fn rotations_are_exact_at_far_positions() {
+    let Some(s) = session() else { return };
+    let (d, pos) = (64usize, [0u32, 1, 7, 1000, 65_537, 131_071, 16_000_001]);
+    let f: Vec<f32> = (0..d / 2)
+        .map(|i| 10_000f32.powf(-2.0 * i as f32 / d as f32))
+        .collect();
+    let x: Vec<f32> = (0..pos.len() * d).map(|i| (i as f32 * 0.7).sin()).collect();
+    let leaves = [
+        s.tensor(&x, [1, pos.len(), 1, d], Role::Data).unwrap(),
+        s.tensor_u32(&pos, [1, pos.len()], Role::Data).unwrap(),
+        s.tensor(&f, [d / 2], Role::Data).unwrap(),
+    ];
+    let got = &results(&s, Rope { inverse: false }, &leaves)[0];
+    for (t, p) in pos.iter().enumerate() {
+        for i in 0..d / 2 {
+            // The angle is an f32 product; what follows has no rounding of its own to speak of.
+            let angle = f64::from(*p as f32 * f[i]);
+            let (low, high) = (f64::from(x[t * d + i]), f64::from(x[t * d + i + d / 2]));
+            let want = low * angle.cos() - high * angle.sin();
+            let off = (f64::from(got[t * d + i]) - want).abs();
+            assert!(off < 5e-7, "position {p}, pair {i}: off by {off:.1e}");
+        }
+    }
+}
+
+/// Infinities, ties, both zeros and a NaN, in one part of a row and in the second.
+#[test]
+fn the_top_of_values_that_are_no_numbers() {
+    let Some(s) = session() else { return };
+    for v in [33usize, 5000] {
+        let last = v - 1;
+        let mut rows = vec![vec![-1.0f32; v]; 6];
+        rows[0][last] = f32::INFINITY;
+        rows[1].fill(f32::NEG_INFINITY);
+        rows[2][last] = f32::NAN;
+        (rows[3][3], rows[3][last]) = (2.5, 2.5);
+        (rows[4][5], rows[4][last]) = (-0.0, 0.0);
+        rows[5][last] = 1e-40;
+        let want = [last, 0, v, 3, 5, last];
+        let flat = s.tensor(&rows.concat(), [6, v], Role::Data).unwrap();
+        let got = &results(&s, Top, &[flat])[0];
+        for (r, want) in want.into_iter().enumerate() {
+            assert_eq!(got[2 * r], want as f32, "row {r} of {v}");
+        }
+        assert_eq!([got[1], got[3]], [f32::INFINITY, f32::NEG_INFINITY]);
+        assert_eq!([got[7], got[9], got[11]], [2.5, 0.0, 1e-40]);
+    }
+}
+
+/// More logits than are held at a time.
+#[test]
+fn cross_entropy_in_several_chunks() {
+    let Some(s) = session() else { return };
+    let (n, v) = (66, 260_000);
+    let tys = [
+        TensorType::f32([n, 1]),
+        TensorType::f32([v, 1]),
+        TensorType::u32([n]),
+    ];
+    check_all(&s, vec![case(CrossEntropy, &tys)]);
+}
+
+fn attention([b, t, h, hk, d, s]: [usize; 6]) -> (Attention, Vec<TensorType>) {
+    let (q, kv) = (
+        TensorType::f32([b, t, h, d]),
+        TensorType::f32([b, s, hk, d]),
+    );
+    let a = Attention {
+        scale: (1.0 / (d as f32).sqrt()).into(),
+        mask: Mask::Causal { window: None },
+    };
+    (a, vec![q, kv.clone(), kv, TensorType::u32([b, t])])
+}
+
+/// One query over more parts than a workgroup has threads; and the longest heads.
+#[test]
+fn attention_over_many_keys_and_long_heads() {
+    let Some(s) = session() else { return };
+    let mut all = vec![];
+    for sizes in [[3, 1, 4, 2, 64, 4500], [1, 33, 2, 1, 200, 34]] {
+        let (a, tys) = attention(sizes);
+        all.push(case(a, &tys));
+    }
+    let (a, tys) = attention([1, 33, 2, 1, 256, 34]);
+    let (q, lse) = (tys[0].clone(), TensorType::f32([1, 2, 33]));
+    let tys = [&tys[..], &[q.clone(), lse, q]].concat();
+    all.push(case(AttentionGrad(a), &tys));
+    check_all(&s, all);
+}
