@@ -2,7 +2,7 @@
 //! Invariant: a run is steps without a gap, each of which the launch can do; what attention makes is read by the linear
 //! behind it alone, and an `h` is made of what the step before made.
 //! Absent on purpose: the launch itself; that is `glue::chain`.
-use super::{Finder, Found};
+use super::{Finder, Found, ends};
 use crate::{
     glue::{
         chain::{Cached, Link},
@@ -46,7 +46,7 @@ pub(super) fn runs<'a>(f: &Finder, all: &'a [Found], offers: &[Offer]) -> Vec<Ru
     let (mut out, mut i) = (vec![], 0);
     while i < f.plan.steps.len() {
         let run = run(f, i, all, offers);
-        let long = run.links.len() >= LEAST;
+        let long = run.links.len() >= LEAST && run.keeps_its_position(f);
         i = if long { run.last } else { i } + 1;
         out.extend(long.then_some(run));
     }
@@ -84,6 +84,15 @@ impl Run<'_> {
         let fits = self.pos == 0 || self.pos == pos;
         self.pos = pos;
         fits
+    }
+    /// The position is read once, ahead of all steps: it may change behind the run only.
+    fn keeps_its_position(&self, f: &Finder) -> bool {
+        let steps = &f.plan.steps[self.first..=self.last];
+        let mut writes = steps.iter().flat_map(ends);
+        writes.all(|w| {
+            let at = f.address(w);
+            at.is_some_and(|a| self.pos + 4 <= a || a + w.bytes as u64 <= self.pos)
+        })
     }
 }
 
@@ -142,7 +151,7 @@ fn attention(f: &Finder, at: usize, offers: &[Offer], run: &mut Run) -> Option<(
     let statistics = step.writes.get(1).is_some_and(Option::is_some);
     let rows = q.layout.strides[2] == d && q.layout.strides[3] == 1;
     let simple = rows && k.is_dense() && v.is_dense() && !statistics && o.place == Place::Arena;
-    if offers[at].name != "attention_decode_f32" || !simple || !f.constant(&step.reads[3]) {
+    if offers[at].name != "attention_decode_f32" || !simple {
         return None;
     }
     let cached = Cached {
