@@ -1,9 +1,11 @@
 // A token's way through a model as one launch: linears of one row with what stands around them, attention, the likeliest
-// token. Each processor has one block, each block a part of every step, and all wait for each other between two steps.
+// token. Each processor has one block, each block a part of every step. No block waits for another as such: what a step
+// leaves behind is read again until it is there. A word of zeros is not there; a zero is left behind as -0. Two sets
+// of words take turns, a launch each, and while one is in use the other is set to zeros.
 // Weights wait for nobody: they are copied into shared memory SLOTS pieces ahead for each warp, past the ends of steps, so
 // that memory is busy all the time. What else never changes is asked for before the wait and used behind it.
-// Of a block's warps the first WARPS compute, one copies weights, and one tells the other blocks that this one is done
-// and watches for theirs. Bound by reading the weights once, and by the waits.
+// Of a block's warps the first WARPS compute, one copies weights, and one brings what the next step is. Bound by reading
+// the weights once, and by the way of a value from one block to the others.
 // Constants: WARPS that compute, SLOTS of a warp, SLOT bytes, STEPS room for steps, RANKS most ranks of one,
 // HALF pairs of elements of a head.
 #define THREADS (WARPS * 32)
@@ -17,7 +19,9 @@ struct Phase {
   const float* down[3];
   const float* x; float* y; const float* past; const float* norm;
   const float* hp; float* np; const float* nw;
-  float* kc; float* vc; float* part; float2* stats;
+  float* kc; float* vc; float* part; float* stats;
+  // Where the outputs are left for the next steps.
+  float* z;
   // 0: two outputs side by side; 1: silu(gate) * up; 2: rotated heads and the cache; 3: attention; 4: the likeliest.
   u32 kind, k, units, outputs, pieces, piece, end0, end1;
   u32 rank[3], r0[3];
@@ -25,8 +29,12 @@ struct Phase {
   u32 ranks, count, next, nk, nend0, nend1;
   u32 half, queries, keys, slots;
   float eps, factor;
-  u32 window, joined, top, most, pad;
+  u32 window, joined, top, most, fresh;
 };
+// `fresh`: which of these an earlier step of the launch left behind.
+#define FRESH_X 1
+#define FRESH_PAST 2
+#define FRESH_H 4
 #define PHASE_WORDS ((u32)(sizeof(Phase) / 4))
 // What of a step the copies need, and this block's part of it. `by_*`: for divisions.
 struct Stream { u64 w[3]; u32 k, outputs, end0, end1, half, by_half, by_pieces, first; u16 tasks, n, pieces, piece, kind, none; u32 pad; };
@@ -55,10 +63,30 @@ DEV void copy(void* to, u64 from, u32 bytes, u64* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
     :: "r"(shared_at(to)), "l"(from), "r"(bytes), "r"(shared_at(bar)), "l"(once) : "memory");
 }
-DEV u32 arrived(const u32* p) { u32 v; asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
-DEV void arrive(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(p) : "memory"); }
-// The warps that compute; with the one that watches, when the blocks are ready for this step; and when this block is
-// done with it, which nobody but the watcher waits for.
+// Words that are read until they are there, and words left behind.
+DEV uint4 look4(const float* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+DEV u32 look(const float* p) { u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
+DEV float4 until4(uint4 v, const float* p) {
+  while (!(v.x && v.y && v.z && v.w)) v = look4(p);
+  return make_float4(as_f32(v.x), as_f32(v.y), as_f32(v.z), as_f32(v.w));
+}
+DEV float until(u32 v, const float* p) {
+  while (!v) v = look(p);
+  return as_f32(v);
+}
+DEV float4 there4(const float* p) { return until4(look4(p), p); }
+DEV float there(const float* p) { return until(look(p), p); }
+DEV u32 filled(float v) { const u32 w = __float_as_uint(v); return w ? w : 0x80000000u; }
+DEV void leave(float* p, float v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(filled(v)) : "memory"); }
+DEV void leave2(float* p, float a, float b) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" :: "l"(p), "r"(filled(a)), "r"(filled(b)) : "memory");
+}
+// The warps that compute; with the one that brings steps, when this block is done with the step before and the next but
+// one may be overwritten; and when it is done, which nobody but that warp waits for.
 DEV void sync() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
 DEV void ready() { asm volatile("bar.sync 2, %0;" :: "n"(THREADS + 32) : "memory"); }
 DEV void done() { asm volatile("bar.arrive 3, %0;" :: "n"(THREADS + 32) : "memory"); }
@@ -147,20 +175,35 @@ __shared__ Top tops[WARPS];
 __shared__ float2 turn[HALF];
 __shared__ u32 position;
 struct Block { u32 warp, lane, used; };
+// Where of this launch's set: `p` is in the first.
+__shared__ u64 set;
+template <class T> DEV T* left(T* p) { return (T*)((char*)p + set); }
 // Row x from the parts that attention left behind, and its h.
 DEV void join(const Phase& d, const Block& b, float* wg) {
   const Keys s = keys_of(d, position);
   const u32 dim = 2 * d.half, quarter = over(dim / 4), k4 = d.k / 4, hw = threadIdx.x / 16, l16 = b.lane & 15;
   const u32 by_splits = over(max(2u, s.splits)), first = divide(threadIdx.x, dim / 4, quarter);
-  const float* part = d.part;
-  const float2* stats = d.stats;
-  const float* hp = d.hp;
+  const float* part = left(d.part);
+  const float* stats = left(d.stats);
+  const float* hp = left(d.hp);
   const u32 each = d.queries * s.splits;
   ready();
-  const float* from;
+  // The first parts are on their way while their weights are made.
+  const float* from = part + (u64)first * SPLITS * dim + (threadIdx.x - first * (dim / 4)) * 4;
+  uint4 q[3] = {};
+  auto ask = [&](u32 i0) {
+#pragma unroll
+    for (u32 i = 0; i < 3; ++i)
+      if (i0 + i < s.splits) q[i] = look4(from + (i0 + i) * dim);
+  };
+  if (threadIdx.x < k4) ask(0);
   for (u32 head = b.warp; head < d.queries; head += WARPS) {
     float2 st = make_float2(-inff, 0.f);
-    if (b.lane < s.splits) st = __ldcg(stats + head * SPLITS + b.lane);
+    if (b.lane < s.splits) {
+      const float* p = stats + (head * SPLITS + b.lane) * 2;
+      const u32 m = look(p), l = look(p + 1);
+      st = make_float2(until(m, p), until(l, p + 1));
+    }
     const float m = warp_max(st.x), w = st.y > 0.f ? expf(st.x - m) : 0.f, sum = warp_sum(w * st.y);
     wg[head * SPLITS + b.lane] = sum > 0.f ? w / sum : 0.f;
   }
@@ -170,15 +213,20 @@ DEV void join(const Phase& d, const Block& b, float* wg) {
     from = part + (u64)head * SPLITS * dim + (at - head * (dim / 4)) * 4;
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
     auto add = [&](float4 x, float w) { v.x += w * x.x; v.y += w * x.y; v.z += w * x.z; v.w += w * x.w; };
-#pragma unroll 2
-    for (u32 i = 0; i < s.splits; ++i) add(cg4(from + i * dim), wg[head * SPLITS + i]);
+#pragma unroll 1
+    for (u32 i0 = 0; i0 < s.splits; i0 += 3) {
+      if (i0 || at != threadIdx.x) ask(i0);
+#pragma unroll
+      for (u32 i = 0; i < 3; ++i)
+        if (i0 + i < s.splits) add(until4(q[i], from + (i0 + i) * dim), wg[head * SPLITS + i0 + i]);
+    }
     WORK[(at & 1) * (d.k / 8) + at / 2] = v;
   }
   for (u32 r = hw; r - (b.lane >> 4) < d.ranks; r += THREADS / 16) {
     float sum = 0.f;
     for (u32 e = l16; e < each; e += 16) {
       const u32 head = divide(e, s.splits, by_splits), at = head * SPLITS + e - head * s.splits;
-      if (r < d.ranks) sum += wg[at] * __ldcg(hp + r * d.queries * SPLITS + at);
+      if (r < d.ranks) sum += wg[at] * there(hp + r * d.queries * SPLITS + at);
     }
     sum = half_sum(sum);
     if (l16 == 0 && r < d.ranks) hs[r] = scale_of(d, r) * sum;
@@ -187,21 +235,26 @@ DEV void join(const Phase& d, const Block& b, float* wg) {
 // Row x as it lies, times the norm's weights, the sum of its squares by warp, and h from its parts.
 DEV void take(const Phase& d, const Block& b) {
   const u32 tid = threadIdx.x, k4 = d.k / 4, k8 = d.k / 8, count = d.count, ranks = d.ranks;
-  const float* x = d.x;
+  const bool fresh = d.fresh & FRESH_X;
+  const float* x = fresh ? left(d.x) : d.x;
   const float* norm = d.norm;
-  const float* hp = d.hp + (u64)b.warp * count;
+  const float* hp = d.fresh & FRESH_H ? left(d.hp) : nullptr;
   float4 n0 = make_float4(1.f, 1.f, 1.f, 1.f);
   if (norm && tid < k4) n0 = *(const float4*)(norm + tid * 4);
+  uint4 x0 = {}, part = {};
+  const u32 p4 = b.lane * 4;
+  if (tid < k4) x0 = look4(x + tid * 4);
+  if (hp && b.warp < ranks && p4 < count) part = look4(hp + b.warp * count + p4);
   ready();
-  float part[4];
-  if (ranks)
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) part[i] = b.warp < ranks && b.lane + 32 * i < count ? __ldcg(hp + b.lane + 32 * i) : 0.f;
   float s = 0.f;
   for (u32 at = tid; at < k4; at += 2 * THREADS) {
     const bool more = at + THREADS < k4;
-    float4 v = cg4(x + at * 4), w = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (more) w = cg4(x + (at + THREADS) * 4);
+    uint4 q = x0, q1 = {};
+    if (at != tid) q = look4(x + at * 4);
+    if (more) q1 = look4(x + (at + THREADS) * 4);
+    float4 w = make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 v = fresh ? until4(q, x + at * 4) : make_float4(as_f32(q.x), as_f32(q.y), as_f32(q.z), as_f32(q.w));
+    if (more) w = fresh ? until4(q1, x + (at + THREADS) * 4) : make_float4(as_f32(q1.x), as_f32(q1.y), as_f32(q1.z), as_f32(q1.w));
     if (norm) {
       const float4 n1 = more ? *(const float4*)(norm + (at + THREADS) * 4) : w;
       if (at != tid) n0 = *(const float4*)(norm + at * 4);
@@ -217,10 +270,14 @@ DEV void take(const Phase& d, const Block& b) {
     if (b.lane == 0) sums[b.warp] = s;
   }
   for (u32 q = b.warp; q < ranks; q += WARPS) {
-    const bool mine = q == b.warp;
-    float h = mine ? (part[0] + part[1]) + (part[2] + part[3]) : 0.f;
-#pragma unroll 1
-    for (u32 at = mine ? b.lane + 128 : b.lane; at < count; at += 32) h += __ldcg(d.hp + (u64)q * count + at);
+    float h = 0.f;
+    if (hp) {
+      for (u32 at = p4; at < count; at += 128) {
+        const float* p = hp + q * count + at;
+        const float4 v = until4(q == b.warp && at == p4 ? part : look4(p), p);
+        h += (v.x + v.y) + (v.z + v.w);
+      }
+    } else if (b.lane == 0) h = __ldcg(d.hp + q);
     h = warp_sum(h);
     if (b.lane == 0) hs[q] = scale_of(d, q) * h;
   }
@@ -235,10 +292,18 @@ template <int KIND> DEV Behind behind(const Phase& d, const Stream& z, const Blo
   if (ob < d.outputs) o.cb = bias_of(d, ob);
   return o;
 }
-template <int KIND> DEV void past_of(const Phase& d, const Stream& z, u32 unit, Behind& o) {
+template <int KIND> DEV void past_of(const Phase& d, u32 unit, Behind& o) {
   if (KIND || !d.past) return;
-  o.pa = __ldcg(d.past + 2 * unit);
-  if (2 * unit + 1 < d.outputs) o.pb = __ldcg(d.past + 2 * unit + 1);
+  const bool two = 2 * unit + 1 < d.outputs;
+  if (d.fresh & FRESH_PAST) {
+    const float* p = left(d.past) + 2 * unit;
+    const u32 pa = look(p), pb = two ? look(p + 1) : 1;
+    o.pa = until(pa, p);
+    if (two) o.pb = until(pb, p + 1);
+  } else {
+    o.pa = __ldcg(d.past + 2 * unit);
+    if (two) o.pb = __ldcg(d.past + 2 * unit + 1);
+  }
 }
 template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z, Block& b) {
   const u32 n = z.n, tasks = z.tasks, tid = threadIdx.x, lane = b.lane, hw = tid / 16, l16 = tid & 15;
@@ -273,7 +338,7 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
     }
   }
   if (JOINED) join(d, b, made + 2 * n); else take(d, b);
-  if (tid < n) past_of<KIND>(d, z, z.first + tid, o);
+  if (tid < n) past_of<KIND>(d, z.first + tid, o);
   sync();
   // The last warp has the least to do.
   if (!JOINED && d.norm && b.warp == WARPS - 1) {
@@ -334,11 +399,12 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
   sync();
   const float r = !JOINED && d.norm ? inverse : 1.f;
   Top top = {-inff, d.outputs, 0, 0};
+  float* next = d.z ? left(d.z) : nullptr;
   for (u32 i = tid; i < n; i += THREADS) {
     const u32 unit = z.first + i;
     if (i != tid) {
       o = behind<KIND>(d, z, b, unit);
-      past_of<KIND>(d, z, unit, o);
+      past_of<KIND>(d, unit, o);
     }
     u32 oa, ob;
     outputs_of<KIND>(z, unit, oa, ob);
@@ -348,8 +414,10 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
     for (u32 k = 0; k < z.pieces; ++k) { const float2 v = from[k]; sa += v.x; sb += v.y; }
     float va = sa * r + o.ca + o.pa, vb = sb * r + o.cb + o.pb;
     if (KIND == 0) {
+      if (ob >= d.outputs) vb = 0.f;
+      if (next) leave2(next + oa, va, vb);
       d.y[oa] = va;
-      if (ob < d.outputs) d.y[ob] = vb; else vb = 0.f;
+      if (ob < d.outputs) d.y[ob] = vb;
       if (d.next) { made[2 * i] = va; made[2 * i + 1] = vb; }
       if (d.top) {
         top.bad |= va != va || (ob < d.outputs && vb != vb);
@@ -358,6 +426,7 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
       }
     } else if (KIND == 1) {
       va = va / (1.f + expf(-va)) * vb;
+      if (next) leave(next + unit, va);
       d.y[unit] = va;
       made[i] = va;
     } else {
@@ -367,6 +436,12 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
         const float x = va * t.x - vb * t.y, y = vb * t.x + va * t.y;
         va = x;
         vb = y;
+      }
+      if (next) {
+        leave(next + oa, va);
+        leave(next + ob, vb);
+      }
+      if (head < d.queries + d.keys) {
         d.y[oa] = va;
         d.y[ob] = vb;
       }
@@ -395,7 +470,7 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
           if (v0 + v < d.nk) h += row[v0 + v] * (d.nw ? d.nw[v0 + v] : 1.f) * made[v];
       }
       h = half_sum(h);
-      if (l16 == 0 && q < d.next) d.np[(u64)q * gridDim.x + blockIdx.x] = h;
+      if (l16 == 0 && q < d.next) leave(left(d.np) + q * gridDim.x + blockIdx.x, h);
     }
   }
   if (d.top) {
@@ -405,7 +480,11 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
     if (b.warp == 0) {
       top = lane < WARPS ? tops[lane] : Top{-inff, d.outputs, 0, 0};
       warp_top(top);
-      if (lane == 0) ((Top*)d.np)[blockIdx.x] = top;
+      float* to = left(d.np) + 4 * blockIdx.x;
+      if (lane == 0) {
+        leave2(to, top.v, as_f32(top.at + 1));
+        leave2(to + 2, top.bad ? 1.f : 2.f, 1.f);
+      }
     }
   }
 }
@@ -423,7 +502,9 @@ DEV void attention(const Phase& d, Block& b) {
   float* ls = ms + g;
   float* fs = ls + g;
   const u32 items = d.keys * s.splits, next = d.next;
-  const float* q = d.x;
+  // Of this token queries, key and value lie where the step before left them.
+  const float* q = left(d.x);
+  const float* own = q + d.queries * dim;
   u32 item = blockIdx.x;
   // Keys before this token's lie there since before the launch: those of the first tile are on their way before the wait.
   u32 kv = item % d.keys, split = item / d.keys, from = 0, to = 0;
@@ -432,8 +513,16 @@ DEV void attention(const Phase& d, Block& b) {
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f), y = x;
     if (k0 + r < to) {
       const u64 at = ((u64)(k0 + r) * d.keys + kv) * dim + c;
-      x = cg4(d.kc + at);
-      y = cg4(d.vc + at);
+      if (k0 + r == position) {
+        const float* p = own + kv * dim + c;
+        const float* p2 = p + d.keys * dim;
+        const uint4 a = look4(p), e = look4(p2);
+        x = until4(a, p);
+        y = until4(e, p2);
+      } else {
+        x = cg4(d.kc + at);
+        y = cg4(d.vc + at);
+      }
     }
     *(float4*)(ks + r * stride + c) = x;
     *(float4*)(vs + r * stride + c) = y;
@@ -460,7 +549,7 @@ DEV void attention(const Phase& d, Block& b) {
     }
     for (u32 e = tid; e < g * row4; e += THREADS) {
       const u32 r = divide(e, row4, by_row4), c = (e - r * row4) * 4;
-      *(float4*)(qs + r * stride + c) = cg4(q + (kv * g + r) * dim + c);
+      *(float4*)(qs + r * stride + c) = there4(q + (kv * g + r) * dim + c);
     }
     if (tid < g) { ms[tid] = -inff; ls[tid] = 0.f; }
     float acc[ACCS] = {};
@@ -507,10 +596,10 @@ DEV void attention(const Phase& d, Block& b) {
       const u32 e = tid + j * THREADS;
       if (e >= g * dim) break;
       const u32 r = divide(e, dim, by_dim), c = e - r * dim;
-      d.part[((u64)(kv * g + r) * SPLITS + split) * dim + c] = acc[j];
+      leave(left(d.part) + ((kv * g + r) * SPLITS + split) * dim + c, acc[j]);
       made[e] = acc[j];
     }
-    if (tid < g) d.stats[(kv * g + tid) * SPLITS + split] = make_float2(ms[tid], ls[tid]);
+    if (tid < g) leave2(left(d.stats) + ((kv * g + tid) * SPLITS + split) * 2, ms[tid], ls[tid]);
     if (next) {
       sync();
       for (u32 i = hw; i - (b.lane >> 4) < next * g; i += THREADS / 16) {
@@ -521,7 +610,7 @@ DEV void attention(const Phase& d, Block& b) {
           for (u32 c = l16; c < dim; c += 16) h += row[c] * made[r * dim + c];
         }
         h = half_sum(h);
-        if (l16 == 0 && i < next * g) d.np[(rank * d.queries + kv * g + r) * SPLITS + split] = h;
+        if (l16 == 0 && i < next * g) leave(left(d.np) + (rank * d.queries + kv * g + r) * SPLITS + split, h);
       }
     }
   }
@@ -531,9 +620,9 @@ DEV void likeliest(const Phase& d, const Block& b) {
   if (blockIdx.x > 0 || b.warp > 0) return;
   Top top = {-inff, d.outputs, 0, 0};
   for (u32 i = b.lane; i < gridDim.x; i += 32) {
-    const uint4 q = __ldcg((const uint4*)d.x + i);
-    better(top, as_f32(q.x), q.y);
-    top.bad |= q.z;
+    const float4 q = there4(left(d.x) + 4 * i);
+    better(top, q.x, __float_as_uint(q.y) - 1);
+    top.bad |= q.z == 1.f;
   }
   warp_top(top);
   if (b.lane == 0) { d.y[0] = (float)(top.bad ? d.outputs : top.at); d.y[1] = top.v; }
@@ -568,41 +657,34 @@ DEV void feed(u32 count) {
     __syncwarp();
   }
 }
-// Tells the other blocks when this one is done with a step, and this one when all are; and brings what the next step is.
-// bar: arrivals since ever, those before this launch, blocks that are done.
-DEV void watch(const Phase* phases, u32 count, u32* bar) {
-  const u32 lane = threadIdx.x & 31, base = ((volatile u32*)bar)[1];
+// Brings what the next step is while this one is computed, and sets the words of the other set to zeros.
+DEV void bring(const Phase* phases, u32 count, uint4* other, u32 words4) {
+  const u32 lane = threadIdx.x & 31, blocks = gridDim.x * count;
   for (u32 f = 0; f < count; ++f) {
     u32 words[(PHASE_WORDS + 31) / 32];
     if (f + 1 < count)
 #pragma unroll
       for (u32 i = 0; i < (PHASE_WORDS + 31) / 32; ++i)
         if (lane + 32 * i < PHASE_WORDS) words[i] = ((const u32*)(phases + f + 1))[lane + 32 * i];
-    if (f > 0) {
-      all_done();
-      if (lane == 0) arrive(bar);
-    }
+    if (f > 0) all_done();
     if (f + 1 < count)
 #pragma unroll
       for (u32 i = 0; i < (PHASE_WORDS + 31) / 32; ++i)
         if (lane + 32 * i < PHASE_WORDS) ((u32*)(desc + (f + 1 & 1)))[lane + 32 * i] = words[i];
-    if (f > 0 && lane == 0)
-      while ((int)(arrived(bar) - (base + f * gridDim.x)) < 0) {}
-    __syncwarp();
     ready();
+    for (u32 i = (f * gridDim.x + blockIdx.x) * 32 + lane; i < words4; i += blocks * 32) other[i] = make_uint4(0, 0, 0, 0);
   }
   all_done();
-  if (lane == 0 && atomicAdd(bar + 2, 1u) == gridDim.x - 1) {
-    bar[2] = 0;
-    bar[1] = base + (count - 1) * gridDim.x;
-  }
 }
-extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) chain(const Phase* phases, u32 count, u32* bar, const u32* pos, const float* freq) {
+extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) chain(const Phase* phases, u32 count, u32* turns, char* sets, u64 set_bytes, const u32* pos, const float* freq) {
   Block b;
   b.warp = threadIdx.x >> 5;
   b.lane = threadIdx.x & 31;
   if (threadIdx.x == 0) position = pos ? *pos : 0;
   b.used = 0;
+  // turns: launches so far, blocks of this one that are done.
+  const u32 turn_now = ((volatile u32*)turns)[0];
+  if (threadIdx.x == 0) set = turn_now & 1 ? set_bytes : 0;
   if (threadIdx.x < WARPS * SLOTS) { bar_init(full + threadIdx.x); bar_init(empty + threadIdx.x); }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -626,7 +708,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) chain(const Phase*
   if (threadIdx.x < PHASE_WORDS) ((u32*)desc)[threadIdx.x] = ((const u32*)phases)[threadIdx.x];
   __syncthreads();
   if (b.warp == WARPS) { feed(count); return; }
-  if (b.warp == WARPS + 1) { watch(phases, count, bar); return; }
+  if (b.warp == WARPS + 1) {
+    bring(phases, count, (uint4*)(sets + (set_bytes - set)), (u32)(set_bytes / 16));
+    if (b.lane == 0 && atomicAdd(turns + 1, 1u) == gridDim.x - 1) {
+      turns[1] = 0;
+      turns[0] = turn_now + 1;
+    }
+    return;
+  }
   for (u32 f = 0; f < count; ++f) {
     const Phase& d = desc[f & 1];
     if (d.kind == 0 && d.joined) linear<0, true>(d, STREAMS[f], b);
@@ -639,5 +728,5 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) chain(const Phase*
   }
 }
 #else
-extern "C" __global__ void chain(const Phase*, u32, u32*, const u32*, const float*) {}
+extern "C" __global__ void chain(const Phase*, u32, u32*, char*, u64, const u32*, const float*) {}
 #endif

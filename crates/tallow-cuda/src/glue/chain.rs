@@ -1,14 +1,19 @@
 //! A token's way through a model as one launch: its steps as a table in memory, and what of a block's shared memory each
 //! of them takes.
-//! Invariant: a step reads what the steps before it wrote only after all blocks waited for each other; before that only
-//! what no step of the plan changes. Sums are made in one order: equal runs give equal bits.
+//! Invariant: a step reads what the steps before it made only where they leave it for each other, memory that is zero
+//! until it is there; all else that it reads no step of the launch changes, or it is written by the thread that reads it.
+//! Sums are made in one order: equal runs give equal bits.
 //! Absent on purpose: which steps of a plan these are; that is `crate::fused`.
+mod table;
+
 use super::{
     Arg, Job, Target,
     pairs::{Heads, Kind, Pairs},
     source,
 };
 use crate::launch::{Kernel, Start};
+pub(crate) use table::Table;
+use table::{Make, PHASE_BYTES, leaves};
 
 const FILE: &str = include_str!("chain.cu");
 /// Warps of a block that compute, and pieces of weights that each has on their way; two more warps see to the others.
@@ -19,8 +24,7 @@ const SPLITS: usize = 32;
 const TILE: usize = 32;
 /// Results of attention that a thread can hold.
 const ACCS: usize = 4;
-/// Bytes of a step in the table, and of what of it lies in shared memory.
-const PHASE_BYTES: usize = 320;
+/// Bytes of what of a step lies in shared memory.
 const STREAM_BYTES: usize = 72;
 /// Shared memory for everything else.
 const REST_BYTES: usize = 6 << 10;
@@ -29,6 +33,9 @@ const MOST_TASKS: usize = 1 << 15;
 /// Most ranks of a step, and fewest bytes of a piece of weights that are worth a copy.
 const MOST_RANKS: usize = 256;
 const LEAST_SLOT: usize = 512;
+/// Fewest bytes of weights that a block reads in a step, all steps taken together. Where there is less to read, launches of
+/// their own are sooner done than blocks find each other's words. Measured, not derived: docs/benchmarks.md.
+const LEAST_BYTES: usize = 32 << 10;
 
 /// Attention of one token behind a cache.
 #[derive(Clone, Copy)]
@@ -73,42 +80,6 @@ pub(crate) enum Link<'a> {
     Top(u64),
 }
 
-/// What the kernel reads its steps from, somewhere in memory of the recording.
-pub(crate) struct Table {
-    /// Where it lies there, by byte.
-    pub(crate) at: usize,
-    words: Vec<u32>,
-    /// Words at which an address inside that memory begins.
-    own: Vec<usize>,
-}
-
-impl Table {
-    /// Its bytes, where the memory of the recording begins at `base`.
-    pub(crate) fn bytes(&self, base: u64) -> Vec<u8> {
-        let mut words = self.words.clone();
-        for at in &self.own {
-            let old = u64::from(words[*at]) | u64::from(words[at + 1]) << 32;
-            let new = old + base;
-            (words[*at], words[at + 1]) = (new as u32, (new >> 32) as u32);
-        }
-        words.iter().flat_map(|w| w.to_le_bytes()).collect()
-    }
-    fn address(&mut self, a: Arg) {
-        let v = match a {
-            Arg::Own(at) => {
-                self.own.push(self.words.len());
-                at as u64
-            }
-            Arg::U64(v) => v,
-            _ => 0,
-        };
-        self.words.extend([v as u32, (v >> 32) as u32]);
-    }
-    fn number(&mut self, n: usize) {
-        self.words.push(n as u32);
-    }
-}
-
 /// A linear cut for the blocks and warps of a launch.
 #[derive(Clone, Copy, Default)]
 struct Cut {
@@ -132,12 +103,13 @@ impl Room {
     }
 }
 
-/// A block for every processor; a whole number of warps reads what each left behind, where few processors stand idle then.
+/// A block for every processor; a whole number of warps reads what each left behind, where few processors stand idle then,
+/// and whole loads everywhere.
 fn blocks(t: &Target) -> usize {
     let all = t.processors as usize;
     match all % 32 {
         1..=4 if all > 32 => all / 32 * 32,
-        _ => all,
+        _ => all / 4 * 4,
     }
 }
 
@@ -223,16 +195,6 @@ impl Own {
     }
 }
 
-/// What one step leaves for the next.
-struct Between {
-    /// Parts of `h`, by turns.
-    parts: [Arg; 2],
-    /// Attention's parts and their statistics.
-    rows: Arg,
-    stats: Arg,
-    tops: Arg,
-}
-
 /// The launches for `links`, the table that they read, and the end of the memory of the recording, which was used up to
 /// `own`. `pos`: where the token's position is.
 pub(crate) fn chain(
@@ -248,12 +210,6 @@ pub(crate) fn chain(
         _ => 0,
     };
     let most = links.iter().map(ranks).max()?;
-    let heads_of = |l: &Link| match l {
-        Link::Attention(a) => (a.queries, a.queries * a.d),
-        _ => (0, 0),
-    };
-    let queries = links.iter().map(|l| heads_of(l).0).max()?;
-    let row = links.iter().map(|l| heads_of(l).1).max()?;
     // Angles are made once for all layers.
     let turned = |l: &Link| match l {
         Link::Linear(p) => match p.kind {
@@ -267,35 +223,44 @@ pub(crate) fn chain(
     if !links.iter().filter_map(turned).all(|h| same(&h)) {
         return None;
     }
-    if !t.bulk || most > MOST_RANKS {
+    let weights = |l: &Link| match l {
+        Link::Linear(p) => 2 * p.k * p.outputs(),
+        _ => 0,
+    };
+    let bytes: usize = links.iter().map(weights).sum();
+    // All wait for what each block leaves behind: each needs a part of every linear.
+    let parts = |l: &Link| match l {
+        Link::Linear(p) => p.units() >= blocks,
+        _ => true,
+    };
+    if !links.iter().all(parts) {
+        return None;
+    }
+    if !t.bulk || most > MOST_RANKS || bytes < LEAST_BYTES * blocks * links.len() {
         return None;
     }
     let mut own = Own(own);
-    let bar = own.take(256);
-    let count = blocks.max(queries * SPLITS);
-    let between = Between {
-        parts: [own.take(most * count * 4), own.take(most * count * 4)],
-        rows: own.take(row * SPLITS * 4),
-        stats: own.take(queries * SPLITS * 8),
-        tops: own.take(blocks * 16),
-    };
+    let turns = own.take(256);
+    let first = own.take(most * 4);
     let table = own.take(links.len() * PHASE_BYTES);
+    let (leaves, set) = leaves(links, blocks);
+    let sets = own.take(2 * set);
+    let Arg::Own(base) = sets else { return None };
     let Arg::Own(at) = table else { return None };
-    let mut out = Table {
-        at,
-        words: vec![],
-        own: vec![],
-    };
     let mut jobs = vec![];
-    if let Link::Linear(first) = links.first()?
-        && first.rank() > 0
+    if let Link::Linear(p) = links.first()?
+        && p.rank() > 0
     {
-        jobs.push(first.down(&first.wants(between.parts[1])));
+        jobs.push(p.down(&p.wants(first)));
     }
-    for (i, cut) in room.cuts.iter().enumerate() {
-        out.phase(links, i, *cut, &between, blocks);
-        debug_assert_eq!(out.words.len() * 4, (i + 1) * PHASE_BYTES);
-    }
+    let make = Make {
+        links,
+        leaves: &leaves,
+        base,
+        first,
+        blocks,
+    };
+    let out = Table::new(&make, &room.cuts, at)?;
     let defines = [
         ("WARPS", WARPS.to_string()),
         ("SLOTS", SLOTS.to_string()),
@@ -314,7 +279,9 @@ pub(crate) fn chain(
         args: vec![
             table,
             Arg::U32(links.len() as u32),
-            bar,
+            turns,
+            sets,
+            Arg::U64(set as u64),
             Arg::U64(pos),
             Arg::U64(heads.map_or(0, |h| h.freq)),
         ],
@@ -322,146 +289,6 @@ pub(crate) fn chain(
         start: Start::Together,
     }));
     Some((jobs, out, own.0))
-}
-
-const NULL: Arg = Arg::U64(0);
-
-impl Table {
-    /// Step `i`, in the order of the kernel's `Phase`.
-    fn phase(&mut self, links: &[Link], i: usize, cut: Cut, b: &Between, blocks: usize) {
-        let before = i.checked_sub(1).map(|i| &links[i]);
-        let next = match links.get(i + 1) {
-            Some(Link::Linear(p)) if p.rank() > 0 => Some(*p),
-            _ => None,
-        };
-        match &links[i] {
-            Link::Linear(p) => {
-                let top = matches!(links.get(i + 1), Some(Link::Top(_)));
-                self.linear(p, (before, next, top), cut, (b, i), blocks);
-            }
-            Link::Attention(a) => self.attention(a, next, (b, i)),
-            Link::Top(y) => {
-                let outputs = match before {
-                    Some(Link::Linear(p)) => p.outputs(),
-                    _ => 0,
-                };
-                self.addresses(&[NULL; 12]);
-                self.addresses(&[b.tops, Arg::U64(*y)]);
-                self.addresses(&[NULL; 9]);
-                self.numbers(&[4, 8, 0, outputs, 1, 1]);
-                self.numbers(&[0; 28]);
-            }
-        }
-    }
-    fn addresses(&mut self, all: &[Arg]) {
-        all.iter().for_each(|a| self.address(*a));
-    }
-    fn numbers(&mut self, all: &[usize]) {
-        all.iter().for_each(|n| self.number(*n));
-    }
-    /// `A` of every part of the next linear that has one, and the ends of their ranks.
-    fn next(next: Option<&Pairs>) -> ([Arg; 3], [usize; 2]) {
-        let (mut at, mut ends, mut r) = ([NULL; 3], [usize::MAX; 2], 0);
-        let adapters = next.iter().flat_map(|p| p.parts.iter());
-        for (i, (rank, _, a, _)) in adapters.filter_map(|p| p.adapter).enumerate() {
-            r += rank;
-            at[i] = Arg::U64(a);
-            if let Some(end) = ends.get_mut(i) {
-                *end = r;
-            }
-        }
-        (at, ends)
-    }
-    fn linear(
-        &mut self,
-        p: &Pairs,
-        (before, next, top): (Option<&Link>, Option<&Pairs>, bool),
-        cut: Cut,
-        (b, i): (&Between, usize),
-        blocks: usize,
-    ) {
-        let each = |f: &dyn Fn(usize) -> u64| [0, 1, 2].map(|k| Arg::U64(f(k)));
-        let part = |k: usize| p.parts.get(k);
-        self.addresses(&each(&|k| part(k).map_or(0, |p| p.w)));
-        self.addresses(&each(&|k| part(k).and_then(|p| p.bias).unwrap_or(0)));
-        self.addresses(&each(&|k| {
-            part(k).and_then(|p| p.adapter).map_or(0, |a| a.3)
-        }));
-        let (down, ends) = Self::next(next);
-        self.addresses(&down);
-        let joined = match before {
-            Some(Link::Attention(a)) => Some(a),
-            _ => None,
-        };
-        self.addresses(&[
-            Arg::U64(p.x),
-            Arg::U64(p.y),
-            Arg::U64(p.past.unwrap_or(0)),
-            Arg::U64(p.norm.map_or(0, |n| n.0)),
-            b.parts[(i + 1) % 2],
-            if top { b.tops } else { b.parts[i % 2] },
-            Arg::U64(next.and_then(|n| n.norm).map_or(0, |n| n.0)),
-        ]);
-        let (kind, heads) = match p.kind {
-            Kind::Plain => (0, None),
-            Kind::Gate => (1, None),
-            Kind::Heads(h) => (2, Some(h)),
-        };
-        let address = |v: Option<u64>| Arg::U64(v.unwrap_or(0));
-        self.addresses(&[
-            address(heads.map(|h| h.cache[0])),
-            address(heads.map(|h| h.cache[1])),
-            b.rows,
-            b.stats,
-        ]);
-        let mut out_ends = [usize::MAX; 2];
-        let mut n = 0;
-        for (k, end) in out_ends.iter_mut().enumerate() {
-            n += part(k).map_or(0, |p| p.n);
-            if k + 1 < p.parts.len() {
-                *end = n;
-            }
-        }
-        self.numbers(&[kind, p.k, p.units(), p.outputs(), cut.pieces, cut.piece]);
-        self.numbers(&out_ends);
-        let rank = [0, 1, 2].map(|k| part(k).and_then(|p| p.adapter).map_or(0, |a| a.0));
-        self.numbers(&rank);
-        self.numbers(&[0, rank[0], rank[0] + rank[1]]);
-        for k in 0..3 {
-            let scale = part(k).and_then(|p| p.adapter).map_or(0.0, |a| a.1);
-            self.words.push(scale.to_bits());
-        }
-        // The first step finds its h whole.
-        let count = if before.is_none() { 1 } else { blocks };
-        let (half, queries, keys, slots) = match (heads, joined) {
-            (Some(h), _) => (h.d / 2, h.queries, h.keys, h.slots),
-            (_, Some(a)) => (a.d / 2, a.queries, a.keys, a.slots),
-            _ => (1, 0, 1, 0),
-        };
-        self.numbers(&[p.rank(), count, next.map_or(0, Pairs::rank)]);
-        self.numbers(&[next.map_or(0, |n| n.k), ends[0], ends[1]]);
-        self.numbers(&[half, queries, keys, slots as usize]);
-        self.words.push(p.norm.map_or(0.0, |n| n.1).to_bits());
-        self.words.push(0);
-        self.numbers(&[joined.map_or(0, |a| a.window as usize)]);
-        let most = rank.iter().max().copied().unwrap_or(0);
-        self.numbers(&[usize::from(joined.is_some()), usize::from(top), most, 0]);
-    }
-    fn attention(&mut self, a: &Cached, next: Option<&Pairs>, (b, i): (&Between, usize)) {
-        self.addresses(&[NULL; 9]);
-        let (down, ends) = Self::next(next);
-        self.addresses(&down);
-        let [keys, values] = a.cache.map(Arg::U64);
-        self.addresses(&[Arg::U64(a.q), NULL, NULL, NULL, NULL, b.parts[i % 2], NULL]);
-        self.addresses(&[keys, values, b.rows, b.stats]);
-        self.numbers(&[3, 8, 0, 0, 1, 1, 0, 0]);
-        self.numbers(&[0; 9]);
-        self.numbers(&[0, 0, next.map_or(0, Pairs::rank), next.map_or(0, |n| n.k)]);
-        self.numbers(&ends);
-        self.numbers(&[a.d / 2, a.queries, a.keys, a.slots as usize, 0]);
-        self.words.push(a.scale.to_bits());
-        self.numbers(&[a.window as usize, 0, 0, 0, 0]);
-    }
 }
 
 /// Launches for a machine without a card to compile.
@@ -514,7 +341,9 @@ mod tests {
 
     #[test]
     fn a_table_names_its_own_memory() {
-        let all = super::super::pairs::examples_of_all();
+        let mut all = super::super::pairs::examples_of_all();
+        // Nothing but attention reads what lies there.
+        all[0].y = 1 << 30;
         let links: Vec<Link> = all.iter().map(Link::Linear).collect();
         let (jobs, table, end) = chain(&target(), &links, 7, 512).unwrap();
         assert_eq!(jobs.len(), 2);

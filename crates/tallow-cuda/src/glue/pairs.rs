@@ -93,6 +93,14 @@ impl Pairs {
     pub(crate) fn outputs(&self) -> usize {
         self.parts.iter().map(|p| p.n).sum()
     }
+    /// Elements of the row at `y`.
+    pub(crate) fn made(&self) -> usize {
+        match &self.kind {
+            Kind::Plain => self.outputs(),
+            Kind::Gate => self.outputs() / 2,
+            Kind::Heads(h) => (h.queries + h.keys) * h.d,
+        }
+    }
     pub(crate) fn units(&self) -> usize {
         self.outputs().div_ceil(2)
     }
