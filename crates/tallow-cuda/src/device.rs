@@ -264,6 +264,7 @@ impl Cuda {
             processors: self.card.facts.processors,
             shared: self.card.facts.shared,
             weights: self.weights,
+            bulk: self.card.facts.capability >= (9, 0),
         }
     }
 }

@@ -2,9 +2,11 @@
 //! Invariant: a value that a fused launch does not write is read by no other step; what it writes lies nowhere that it
 //! reads; weights and adapters are only read ahead of time where no step of the plan changes them.
 //! Absent on purpose: graphs. The plan stays as it was explained; a step that another launch does takes no time.
+mod chain;
+
 use crate::{
     glue::{
-        Target, attention_then,
+        self, Target, attention_then,
         matmul::{MOST_OUTERS, OUTER_NAME, Outer, side_by_side},
         pairs::{Heads, Kind, Left, Pairs, Part},
         row_weights,
@@ -24,6 +26,8 @@ use tallow_core::{
 pub(crate) struct Fused {
     pub(crate) jobs: HashMap<usize, Vec<Job>>,
     pub(crate) own_bytes: usize,
+    /// What has to lie in that memory before the first launch.
+    pub(crate) tables: Vec<glue::chain::Table>,
 }
 
 /// A linear of one row with its neighbours: steps `first..=last` of the plan.
@@ -59,6 +63,8 @@ pub(crate) fn fuse(
     all.dedup_by(|next, before| next.first <= before.last);
     let mut out = Fused::default();
     f.outers(offers, &mut out);
+    let taken = f.chains(&all, offers, &mut out);
+    all.retain(|l| !taken.iter().any(|t| t.contains(&l.first)));
     let (mut lefts, mut nexts) = (HashMap::new(), HashMap::new());
     for (n, found) in all.iter().enumerate().filter(|(_, f)| f.pairs.rank() > 0) {
         let rank = found.pairs.rank();
@@ -115,6 +121,29 @@ fn dense_f32(spec: &KernelSpec, which: &[usize]) -> bool {
 }
 
 impl Finder<'_> {
+    /// Launches for whole runs of steps, and the steps that they do.
+    fn chains(
+        &self,
+        all: &[Found],
+        offers: &[Offer],
+        out: &mut Fused,
+    ) -> Vec<std::ops::RangeInclusive<usize>> {
+        let mut taken = vec![];
+        for run in chain::runs(self, all, offers) {
+            let made = glue::chain::chain(self.target, &run.links, run.pos, out.own_bytes);
+            let Some((jobs, table, end)) = made else {
+                continue;
+            };
+            for i in run.first..run.last {
+                out.jobs.insert(i, vec![]);
+            }
+            out.jobs.insert(run.last, jobs);
+            out.tables.push(table);
+            out.own_bytes = end;
+            taken.push(run.first..=run.last);
+        }
+        taken
+    }
     fn step(&self, i: usize) -> Option<&Step> {
         self.plan.steps.get(i)
     }

@@ -2,7 +2,7 @@
 //! Invariant: a candidate is offered only for layouts its kernels read and write as they are; which kernels a
 //! spec gets depends on the spec and the [`Target`] alone, so all of this runs without a card.
 //! Absent on purpose: addresses.
-use crate::launch::{Arg, Job, Kernel, Offer};
+use crate::launch::{Arg, Job, Kernel, Offer, Start};
 use std::{collections::HashMap, sync::Arc};
 use tallow_core::{
     kernel::{Body, Candidate, Format, KernelId, KernelSpec, Operand},
@@ -11,6 +11,7 @@ use tallow_core::{
 };
 
 mod attention;
+pub(crate) mod chain;
 mod elementwise;
 mod halves;
 mod linear;
@@ -34,6 +35,8 @@ pub(crate) struct Target {
     pub(crate) shared: usize,
     /// What frozen weights are multiplied as.
     pub(crate) weights: DType,
+    /// Does it copy memory in bulk, past the registers?
+    pub(crate) bulk: bool,
 }
 
 /// Offers handed out so far.
@@ -183,14 +186,17 @@ pub(crate) fn kernel(
         shared: 0,
         args,
         unless_same: None,
-        early: false,
+        start: Start::After,
     })
 }
 
 /// The same launch, begun early: its kernel waits itself.
 pub(crate) fn early(job: Job) -> Job {
     match job {
-        Job::Kernel(k) => Job::Kernel(Kernel { early: true, ..k }),
+        Job::Kernel(k) => Job::Kernel(Kernel {
+            start: Start::Early,
+            ..k
+        }),
         other => other,
     }
 }

@@ -45,9 +45,19 @@ pub(crate) struct Kernel {
     pub(crate) args: Vec<Arg>,
     /// Not needed where these two addresses are the same.
     pub(crate) unless_same: Option<(Arg, Arg)>,
-    /// May begin before the launch before it is done: the kernel itself waits for it (`GRID_WAIT`) before it reads
-    /// anything that changes while a plan runs, and before it writes.
-    pub(crate) early: bool,
+    pub(crate) start: Start,
+}
+
+/// When a launch begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// When the launch before it is done.
+    After,
+    /// Before that: the kernel itself waits for it (`GRID_WAIT`) before it reads anything that changes while a plan
+    /// runs, and before it writes.
+    Early,
+    /// When the launch before it is done, all blocks at once: they wait for each other.
+    Together,
 }
 
 /// One launch.
@@ -126,7 +136,7 @@ pub(crate) enum Bound {
         shared: u32,
         /// Each argument in a word of its own; the driver reads as many low bytes as it is wide.
         words: Vec<u64>,
-        early: bool,
+        start: Start,
     },
     Gemm(gemm::Bound),
 }
@@ -147,7 +157,10 @@ impl Bound {
                 block: k.block,
                 shared: k.shared,
                 words: k.args.iter().map(|a| places.resolve(*a)).collect(),
-                early: k.early && card.facts.capability >= EARLY,
+                start: match k.start {
+                    Start::Early if card.facts.capability < EARLY => Start::After,
+                    other => other,
+                },
             },
             // SAFETY: the caller's promise.
             Job::Gemm(p) => Bound::Gemm(unsafe { blas.bind(p, places)? }),
@@ -165,16 +178,25 @@ impl Bound {
                 block,
                 shared,
                 words,
-                early,
+                start,
             } => {
                 let address = |w: &u64| std::ptr::from_ref(w).cast_mut().cast::<c_void>();
                 let mut args: Vec<*mut c_void> = words.iter().map(address).collect();
                 let [x, y, z] = *grid;
                 // SAFETY: plain words and an enum whose zero is a value.
                 let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-                attribute.id =
-                    sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-                attribute.value.programmaticStreamSerializationAllowed = 1;
+                use sys::CUlaunchAttributeID as Id;
+                match start {
+                    Start::After => {}
+                    Start::Early => {
+                        attribute.id = Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                        attribute.value.programmaticStreamSerializationAllowed = 1;
+                    }
+                    Start::Together => {
+                        attribute.id = Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+                        attribute.value.cooperative = 1;
+                    }
+                }
                 let config = sys::CUlaunchConfig {
                     gridDimX: x,
                     gridDimY: y,
@@ -185,7 +207,7 @@ impl Bound {
                     sharedMemBytes: *shared,
                     hStream: stream,
                     attrs: &raw mut attribute,
-                    numAttrs: u32::from(*early),
+                    numAttrs: u32::from(*start != Start::After),
                 };
                 // SAFETY: the arguments are as many and as wide as the kernel's, which is what the tests of
                 // every kernel show; the addresses are the caller's promise; the driver copies the attribute.

@@ -11,7 +11,7 @@ use crate::{
 use std::sync::Arc;
 use tallow_core::{
     Error, Result,
-    backend::{Bindings, Buffer, Recording},
+    backend::{Backend, Bindings, Buffer, Recording},
     plan::{Place, Plan, Span, Step},
 };
 
@@ -86,6 +86,9 @@ impl CudaRecording {
         };
         let fused = fused::fuse(&cuda.target(), plan, &offers, &|s| places.at(s).ok());
         let own = cuda.buffer(fused.own_bytes)?;
+        for table in &fused.tables {
+            cuda.upload(&own, table.at, &table.bytes(own.raw))?;
+        }
         let offered = offers.iter().enumerate();
         let jobs: Vec<&[Job]> = offered
             .map(|(i, o)| fused.jobs.get(&i).unwrap_or(&o.jobs).as_slice())

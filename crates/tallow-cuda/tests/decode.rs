@@ -160,7 +160,29 @@ fn a_layer_of_one_token_matches_the_oracle() {
         rank: 4,
         position: 33,
     };
+    // Wide enough for a launch of all steps: odd numbers of units, pieces and parts.
+    let wide = Sizes {
+        c: 1048,
+        mlp: 3080,
+        h: 9,
+        hk: 3,
+        d: 40,
+        slots: 300,
+        rank: 7,
+        position: 290,
+    };
     let sizes = [
+        wide,
+        Sizes {
+            rank: 0,
+            position: 0,
+            ..wide
+        },
+        Sizes {
+            rank: 33,
+            position: 64,
+            ..wide
+        },
         base,
         Sizes { rank: 0, ..base },
         Sizes {

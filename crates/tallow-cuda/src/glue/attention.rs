@@ -8,7 +8,7 @@ use super::{
     pairs::Next,
     source, word,
 };
-use crate::launch::Kernel;
+use crate::launch::{Kernel, Start};
 use std::sync::Arc;
 use tallow_core::{
     kernel::{KernelSpec, Operand},
@@ -137,7 +137,7 @@ fn launch(
         shared: shared as u32,
         args,
         unless_same: None,
-        early: false,
+        start: Start::After,
     })
 }
 

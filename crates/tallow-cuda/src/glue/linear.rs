@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     gemm::{Added, Matrix, Product},
-    launch::Kernel,
+    launch::{Kernel, Start},
 };
 use tallow_core::{
     kernel::{Body, Format, KernelSpec, Operand},
@@ -425,7 +425,7 @@ fn low_rank(
         shared: 0,
         args,
         unless_same: None,
-        early: false,
+        start: Start::After,
     }))
 }
 

@@ -18,6 +18,7 @@ pub fn sources(weights: DType) -> Vec<(&'static str, Arc<str>)> {
         processors: 132,
         shared: 227 << 10,
         weights,
+        bulk: true,
     };
     let mut table = Table::default();
     let mut found = BTreeMap::new();
@@ -35,7 +36,8 @@ pub fn sources(weights: DType) -> Vec<(&'static str, Arc<str>)> {
             }
         }
     }
-    for job in super::pairs::examples() {
+    let alone = super::pairs::examples().into_iter();
+    for job in alone.chain(super::chain::examples(&target)) {
         if let Job::Kernel(k) = job {
             found.insert(k.source, k.entry);
         }

@@ -4,7 +4,7 @@
 use super::{Arg, Job, Offer, c_type, elementwise::walk, source, word};
 use crate::{
     gemm::{Added, Matrix, Product},
-    launch::Kernel,
+    launch::{Kernel, Start},
 };
 use tallow_core::{
     kernel::{Body, KernelSpec, Operand},
@@ -168,7 +168,7 @@ fn general(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Offer> {
         shared: 0,
         args,
         unless_same: None,
-        early: false,
+        start: Start::After,
     });
     // About a third of what the library reaches.
     let busy = (m.div_ceil(64) * n.div_ceil(64) * batches) as f64 / 132.0;
@@ -263,7 +263,7 @@ pub(crate) fn side_by_side(all: &[(Outer, [Arg; 3])], parts: Arg) -> Option<(Job
         shared: 0,
         args,
         unless_same: None,
-        early: false,
+        start: Start::After,
     });
     Some((job, offset * 4))
 }
@@ -356,7 +356,7 @@ pub(super) fn outer(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option
         shared: 0,
         args,
         unless_same: None,
-        early: false,
+        start: Start::After,
     });
     let args = vec![
         Arg::Scratch(0),

@@ -4,7 +4,7 @@
 //! launch of its own does. Sums are made in one order: equal runs give equal bits.
 //! Absent on purpose: which steps of a plan these are; that is `crate::fused`.
 use super::{Arg, Job, early, kernel, linear::pick, source};
-use crate::launch::Kernel;
+use crate::launch::{Kernel, Start};
 
 const FILE: &str = include_str!("pairs.cu");
 const DOWN: &str = include_str!("pairs_down.cu");
@@ -90,10 +90,18 @@ impl Pairs {
             .map(|a| a.0)
             .sum()
     }
-    fn outputs(&self) -> usize {
+    pub(crate) fn outputs(&self) -> usize {
         self.parts.iter().map(|p| p.n).sum()
     }
-    fn units(&self) -> usize {
+    /// Elements of the row at `y`.
+    pub(crate) fn made(&self) -> usize {
+        match &self.kind {
+            Kind::Plain => self.outputs(),
+            Kind::Gate => self.outputs() / 2,
+            Kind::Heads(h) => (h.queries + h.keys) * h.d,
+        }
+    }
+    pub(crate) fn units(&self) -> usize {
         self.outputs().div_ceil(2)
     }
     /// Warps of a pair: enough that its weights fit registers, and that the launch fills a card.
@@ -237,13 +245,13 @@ impl Pairs {
             shared: (self.k * 4) as u32,
             args,
             unless_same: None,
-            early: true,
+            start: Start::Early,
         }))
     }
 }
 
-/// A launch of every kind, for a machine without a card to compile: sizes of a small model, an adapter on every part.
-pub(super) fn examples() -> Vec<Job> {
+/// Every kind, for a machine without a card: sizes of a small model, an adapter on every part.
+pub(super) fn examples_of_all() -> [Pairs; 4] {
     let part = |n: usize, bias: bool| Part {
         n,
         w: 0,
@@ -280,7 +288,12 @@ pub(super) fn examples() -> Vec<Job> {
         (4864, vec![part(896, false)], Kind::Plain, false),
         (16384, vec![part(4097, false)], Kind::Plain, true),
     ];
-    let all = all.map(make);
+    all.map(make)
+}
+
+/// Their launches.
+pub(super) fn examples() -> Vec<Job> {
+    let all = examples_of_all();
     let left = Left {
         at: Arg::Own(0),
         count: 7,

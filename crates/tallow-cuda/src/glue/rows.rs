@@ -192,7 +192,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             shared: 0,
             args,
             unless_same: None,
-            early: false,
+            start: crate::launch::Start::After,
         }));
         let args = vec![Arg::Scratch(parts), Arg::Write(1), word(chunks)?, word(c)?];
         jobs.push(kernel(
