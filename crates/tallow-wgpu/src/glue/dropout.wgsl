@@ -6,5 +6,5 @@ fn dropout(id: Id) {
   let row = i / a.c;
   let col = i % a.c;
   let x = ld_x(row * a.xs + col) * UP;
-  st_y(row * a.ys + col, select(0.0, x, uniform(ld_seed(0u), ld_seed(1u), a.draw, i) < KEEP));
+  st_y(row * a.ys + col, select(0.0, x, between_0_and_1(ld_seed(0u), ld_seed(1u), a.draw, i) < KEEP));
 }

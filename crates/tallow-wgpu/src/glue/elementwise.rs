@@ -183,7 +183,7 @@ fn value(spec: &KernelSpec, out: &Operand, ints: bool) -> Option<(&'static str, 
             ("iota", text)
         }
         Body::Random(id) => {
-            let text = format!("let v = uniform(ld_seed(0u), ld_seed(1u), {id}u, i);\n");
+            let text = format!("let v = between_0_and_1(ld_seed(0u), ld_seed(1u), {id}u, i);\n");
             ("random_philox", text)
         }
         _ => return None,

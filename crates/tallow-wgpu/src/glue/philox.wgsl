@@ -8,7 +8,7 @@ fn mul_high(x: u32, y: u32) -> u32 {
   let n = xl * yh + (m & 0xffffu);
   return xh * yh + (m >> 16u) + (n >> 16u);
 }
-fn uniform(seed0: u32, seed1: u32, id: u32, index: u32) -> f32 {
+fn between_0_and_1(seed0: u32, seed1: u32, id: u32, index: u32) -> f32 {
   var c = vec4<u32>(index / 4u, 0u, id, 0u);
   var k = vec2<u32>(seed0, seed1);
   for (var round = 0u; round < 10u; round++) {
