@@ -7,6 +7,7 @@ use crate::{
     scalar::{Inst, ScalarProgram},
     types::{DType, Layout, TensorType},
 };
+use std::collections::HashMap;
 
 /// One operand or result of a kernel: its type and how it lies in storage, from element 0 of the span given at run time.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -230,4 +231,45 @@ pub struct Candidate {
     pub cost: f64,
     /// Frozen operands wanted in a format of the backend: operand index and format.
     pub prepare: Vec<(usize, Format)>,
+}
+
+/// What a backend has offered so far, by number; `O` is one offer, whatever it takes there to run it.
+#[derive(Debug)]
+pub struct Offers<O> {
+    by_spec: HashMap<KernelSpec, Vec<Candidate>>,
+    all: Vec<O>,
+}
+
+impl<O> Default for Offers<O> {
+    fn default() -> Self {
+        Offers {
+            by_spec: HashMap::new(),
+            all: vec![],
+        }
+    }
+}
+
+impl<O> Offers<O> {
+    /// The offer behind a candidate of this table.
+    pub fn get(&self, id: KernelId) -> &O {
+        &self.all[id.0 as usize]
+    }
+    /// All ways to run `spec`: `offers` makes them, once for each spec, and `candidate` says what the planner sees of one.
+    pub fn candidates(
+        &mut self,
+        spec: &KernelSpec,
+        offers: impl FnOnce() -> Vec<O>,
+        candidate: impl Fn(KernelId, &O) -> Candidate,
+    ) -> Vec<Candidate> {
+        if let Some(known) = self.by_spec.get(spec) {
+            return known.clone();
+        }
+        let mut out = vec![];
+        for offer in offers() {
+            out.push(candidate(KernelId(self.all.len() as u32), &offer));
+            self.all.push(offer);
+        }
+        self.by_spec.insert(spec.clone(), out.clone());
+        out
+    }
 }

@@ -337,11 +337,60 @@ impl Layout {
     }
 }
 
+/// How several operands of one shape are gone through together: extents without those of 1, and for each operand its
+/// strides; neighbouring axes are one where every operand walks them as one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Walk {
+    /// Extents, outermost first. Empty for a single element.
+    pub shape: Vec<usize>,
+    /// By operand, in elements, as long as the extents.
+    pub strides: Vec<Vec<usize>>,
+}
+
+impl Walk {
+    /// Of operands with these strides, each as long as `shape`.
+    pub fn over(shape: &[usize], operands: &[&[usize]]) -> Self {
+        let mut w = Walk {
+            shape: vec![],
+            strides: vec![vec![]; operands.len()],
+        };
+        for (axis, n) in shape.iter().enumerate() {
+            if *n == 1 {
+                continue;
+            }
+            let outer = |(s, o): (&Vec<usize>, &&[usize])| s.last() == Some(&(o[axis] * n));
+            let merges = !w.shape.is_empty() && w.strides.iter().zip(operands).all(outer);
+            match (merges, w.shape.last_mut()) {
+                (true, Some(last)) => *last *= n,
+                _ => w.shape.push(*n),
+            }
+            for (s, o) in w.strides.iter_mut().zip(operands) {
+                if merges {
+                    s.pop();
+                }
+                s.push(o[axis]);
+            }
+        }
+        w
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn axes_are_one_where_every_operand_walks_them_as_one() {
+        let dense = [12, 4, 4, 1];
+        let w = Walk::over(&[2, 3, 1, 4], &[&dense, &[4, 0, 7, 1]]);
+        assert_eq!(w.shape, [2, 3, 4]);
+        assert_eq!(w.strides, [[12, 4, 1], [4, 0, 1]]);
+        let w = Walk::over(&[2, 3, 1, 4], &[&dense, &[24, 8, 0, 2]]);
+        assert_eq!((w.shape, w.strides), (vec![24], vec![vec![1], vec![2]]));
+        assert!(Walk::over(&[1, 1], &[&[5, 1]]).shape.is_empty());
+        assert_eq!(Walk::over(&[2, 3], &[]).shape, [6]);
+    }
     #[test]
     fn rows_of_a_window_keep_the_outer_stride() {
         let l = Layout::contiguous(&[2, 5, 12].into()).slice(2, 4, 8);

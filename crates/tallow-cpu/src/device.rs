@@ -18,7 +18,7 @@ use std::{
 use tallow_core::{
     Error, Result,
     backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, HostBytes, Recording},
-    kernel::{Candidate, Format, KernelSpec, Operand},
+    kernel::{Candidate, Format, KernelSpec, Offers, Operand},
     plan::{Place, Plan, Span, Step},
     types::DType,
 };
@@ -40,7 +40,7 @@ pub struct Cpu {
     pub(crate) isa: Isa,
     pub(crate) pool: Arc<Pool>,
     pub(crate) weights: DType,
-    pub(crate) table: Mutex<glue::Table>,
+    pub(crate) table: Mutex<Offers<glue::Offer>>,
 }
 
 impl Cpu {
@@ -224,7 +224,7 @@ impl Backend for Cpu {
                 None => (std::ptr::null_mut(), 0),
             };
             calls.push(Call {
-                kernel: table.kernel(s.kernel),
+                kernel: table.get(s.kernel).run.clone(),
                 reads: reads.collect::<Result<_>>()?,
                 writes: writes.collect::<Result<_>>()?,
                 workspace,

@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use tallow_core::scalar::{Inst, ScalarOp, ScalarProgram};
-use tallow_core::types::DType;
+use tallow_core::types::{DType, Walk};
 
 use crate::exec::{Exec, RowKernel};
 use crate::gather::{Number, with_type};
@@ -116,7 +116,11 @@ impl Elementwise {
             "bug in tallow: elementwise operands do not fit the program"
         );
         let all: Vec<&Operand> = inputs.iter().chain(outputs).collect();
-        let (extents, strides) = merge(shape, &all);
+        let each: Vec<&[usize]> = all.iter().map(|o| &o.strides[..]).collect();
+        let Walk {
+            shape: extents,
+            strides,
+        } = Walk::over(shape, &each);
         let (len, outer) = extents.split_last().map_or((1, &[][..]), |(l, o)| (*l, o));
         assert!(
             outer.len() <= MAX_AXES,
@@ -299,36 +303,6 @@ impl Elementwise {
         }
         at
     }
-}
-
-/// Merges neighbouring axes that every operand walks as one; drops extents of 1.
-fn merge(shape: &[usize], operands: &[&Operand]) -> (Vec<usize>, Vec<Vec<usize>>) {
-    let mut extents: Vec<usize> = Vec::new();
-    let mut strides = vec![Vec::new(); operands.len()];
-    for (axis, n) in shape.iter().enumerate() {
-        if *n == 1 {
-            continue;
-        }
-        let joins = !extents.is_empty()
-            && operands
-                .iter()
-                .zip(&strides)
-                .all(|(o, s): (_, &Vec<usize>)| s.last() == Some(&(o.strides[axis] * n)));
-        if joins {
-            if let Some(last) = extents.last_mut() {
-                *last *= n;
-            }
-        } else {
-            extents.push(*n);
-        }
-        for (o, s) in operands.iter().zip(&mut strides) {
-            if joins {
-                s.pop();
-            }
-            s.push(o.strides[axis]);
-        }
-    }
-    (extents, strides)
 }
 
 /// A program over its blocks; a row of the kernel is a block.

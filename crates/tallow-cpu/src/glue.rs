@@ -4,10 +4,10 @@
 //! Absent on purpose: arithmetic, which lives in the kernel modules; a kernel that only this glue calls
 //! may lie in one file with its binding (`layer_norm`).
 use crate::{device::Cpu, exec::Exec};
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 use tallow_core::{
     Error, Result,
-    kernel::{Body, Candidate, Format, KernelId, KernelSpec, Operand},
+    kernel::{Body, Candidate, Format, KernelSpec, Operand},
     op::Composite,
 };
 
@@ -89,38 +89,17 @@ impl Offer {
     }
 }
 
-/// Kernels handed out so far.
-#[derive(Default)]
-pub(crate) struct Table {
-    by_spec: HashMap<KernelSpec, Vec<Candidate>>,
-    kernels: Vec<Arc<KernelFn>>,
-}
-
-impl Table {
-    pub(crate) fn kernel(&self, id: KernelId) -> Arc<KernelFn> {
-        self.kernels[id.0 as usize].clone()
-    }
-}
-
 /// All ways this CPU can run `spec`.
 pub(crate) fn candidates(cpu: &Cpu, spec: &KernelSpec) -> Vec<Candidate> {
     let mut table = cpu.table.lock().unwrap_or_else(|e| e.into_inner());
-    if let Some(c) = table.by_spec.get(spec) {
-        return c.clone();
-    }
-    let mut out = vec![];
-    for offer in offers(cpu, spec) {
-        out.push(Candidate {
-            kernel: KernelId(table.kernels.len() as u32),
-            name: offer.name,
-            workspace: offer.scratch * 4,
-            cost: estimate(cpu, spec) * offer.dearer,
-            prepare: offer.prepare,
-        });
-        table.kernels.push(offer.run);
-    }
-    table.by_spec.insert(spec.clone(), out.clone());
-    out
+    let candidate = |kernel, offer: &Offer| Candidate {
+        kernel,
+        name: offer.name,
+        workspace: offer.scratch * 4,
+        cost: estimate(cpu, spec) * offer.dearer,
+        prepare: offer.prepare.clone(),
+    };
+    table.candidates(spec, || offers(cpu, spec), candidate)
 }
 
 /// Seconds of one run by a roofline: arithmetic at a modest rate or bytes at a modest bandwidth.

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tallow_core::{
     Result,
     backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Half, Recording},
-    kernel::{Candidate, Format, KernelId, KernelSpec, Operand},
+    kernel::{Candidate, Format, KernelId, KernelSpec, Offers, Operand},
     op::Composite,
     plan::Plan,
     types::DType,
@@ -84,7 +84,7 @@ pub struct Cuda {
     staging: Mutex<Staging>,
     /// Where short downloads land first: several times faster than memory that is not pinned.
     landing: Mutex<Pinned>,
-    table: Mutex<glue::Table>,
+    table: Mutex<Offers<Offer>>,
 }
 
 impl Cuda {
@@ -126,11 +126,11 @@ impl Cuda {
     pub(crate) fn error(&self, e: Error) -> tallow_core::Error {
         e.on(&self.info.name)
     }
-    fn table(&self) -> MutexGuard<'_, glue::Table> {
+    fn table(&self) -> MutexGuard<'_, Offers<Offer>> {
         self.table.lock().unwrap_or_else(|e| e.into_inner())
     }
     pub(crate) fn offer(&self, id: KernelId) -> Offer {
-        self.table().offer(id)
+        self.table().get(id).clone()
     }
     /// Compiles and loads the kernels of `jobs`.
     pub(crate) fn load<'a>(&self, jobs: impl Iterator<Item = &'a Job>) -> Result<()> {
@@ -217,7 +217,7 @@ impl Backend for Cuda {
         self.card.wait().map_err(|e| self.error(e))
     }
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>> {
-        Ok(self.table().candidates(&self.target(), spec))
+        Ok(glue::candidates(&mut self.table(), &self.target(), spec))
     }
     fn far(&self) -> bool {
         true

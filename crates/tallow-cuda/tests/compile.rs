@@ -37,11 +37,12 @@ fn kernels_compile_without_spills() {
     if !compiler() {
         return;
     }
+    let specs = tallow_conformance::specs();
     let mut texts = HashSet::new();
     let mut all = vec![];
     for weights in [DType::F32, DType::BF16] {
         all.extend(
-            sources(weights)
+            sources(&specs, weights)
                 .into_iter()
                 .filter(|(_, s)| texts.insert(s.clone())),
         );

@@ -18,7 +18,7 @@ use std::sync::{
 use tallow_core::{
     Result,
     backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Recording},
-    kernel::{Candidate, Format, KernelId, KernelSpec, Operand},
+    kernel::{Candidate, Format, KernelId, KernelSpec, Offers, Operand},
     op::Composite,
     plan::Plan,
     types::DType,
@@ -43,7 +43,7 @@ pub struct Wgpu {
     pub(crate) gpu: Arc<Gpu>,
     target: Target,
     landing: Landing,
-    table: Mutex<glue::Table>,
+    table: Mutex<Offers<Offer>>,
 }
 
 /// Numbers of buffers, never used again.
@@ -108,7 +108,7 @@ impl Wgpu {
         e.on(&self.info.name)
     }
     pub(crate) fn offer(&self, id: KernelId) -> Offer {
-        lock(&self.table).offer(id)
+        lock(&self.table).get(id).clone()
     }
     pub(crate) fn buffer(&self, bytes: usize) -> Result<Buffer> {
         let usage = wgpu::BufferUsages::STORAGE
@@ -192,7 +192,7 @@ impl Backend for Wgpu {
         true
     }
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>> {
-        Ok(lock(&self.table).candidates(&self.target, spec))
+        Ok(glue::candidates(&mut lock(&self.table), &self.target, spec))
     }
     fn cheap(&self, c: &Composite) -> bool {
         matches!(c, Composite::RmsNorm(_) | Composite::SwiGlu(_))

@@ -6,9 +6,8 @@ use crate::{
     launch::{Arg, Kernel, Offer},
     shader::Target,
 };
-use std::collections::HashMap;
 use tallow_core::{
-    kernel::{Body, Candidate, Format, KernelId, KernelSpec, Operand},
+    kernel::{Body, Candidate, Format, KernelSpec, Offers, Operand},
     op::Composite,
     types::DType,
 };
@@ -28,36 +27,20 @@ mod table;
 mod top;
 pub use listing::{Source, sources};
 
-/// Offers handed out so far.
-#[derive(Default)]
-pub(crate) struct Table {
-    by_spec: HashMap<KernelSpec, Vec<Candidate>>,
-    offers: Vec<Offer>,
-}
-
-impl Table {
-    pub(crate) fn offer(&self, id: KernelId) -> Offer {
-        self.offers[id.0 as usize].clone()
-    }
-    /// All ways to run `spec`.
-    pub(crate) fn candidates(&mut self, target: &Target, spec: &KernelSpec) -> Vec<Candidate> {
-        if let Some(c) = self.by_spec.get(spec) {
-            return c.clone();
-        }
-        let mut out = vec![];
-        for offer in offers(target, spec) {
-            out.push(Candidate {
-                kernel: KernelId(self.offers.len() as u32),
-                name: offer.name,
-                workspace: offer.scratch,
-                cost: estimate(spec, &offer),
-                prepare: offer.prepare.clone(),
-            });
-            self.offers.push(offer);
-        }
-        self.by_spec.insert(spec.clone(), out.clone());
-        out
-    }
+/// All ways to run `spec`.
+pub(crate) fn candidates(
+    table: &mut Offers<Offer>,
+    target: &Target,
+    spec: &KernelSpec,
+) -> Vec<Candidate> {
+    let candidate = |kernel, offer: &Offer| Candidate {
+        kernel,
+        name: offer.name,
+        workspace: offer.scratch,
+        cost: estimate(spec, offer),
+        prepare: offer.prepare.clone(),
+    };
+    table.candidates(spec, || offers(target, spec), candidate)
 }
 
 /// Seconds of one run: a start for each dispatch, then arithmetic or bytes at modest rates of a laptop's GPU.

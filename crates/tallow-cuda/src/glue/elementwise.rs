@@ -6,46 +6,10 @@ use tallow_core::{
     kernel::{Body, KernelSpec, Operand},
     op::Dropout,
     scalar::Dialect,
-    types::DType,
+    types::{DType, Walk},
 };
 
 const FILE: &str = include_str!("elementwise.cu");
-
-/// Extents that all operands share, and for each operand its strides, with axes merged where all of them allow.
-pub(super) struct Walk {
-    pub(super) shape: Vec<usize>,
-    pub(super) strides: Vec<Vec<usize>>,
-}
-
-pub(super) fn walk(shape: &[usize], operands: &[&[usize]]) -> Walk {
-    let mut w = Walk {
-        shape: vec![],
-        strides: vec![vec![]; operands.len()],
-    };
-    for (axis, n) in shape.iter().enumerate() {
-        if *n == 1 {
-            continue;
-        }
-        let merges = w.shape.last().is_some() && {
-            let outer = |(s, o): (&Vec<usize>, &&[usize])| s.last().copied() == Some(o[axis] * n);
-            w.strides.iter().zip(operands).all(outer)
-        };
-        if merges {
-            if let Some(last) = w.shape.last_mut() {
-                *last *= n;
-            }
-        } else {
-            w.shape.push(*n);
-        }
-        for (s, o) in w.strides.iter_mut().zip(operands) {
-            match merges {
-                true => *s.last_mut().expect("an axis to merge with") = o[axis],
-                false => s.push(o[axis]),
-            }
-        }
-    }
-    w
-}
 
 /// A kernel made for one spec: its parameters, the code that finds element `i`, and what is stored.
 struct Text {
@@ -58,7 +22,7 @@ struct Text {
 fn indexed(ins: &[&Operand], out: &Operand) -> Option<Text> {
     let mut all: Vec<&[usize]> = ins.iter().map(|o| &o.layout.strides[..]).collect();
     all.push(&out.layout.strides);
-    let w = walk(&out.layout.shape.0, &all);
+    let w = Walk::over(&out.layout.shape.0, &all);
     let name = |k: usize| {
         if k == ins.len() {
             "y".to_owned()

@@ -1,14 +1,14 @@
 //! Plain products over the two innermost axes: cuBLASLt where it takes the strides, a kernel for any.
 //! Invariant: a product of f32 matrices is exact f32 arithmetic whichever runs it.
 //! Absent on purpose: products with weights that never change; those are linears.
-use super::{Arg, Job, Offer, c_type, elementwise::walk, source, word};
+use super::{Arg, Job, Offer, c_type, source, word};
 use crate::{
     gemm::{Added, Matrix, Product},
     launch::{Kernel, Start},
 };
 use tallow_core::{
     kernel::{Body, KernelSpec, Operand},
-    types::DType,
+    types::{DType, Walk},
 };
 
 const FILE: &str = include_str!("matmul.cu");
@@ -88,7 +88,7 @@ fn batch_axes(spec: &KernelSpec) -> Option<(Vec<usize>, Vec<Vec<usize>>)> {
     let outer = |o: &Operand| o.layout.strides[..o.layout.shape.rank() - 2].to_vec();
     let all = [outer(&spec.inputs[0]), outer(&spec.inputs[1]), outer(out)];
     let shape = &out.layout.shape.0;
-    let w = walk(&shape[..shape.len() - 2], &[&all[0], &all[1], &all[2]]);
+    let w = Walk::over(&shape[..shape.len() - 2], &[&all[0], &all[1], &all[2]]);
     Some((w.shape, w.strides))
 }
 

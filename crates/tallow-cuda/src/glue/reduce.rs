@@ -1,8 +1,12 @@
 //! Sums and maxima along one axis, with any strides.
 //! Invariant: the order of a sum depends on shapes alone, so equal runs give equal bits.
 //! Absent on purpose: several axes at once.
-use super::{Arg, Offer, c_type, elementwise::walk, kernel, source, word};
-use tallow_core::{kernel::KernelSpec, op::ReduceOp, types::DType};
+use super::{Arg, Offer, c_type, kernel, source, word};
+use tallow_core::{
+    kernel::KernelSpec,
+    op::ReduceOp,
+    types::{DType, Walk},
+};
 
 const FILE: &str = include_str!("reduce.cu");
 
@@ -61,7 +65,7 @@ pub(super) fn offer(op: ReduceOp, axis: usize, spec: &KernelSpec) -> Option<Offe
     let (count, along) = (x.layout.shape.0[axis], x.layout.strides[axis]);
     let results = y.layout.shape.numel();
     // The strides of a result's first term are those of `x` with the axis gone.
-    let w = walk(&y.layout.shape.0, &[&x.layout.strides, &y.layout.strides]);
+    let w = Walk::over(&y.layout.shape.0, &[&x.layout.strides, &y.layout.strides]);
     if w.shape.len() > AXES {
         return None;
     }

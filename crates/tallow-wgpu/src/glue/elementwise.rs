@@ -10,47 +10,16 @@ use std::fmt::Write;
 use tallow_core::{
     kernel::{Body, KernelSpec, Operand},
     scalar::{Dialect, Inst, ScalarOp, ScalarProgram},
-    types::DType,
+    types::{DType, Walk},
 };
 
 const PHILOX: &str = include_str!("philox.wgsl");
-
-/// Extents that all operands share, and for each operand its strides, with axes merged where all of them allow.
-pub(super) struct Walk {
-    pub(super) shape: Vec<usize>,
-    pub(super) strides: Vec<Vec<usize>>,
-}
-
-pub(super) fn walk(shape: &[usize], operands: &[&[usize]]) -> Walk {
-    let mut w = Walk {
-        shape: vec![],
-        strides: vec![vec![]; operands.len()],
-    };
-    for (axis, n) in shape.iter().enumerate() {
-        if *n == 1 {
-            continue;
-        }
-        let outer = |(s, o): (&Vec<usize>, &&[usize])| s.last() == Some(&(o[axis] * n));
-        let merges = !w.shape.is_empty() && w.strides.iter().zip(operands).all(outer);
-        match (merges, w.shape.last_mut()) {
-            (true, Some(last)) => *last *= n,
-            _ => w.shape.push(*n),
-        }
-        for (s, o) in w.strides.iter_mut().zip(operands) {
-            if merges {
-                s.pop();
-            }
-            s.push(o[axis]);
-        }
-    }
-    w
-}
 
 /// WGSL that finds, from the flat index `i` over `shape`, the element of each operand: `let name = ..;`.
 /// `None` where one lies past what 32 bits count.
 pub(super) fn index(i: &str, shape: &[usize], operands: &[(&str, &[usize])]) -> Option<String> {
     let strides: Vec<&[usize]> = operands.iter().map(|(_, s)| *s).collect();
-    let w = walk(shape, &strides);
+    let w = Walk::over(shape, &strides);
     let end = |s: &Vec<usize>| -> usize {
         let reach = |(n, s): (&usize, &usize)| n.saturating_sub(1) * s;
         w.shape.iter().zip(s).map(reach).sum()

@@ -1,10 +1,13 @@
 //! Every kernel's text, for a machine without a GPU to translate.
 //! Invariant: the texts come from the same offers that a GPU gets.
 //! Absent on purpose: which specs; whoever asks brings them.
-use super::{Table, prepare};
+use super::{candidates, prepare};
 use crate::{launch::Kernel, shader::Target};
 use std::{collections::BTreeMap, sync::Arc};
-use tallow_core::{kernel::KernelSpec, types::DType};
+use tallow_core::{
+    kernel::{KernelSpec, Offers},
+    types::DType,
+};
 
 /// A kernel as a GPU would get it.
 #[derive(Clone, Debug)]
@@ -33,10 +36,10 @@ pub fn sources(specs: &[KernelSpec], subgroups: Option<u32>, weights: DType) -> 
         binding: 128 << 20,
         weights,
     };
-    let (mut table, mut found) = (Table::default(), BTreeMap::new());
+    let (mut table, mut found) = (Offers::default(), BTreeMap::new());
     for spec in specs {
-        for c in table.candidates(&target, spec) {
-            let mut jobs = table.offer(c.kernel).jobs;
+        for c in candidates(&mut table, &target, spec) {
+            let mut jobs = table.get(c.kernel).jobs.clone();
             for (i, format) in c.prepare {
                 jobs.extend(prepare(&target, format, &spec.inputs[i]).unwrap_or_default());
             }
