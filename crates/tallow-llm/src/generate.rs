@@ -242,7 +242,9 @@ impl Stream<'_> {
     fn choose(&mut self) -> Result<u32> {
         let new = &self.history[self.fed..];
         match self.sampler.takes_likeliest() {
-            true => self.ahead = self.decoder.feed_likeliest(new, self.left)?.into(),
+            true => self
+                .ahead
+                .extend(self.decoder.feed_likeliest(new, self.left)?),
             false => self.decoder.advance(new)?,
         }
         self.fed = self.history.len();

@@ -42,6 +42,8 @@ pub struct Decoder {
     /// Rows of the recording that ran last.
     last: usize,
     logits: Vec<f32>,
+    /// What the device chose last.
+    found: Vec<u32>,
     /// Tokens that one row is replayed for before it is waited for.
     ahead: usize,
 }
@@ -74,6 +76,7 @@ impl Decoder {
             position: 0,
             last: 0,
             logits: vec![0.0; model.config.vocab],
+            found: Vec::with_capacity(MOST_AHEAD),
             ahead: 1,
         })
     }
@@ -109,12 +112,13 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Decoder::feed`].
-    pub fn feed_likeliest(&mut self, ids: &[u32], most: usize) -> Result<Vec<u32>> {
+    pub fn feed_likeliest(&mut self, ids: &[u32], most: usize) -> Result<&[u32]> {
         let from = self.position;
         self.advance(ids)?;
-        let mut found = [0.0; 2 * MOST_AHEAD];
+        self.found.clear();
+        let mut read = [0.0; 2 * MOST_AHEAD];
         let Some(step) = self.steps.get_mut(&self.last) else {
-            return Ok(vec![]);
+            return Ok(&self.found);
         };
         let session = &self.model.session;
         let n = match (&step.chosen, step.program.outputs.get(1)) {
@@ -126,31 +130,28 @@ impl Decoder {
                     step.program.replay()?;
                 }
                 let at = 2 * (self.position - 1);
-                session.read_part(chosen, at, &mut found[..2 * n])?;
+                session.read_part(chosen, at, &mut read[..2 * n])?;
                 self.ahead = fit(start.elapsed() / n as u32);
                 n
             }
             (None, Some(top)) => {
-                session.read_into(top, &mut found[..2])?;
+                session.read_into(top, &mut read[..2])?;
                 1
             }
-            (None, None) => return Ok(vec![]),
+            (None, None) => return Ok(&self.found),
         };
         let vocab = self.model.config.vocab;
         let right = |f: &&[f32; 2]| f[1].is_finite() && (f[0] as usize) < vocab;
-        let pairs = &found.as_chunks::<2>().0[..n];
-        let ids_found: Vec<u32> = pairs
-            .iter()
-            .take_while(right)
-            .map(|f| f[0] as u32)
-            .collect();
-        if ids_found.is_empty() && n > 1 {
+        let pairs = &read.as_chunks::<2>().0[..n];
+        let ids_found = pairs.iter().take_while(right).map(|f| f[0] as u32);
+        self.found.extend(ids_found);
+        if self.found.is_empty() && n > 1 {
             // Its scores are gone: once more, for them alone.
             self.position = from;
             self.advance(ids)?;
         }
-        self.position += ids_found.len().max(1) - 1;
-        Ok(ids_found)
+        self.position += self.found.len().max(1) - 1;
+        Ok(&self.found)
     }
 
     /// The scores `[vocab]` behind the tokens fed last.
