@@ -227,9 +227,9 @@ pub unsafe fn run_with_tail<E: Element>(isa: Isa, tile: &Tile<E>, tail: &Tail) {
         unsafe {
             let block = Block { tile, tail, row };
             match (fast, mask) {
-                (true, false) => block_of::<E, true, false>(isa, block, rows, width),
-                (false, false) => block_of::<E, false, false>(isa, block, rows, width),
-                (_, true) => block_of::<E, false, true>(isa, block, rows, width),
+                (true, false) => block_of::<E, true, false>(isa, &block, rows, width),
+                (false, false) => block_of::<E, false, false>(isa, &block, rows, width),
+                (_, true) => block_of::<E, false, true>(isa, &block, rows, width),
             }
         }
         row += rows;
@@ -256,8 +256,8 @@ fn block_rows(isa: Isa, width: usize) -> usize {
     (rows * NR / width).min(MR)
 }
 
-/// One register block: some rows of a tile, from `row` on.
-#[derive(Clone, Copy)]
+/// One register block: some rows of a tile, from `row` on. It is handed on by reference: a copy made just after it was written
+/// waits until all sums of the block before have left the store queue.
 struct Block<'a, E> {
     tile: &'a Tile<E>,
     tail: &'a Tail,
@@ -268,7 +268,7 @@ struct Block<'a, E> {
 /// As for [`run_with_tail`]; `rows <= block_rows(isa, width)` rows from `block.row` on are in the tile.
 unsafe fn block_of<E: Element, const FAST: bool, const MASK: bool>(
     isa: Isa,
-    block: Block<'_, E>,
+    block: &Block<'_, E>,
     rows: usize,
     width: usize,
 ) {
@@ -291,7 +291,7 @@ unsafe fn block_of<E: Element, const FAST: bool, const MASK: bool>(
 /// A register block of `R` rows. `FAST`: rows of `x` side by side. `MASK`: some columns of the panel
 /// may not be read. `W`: columns worked on.
 struct Rows<'a, E, const R: usize, const FAST: bool, const MASK: bool, const W: usize>(
-    Block<'a, E>,
+    &'a Block<'a, E>,
 );
 
 /// Vectors a row of 32 columns may need: 8 of 4 lanes.
@@ -313,7 +313,7 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
         if R > V::TILE_ROWS * NR / W || W < V::LANES || (E::PAIRED && (W < NR || MASK)) {
             return;
         }
-        let Block { tile: t, tail, row } = self.0;
+        let &Block { tile: t, tail, row } = self.0;
         // SAFETY: the caller's promise: `R` rows from `row` on, `cols` columns, are in the tile.
         unsafe {
             let mut sums: Sums<V, R> = [[V::zero(); MAX_VECTORS]; R];
@@ -360,7 +360,7 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
     /// Where this block's part of the next panel begins, and how much of it each term asks for. Without a next panel it is
     /// the start of this one again and again, for a branch in the loop would cost more.
     fn next(&self) -> (*const E, usize) {
-        let Block { tile, row, .. } = self.0;
+        let &Block { tile, row, .. } = self.0;
         let Next {
             at,
             row: first,
