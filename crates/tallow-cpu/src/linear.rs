@@ -25,6 +25,7 @@ mod product;
 mod split;
 mod thin;
 
+pub use crate::tile::Rows;
 pub use backward::{Backward, backward, backward_workspace};
 pub use forward::{Forward, forward, forward_workspace};
 pub use gemm::{Gemm, Strided, gemm, gemm_workspace};
@@ -149,77 +150,17 @@ fn ranks<E>(all: &[Block<E>], shares: usize) -> (usize, usize) {
     ((0..count).map(each).sum(), largest)
 }
 
-/// A matrix that is added to the result, or that it is written to: rows `row` elements apart.
-#[derive(Clone, Copy, Debug)]
-pub struct Rows<P> {
-    /// Element `(0, 0)`.
-    pub at: P,
-    /// Distance between rows.
-    pub row: usize,
-}
-
-impl Rows<*const f32> {
-    /// No matrix.
-    pub const NONE: Self = Self {
-        at: std::ptr::null(),
-        row: 0,
-    };
-
-    /// Is it the same matrix as `y`?
-    fn is(self, y: Rows<*mut f32>) -> bool {
-        !self.at.is_null() && self.at == y.at.cast_const()
-    }
-
-    /// Itself, or no matrix if it is `y`.
-    fn other_than(self, y: Rows<*mut f32>) -> Self {
-        if self.is(y) { Self::NONE } else { self }
-    }
-
-    /// The matrix from `row` and `column` on; no matrix if it is none.
-    fn from(self, row: usize, column: usize) -> Self {
-        let skip = if self.at.is_null() {
-            0
-        } else {
-            row * self.row + column
-        };
-        Self {
-            at: self.at.wrapping_add(skip),
-            ..self
-        }
-    }
-}
-
-impl Rows<*mut f32> {
-    /// No matrix.
-    pub const NONE: Self = Self {
-        at: std::ptr::null_mut(),
-        row: 0,
-    };
-}
-
-/// Adds a row vector and a matrix, either of which may be null, to `y: [m, cols]`.
+/// Adds a row vector to the rows of `y: [m, cols]`.
 ///
 /// # Safety
 /// The elements are readable and those of `y` writable.
-unsafe fn add_to(
-    m: usize,
-    cols: usize,
-    y: Rows<*mut f32>,
-    bias: *const f32,
-    residual: Rows<*const f32>,
-) {
+unsafe fn add_row(m: usize, cols: usize, y: Rows<*mut f32>, row: *const f32) {
     for i in 0..m {
-        // SAFETY: `i < m` and `j < cols`; null pointers are not followed.
+        // SAFETY: `i < m` and `j < cols`.
         unsafe {
             let y = std::slice::from_raw_parts_mut(y.at.add(i * y.row), cols);
-            if !bias.is_null() {
-                let bias = std::slice::from_raw_parts(bias, cols);
-                y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-            }
-            if !residual.at.is_null() {
-                let more = std::slice::from_raw_parts(residual.at.add(i * residual.row), cols);
-                y.iter_mut().zip(more).for_each(|(y, r)| *y += r);
-            }
+            let row = std::slice::from_raw_parts(row, cols);
+            y.iter_mut().zip(row).for_each(|(y, b)| *y += b);
         }
     }
 }

@@ -308,7 +308,7 @@ impl Chunks<'_> {
                     y: logits.add((first - classes.start) * LANES),
                     y_row: LANES,
                     cols,
-                    accumulate: false,
+                    onto: tile::Rows::<*const f32>::NONE,
                     next: Next {
                         at: next,
                         row: 0,
@@ -348,7 +348,7 @@ impl Chunks<'_> {
                     y: gradient,
                     y_row: LANES,
                     cols,
-                    accumulate: first > 0,
+                    onto: tile::Rows::old(gradient, LANES, first > 0),
                     next: Next::NONE,
                 };
                 tile::run(self.isa, &tile);
@@ -385,7 +385,11 @@ impl Chunks<'_> {
                     y: gradient.add(col),
                     y_row: a.c.next_multiple_of(NR),
                     cols,
-                    accumulate: classes.start > 0,
+                    onto: tile::Rows::old(
+                        gradient.add(col),
+                        a.c.next_multiple_of(NR),
+                        classes.start > 0,
+                    ),
                     next: Next::NONE,
                 };
                 tile::run(self.isa, &tile);

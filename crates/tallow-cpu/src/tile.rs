@@ -47,8 +47,8 @@ pub struct Tile<E = f32> {
     pub y_row: usize,
     /// Columns that count, 1 to 32. No other column of `y` is touched.
     pub cols: usize,
-    /// Adds to `y` instead of setting it.
-    pub accumulate: bool,
+    /// What is added to the sums: a matrix like `y`, `y` itself, or nothing.
+    pub onto: Rows<*const f32>,
     /// What to ask memory for on the way.
     pub next: Next<E>,
 }
@@ -101,6 +101,51 @@ impl Tail {
         x_col: 0,
         panel: std::ptr::null(),
         panel_row: 0,
+    };
+}
+
+/// A matrix that is added to a result, or that one is written to: rows `row` elements apart. One that is added may be one row for
+/// all, with a distance of 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<P> {
+    /// Element `(0, 0)`.
+    pub at: P,
+    /// Distance between rows.
+    pub row: usize,
+}
+
+impl Rows<*const f32> {
+    /// No matrix.
+    pub const NONE: Self = Self {
+        at: std::ptr::null(),
+        row: 0,
+    };
+
+    /// The old values of the matrix `y`, or no matrix.
+    pub(crate) fn old(y: *mut f32, row: usize, wanted: bool) -> Self {
+        let at = y.cast_const();
+        if wanted { Self { at, row } } else { Self::NONE }
+    }
+
+    /// The matrix from `row` and `column` on; no matrix if it is none.
+    pub(crate) fn from(self, row: usize, column: usize) -> Self {
+        let skip = if self.at.is_null() {
+            0
+        } else {
+            row * self.row + column
+        };
+        Self {
+            at: self.at.wrapping_add(skip),
+            ..self
+        }
+    }
+}
+
+impl Rows<*mut f32> {
+    /// No matrix.
+    pub const NONE: Self = Self {
+        at: std::ptr::null_mut(),
+        row: 0,
     };
 }
 
@@ -276,7 +321,7 @@ unsafe fn block_of<E: Element, const FAST: bool, const MASK: bool>(
         ($width:literal: $($n:literal)*) => {
             match rows {
                 // SAFETY: the caller's promise.
-                $($n => unsafe { isa.dispatch(Rows::<E, $n, FAST, MASK, $width>(block)) },)*
+                $($n => unsafe { isa.dispatch(Registers::<E, $n, FAST, MASK, $width>(block)) },)*
                 _ => unreachable!("bug in tallow: {rows} rows in a register block"),
             }
         };
@@ -290,7 +335,7 @@ unsafe fn block_of<E: Element, const FAST: bool, const MASK: bool>(
 
 /// A register block of `R` rows. `FAST`: rows of `x` side by side. `MASK`: some columns of the panel
 /// may not be read. `W`: columns worked on.
-struct Rows<'a, E, const R: usize, const FAST: bool, const MASK: bool, const W: usize>(
+struct Registers<'a, E, const R: usize, const FAST: bool, const MASK: bool, const W: usize>(
     &'a Block<'a, E>,
 );
 
@@ -303,7 +348,7 @@ const FAR_TERMS: usize = 64;
 type Sums<V, const R: usize> = [[V; MAX_VECTORS]; R];
 
 impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: usize> Kernel
-    for Rows<'_, E, R, FAST, MASK, W>
+    for Registers<'_, E, R, FAST, MASK, W>
 {
     type Output = ();
 
@@ -349,13 +394,17 @@ impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: us
                 };
                 terms.add::<V, R, FAST, MASK, W>(&mut sums);
             }
-            write::<V, R, W>(&sums, y, t.y_row, t.cols, t.accumulate);
+            let y = Rows {
+                at: y,
+                row: t.y_row,
+            };
+            write::<V, R, W>(&sums, y, t.cols, t.onto.from(row, 0));
         }
     }
 }
 
 impl<E: Element, const R: usize, const FAST: bool, const MASK: bool, const W: usize>
-    Rows<'_, E, R, FAST, MASK, W>
+    Registers<'_, E, R, FAST, MASK, W>
 {
     /// Where this block's part of the next panel begins, and how much of it each term asks for. Without a next panel it is
     /// the start of this one again and again, for a branch in the loop would cost more.
@@ -515,14 +564,13 @@ unsafe fn masks<V: Vector>(cols: usize) -> [V::Mask; MAX_VECTORS] {
 /// Writes the sums of a register block.
 ///
 /// # Safety
-/// `cols` elements of `R` rows, `y_row` apart, are writable (and readable if `accumulate`).
+/// `cols` elements of `R` rows of `y` are writable, and those of `onto` readable.
 #[inline(always)]
 unsafe fn write<V: Vector, const R: usize, const W: usize>(
     sums: &Sums<V, R>,
-    y: *mut f32,
-    y_row: usize,
+    y: Rows<*mut f32>,
     cols: usize,
-    accumulate: bool,
+    onto: Rows<*const f32>,
 ) {
     let vectors = W / V::LANES;
     // SAFETY: the caller's promise.
@@ -530,8 +578,9 @@ unsafe fn write<V: Vector, const R: usize, const W: usize>(
         let masks = masks::<V>(cols);
         for (i, row) in sums.iter().enumerate() {
             for j in 0..vectors {
-                let at = y.wrapping_add(i * y_row + j * V::LANES);
-                put(row[j], at, accumulate, cols < W, masks[j]);
+                let at = y.at.wrapping_add(i * y.row + j * V::LANES);
+                let old = onto.from(i, j * V::LANES).at;
+                put(row[j], at, old, cols < W, masks[j]);
             }
         }
     }
@@ -540,16 +589,16 @@ unsafe fn write<V: Vector, const R: usize, const W: usize>(
 /// Writes one vector of sums. Masked stores are slow, so `part` says whether one is needed.
 ///
 /// # Safety
-/// The elements of `mask` at `at`, or all if not `part`, are writable (and readable if `accumulate`).
+/// The elements of `mask`, or all if not `part`, are writable at `at`, and readable at `old` unless that is null.
 #[inline(always)]
-unsafe fn put<V: Vector>(sum: V, at: *mut f32, accumulate: bool, part: bool, mask: V::Mask) {
+unsafe fn put<V: Vector>(sum: V, at: *mut f32, old: *const f32, part: bool, mask: V::Mask) {
     // SAFETY: the caller's promise.
     unsafe {
-        match (part, accumulate) {
+        match (part, !old.is_null()) {
             (false, false) => sum.store(at),
-            (false, true) => sum.add(V::load(at)).store(at),
+            (false, true) => sum.add(V::load(old)).store(at),
             (true, false) => sum.store_mask(at, mask),
-            (true, true) => sum.add(V::load_mask(at, mask)).store_mask(at, mask),
+            (true, true) => sum.add(V::load_mask(old, mask)).store_mask(at, mask),
         }
     }
 }

@@ -8,7 +8,7 @@ use super::{Heads, Queries, Shape};
 use crate::exec::spans;
 use crate::lanes::{LANES, Row};
 use crate::simd::{Isa, LINE_ELEMS, Vector, prefetch_far};
-use crate::tile::{self, NR, Next, Tile};
+use crate::tile::{self, NR, Next, Rows, Tile};
 
 /// The 32 lanes: row `first + i` of `[t, group]`, flattened.
 pub(super) struct Block<'a> {
@@ -189,7 +189,7 @@ impl<'a> Block<'a> {
             y: scores,
             y_row: LANES,
             cols: LANES,
-            accumulate: false,
+            onto: Rows::<*const f32>::NONE,
             next: Next::NONE,
         };
         // SAFETY: the caller's promise; every panel row has 32 lanes.
@@ -226,7 +226,7 @@ impl<'a> Block<'a> {
                     y: rows.add(col),
                     y_row: self.shape.padded_d(),
                     cols,
-                    accumulate,
+                    onto: Rows::old(rows.add(col), self.shape.padded_d(), accumulate),
                     next: Next::NONE,
                 };
                 tile::run(isa, &tile);
@@ -262,7 +262,11 @@ impl<'a> Block<'a> {
                     y: dst.at(self.b, range.start, self.kv).add(col),
                     y_row: dst.token,
                     cols: NR.min(d - col),
-                    accumulate: true,
+                    onto: Rows::old(
+                        dst.at(self.b, range.start, self.kv).add(col),
+                        dst.token,
+                        true,
+                    ),
                     next: Next::NONE,
                 };
                 tile::run(isa, &tile);

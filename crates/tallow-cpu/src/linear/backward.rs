@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::product::{PIECE, Product, Tails, copy_len, forget};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
-use super::{Block, Held, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks};
+use super::{Block, Held, Raw, Rows, Segment, Shares, blocks_of, ranks};
 use crate::exec::Exec;
 use crate::tile::{self, Element, Head, NR, Next, Tail, Tile};
 
@@ -187,6 +187,7 @@ impl<E: Element> Part<'_, E> {
         // SAFETY: the caller's promise; `B` is `[n, r]`, read a panel of columns at a time.
         unsafe {
             for j in (0..r).step_by(NR) {
+                let to = dh.add(j);
                 for i in (0..block.n.max(1)).step_by(PIECE) {
                     let tile = Tile {
                         m,
@@ -197,10 +198,10 @@ impl<E: Element> Part<'_, E> {
                         panel: adapter.b.add(i * r + j),
                         panel_row: r,
                         padded: false,
-                        y: dh.add(j),
+                        y: to,
                         y_row: r,
                         cols: (r - j).min(NR),
-                        accumulate: i > 0,
+                        onto: Rows::old(to, r, i > 0),
                         next: Next::NONE,
                     };
                     tile::run(self.exec.isa, &tile);
@@ -217,7 +218,10 @@ impl<E: Element> Part<'_, E> {
     /// As for [`Part::hidden`]; `dh` of these rows is in scratch.
     unsafe fn panels(&self, panels: Range<usize>) {
         let job = self.job;
-        let y = job.dx.at.wrapping_add(self.row * job.dx.row);
+        let dx = Rows {
+            at: job.dx.at.wrapping_add(self.row * job.dx.row),
+            row: job.dx.row,
+        };
         let mut column = 0;
         for (i, block) in self.blocks(0).iter().enumerate() {
             let product = Product {
@@ -228,9 +232,12 @@ impl<E: Element> Part<'_, E> {
                 x: job.dy.at.wrapping_add(self.row * job.dy.row + column),
                 x_row: job.dy.row,
                 panels: block.weights,
-                y,
-                y_row: job.dx.row,
-                accumulate: i > 0 || job.residual.is(job.dx),
+                y: dx.at,
+                y_row: dx.row,
+                onto: match i {
+                    0 => job.residual.from(self.row, 0),
+                    _ => Rows::old(dx.at, dx.row, true),
+                },
                 scratch: self.scratch.wrapping_add(self.at.copy),
                 head: Head::NONE,
                 shares: (Shares::new(job.m, job.shares), self.row),
@@ -246,15 +253,6 @@ impl<E: Element> Part<'_, E> {
             unsafe { product.run(panels.clone(), &tails) };
             column += block.n;
         }
-        let first = panels.start * NR;
-        let cols = job.k.min(panels.end * NR) - first;
-        let y = Rows {
-            at: y.wrapping_add(first),
-            row: job.dx.row,
-        };
-        let residual = job.residual.other_than(job.dx).from(self.row, first);
-        // SAFETY: the caller's promise.
-        unsafe { add_to(self.m, cols, y, std::ptr::null(), residual) };
     }
 
     /// The adapter's part of panel `p` of `dx` for some rows: columns of `A`, of the last panel a padded copy.

@@ -8,7 +8,7 @@ use super::dots::{self, Dots};
 use super::pack::tail_panel;
 use super::product::{Product, Tails, copy_len, forget};
 use super::split::{MAX_ROWS, MIN_ROWS, Split};
-use super::{Block, Held, Raw, Rows, Segment, Shares, add_to, blocks_of, ranks};
+use super::{Block, Held, Raw, Rows, Segment, Shares, add_row, blocks_of, ranks};
 use crate::exec::Exec;
 use crate::tile::{Element, HEAD_PAD, Head, NR, Tail};
 
@@ -245,6 +245,14 @@ impl<E: Element> Part<'_, E> {
     unsafe fn panels(&self, i: usize, panels: Range<usize>, column: usize, hidden: &Hidden) {
         let (job, block) = (self.job, &self.blocks(0)[i]);
         let first = panels.start * NR;
+        let bias = Rows {
+            at: block.bias,
+            row: 0,
+        };
+        let (onto, bias) = match job.residual.at.is_null() {
+            true => (bias, std::ptr::null()),
+            false => (job.residual.from(self.row, column), block.bias),
+        };
         let product = Product {
             isa: self.exec.isa,
             m: self.m,
@@ -255,7 +263,7 @@ impl<E: Element> Part<'_, E> {
             panels: block.weights,
             y: job.y.at.wrapping_add(self.row * job.y.row + column),
             y_row: job.y.row,
-            accumulate: job.residual.is(job.y),
+            onto,
             scratch: self.scratch.wrapping_add(self.at.copy),
             head: hidden.head,
             shares: (Shares::new(job.m, job.shares), self.row),
@@ -279,17 +287,9 @@ impl<E: Element> Part<'_, E> {
         // SAFETY: the caller's promise.
         unsafe {
             product.run(panels, &tails);
-            let bias = block.bias;
-            let bias = if bias.is_null() {
-                bias
-            } else {
-                bias.add(first)
-            };
-            let residual = job
-                .residual
-                .other_than(job.y)
-                .from(self.row, column + first);
-            add_to(self.m, cols, y, bias, residual);
+            if !bias.is_null() {
+                add_row(self.m, cols, y, bias.add(first));
+            }
         }
     }
 

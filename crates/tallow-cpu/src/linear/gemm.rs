@@ -254,7 +254,7 @@ impl Part<'_> {
             y: self.c(column),
             y_row: job.c.row,
             cols,
-            accumulate: l.start > 0,
+            onto: Rows::old(self.c(column), job.c.row, l.start > 0),
             next: Next::NONE,
         };
         // SAFETY: the caller's promise.

@@ -95,7 +95,7 @@ impl Part {
                     y: sums.as_mut_ptr(),
                     y_row: NR,
                     cols: (job.n - column).min(NR),
-                    accumulate: t > 0,
+                    onto: Rows::old(sums.as_mut_ptr(), NR, t > 0),
                     next: Next::NONE,
                 };
                 self.ahead(t, p);

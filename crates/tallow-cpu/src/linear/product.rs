@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::{Segment, Shares, split::MAX_ROWS};
+use super::{Rows, Segment, Shares, split::MAX_ROWS};
 use crate::simd::Isa;
 use crate::tile::{Element, Head, MR, NR, Next, Strip, Tail, Tile, run_strip, run_with_tail};
 
@@ -37,7 +37,8 @@ pub(super) struct Product<E> {
     pub(super) panels: *const E,
     pub(super) y: *mut f32,
     pub(super) y_row: usize,
-    pub(super) accumulate: bool,
+    /// What is added to the sums: a matrix like `y`, `y` itself, or nothing.
+    pub(super) onto: Rows<*const f32>,
     /// `copy_len(k)` floats.
     pub(super) scratch: *mut f32,
     /// For one row with a packed tail: its `x` is made on the way.
@@ -114,12 +115,14 @@ impl<E: Element> Product<E> {
         tails: &'t Tails<'t>,
     ) -> impl Iterator<Item = (Piece, &'t Tails<'t>)> + use<'t, E> {
         let pieces = terms.div_ceil(PIECE).max(1);
-        let (adds, mut from) = (self.accumulate, 0);
+        let mut from = 0;
+        let first = self.onto;
+        let rest = Rows::old(self.y, self.y_row, true);
         (0..pieces).map(move |i| {
             let piece = Piece {
                 from,
                 len: (terms - from).div_ceil(pieces - i),
-                accumulate: adds || i > 0,
+                onto: if i == 0 { first } else { rest },
             };
             from += piece.len;
             let last = i + 1 == pieces;
@@ -163,7 +166,7 @@ impl<E: Element> Product<E> {
                     y: self.y.wrapping_add(row * self.y_row + p * NR),
                     y_row: self.y_row,
                     cols: (self.n - p * NR).min(NR),
-                    accumulate: piece.accumulate,
+                    onto: piece.onto.from(row, p * NR),
                     next: Next {
                         at: next,
                         row,
@@ -232,7 +235,7 @@ impl<E: Element> Product<E> {
             },
             y: self.y.wrapping_add(first),
             columns: self.n.min(panels.end * NR) - first,
-            accumulate: piece.accumulate,
+            onto: piece.onto.from(0, first).at,
         };
         // SAFETY: the caller's promise; packed tails are as the strip wants them.
         unsafe { run_strip(self.isa, &strip) };
@@ -243,5 +246,5 @@ impl<E: Element> Product<E> {
 struct Piece {
     from: usize,
     len: usize,
-    accumulate: bool,
+    onto: Rows<*const f32>,
 }

@@ -3,7 +3,7 @@
 //! Absent on purpose: adapters, a residual, and panels: 32 columns wide, they would mostly be padding.
 
 use super::dots::{self, Dots};
-use super::{Raw, Rows, add_to};
+use super::{Raw, Rows, add_row};
 use crate::exec::Exec;
 
 /// The most outputs for which this is worth trying.
@@ -66,7 +66,9 @@ pub unsafe fn thin(exec: Exec<'_>, job: &Thin) {
         // SAFETY: the caller's promise; each task writes rows of its own.
         unsafe {
             dots::run(exec.isa, &dots);
-            add_to(end - row, job.n, y, job.bias, Rows::<*const f32>::NONE);
+            if !job.bias.is_null() {
+                add_row(end - row, job.n, y, job.bias);
+            }
         }
     });
 }

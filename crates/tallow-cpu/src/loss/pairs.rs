@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{Chunks, PIECE};
 use crate::lanes::{LANES, transpose};
-use crate::tile::{Element, NR, PairTile, Pairs, Tail, interleave, narrow, run_pairs};
+use crate::tile::{Element, NR, PairTile, Pairs, Rows, Tail, interleave, narrow, run_pairs};
 
 /// Frozen weights `[v, c]` in pairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,7 @@ impl Chunks<'_> {
                 y: logits.wrapping_add((first - classes.start) * LANES),
                 y_row: LANES,
                 cols,
-                accumulate: false,
+                onto: Rows::<*const f32>::NONE,
                 // The next classes.
                 ahead: w.forward.wrapping_add((first + NR) * 2 * pairs),
                 ahead_lines: 2 * pairs,
@@ -112,7 +112,11 @@ impl Chunks<'_> {
                 y: gradient.wrapping_add(col),
                 y_row: a.c.next_multiple_of(NR),
                 cols: NR.min(a.c - col),
-                accumulate: classes.start > 0,
+                onto: Rows::old(
+                    gradient.wrapping_add(col),
+                    a.c.next_multiple_of(NR),
+                    classes.start > 0,
+                ),
                 // The next classes.
                 ahead: panel.wrapping_add(classes.len() * NR),
                 ahead_lines: classes.len(),

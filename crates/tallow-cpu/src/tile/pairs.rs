@@ -9,7 +9,7 @@
 
 use half::bf16;
 
-use super::{Element, Head, NR, Tail};
+use super::{Element, Head, NR, Rows, Tail};
 use crate::simd::{Isa, Vector};
 
 /// An element of a panel `[k / 2][32][2]`: terms `2 l` and `2 l + 1` of a column are neighbours. An odd
@@ -58,8 +58,8 @@ pub struct PairTile {
     pub y_row: usize,
     /// Columns that count, 1 to 32. No other column of `y` is touched.
     pub cols: usize,
-    /// Adds to `y` instead of setting it.
-    pub accumulate: bool,
+    /// What is added to the sums: a matrix like `y`, `y` itself, or nothing.
+    pub onto: Rows<*const f32>,
     /// What is read next, to be asked for on the way: its first cache line.
     pub ahead: *const Pairs,
     /// How many lines; those beyond a line for each pair and 12 rows are not asked for.
@@ -93,8 +93,8 @@ pub struct PairStrip {
     pub y: *mut f32,
     /// How many columns count. No other element of `y` is touched.
     pub columns: usize,
-    /// Adds to `y` instead of setting it.
-    pub accumulate: bool,
+    /// What is added to the sums: as many elements, `y` itself, or null for nothing.
+    pub onto: *const f32,
 }
 
 #[cfg(target_arch = "x86_64")]

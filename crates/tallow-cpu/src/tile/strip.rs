@@ -3,7 +3,7 @@
 //! differs, so that several chains of multiply-adds run at once.
 //! Absent on purpose: more than one row. Two rows already keep the multipliers busy.
 
-use super::{Element, NR};
+use super::{Element, NR, Rows};
 use crate::simd::{Isa, Kernel, Vector, prefetch};
 
 /// `y[j] (+)= sum_l x[l] * panel[l, j]`, then the terms of the tail, over any number of columns.
@@ -30,8 +30,8 @@ pub struct Strip<E = f32> {
     pub y: *mut f32,
     /// How many columns count. No other element of `y` is touched.
     pub columns: usize,
-    /// Adds to `y` instead of setting it.
-    pub accumulate: bool,
+    /// What is added to the sums: as many elements, `y` itself, or null for nothing.
+    pub onto: *const f32,
 }
 
 /// The factors of a strip's tail, `tail_x[i] (+)= sum_l x[l] * a[l, i]`: summed in the same pass over `x`
@@ -206,7 +206,8 @@ impl<E: Element> Columns<'_, E> {
                 let masks = super::masks::<V>(cols);
                 for (j, sum) in row.iter().enumerate().take(vectors) {
                     let at = s.y.wrapping_add(first + j * V::LANES);
-                    super::put(*sum, at, s.accumulate, cols < NR, masks[j]);
+                    let old = Rows { at: s.onto, row: 0 }.from(0, first + j * V::LANES).at;
+                    super::put(*sum, at, old, cols < NR, masks[j]);
                 }
             }
         }

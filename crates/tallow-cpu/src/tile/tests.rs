@@ -17,7 +17,20 @@ struct Case {
     tail: usize,
     packed_x: bool,
     padded: bool,
-    accumulate: bool,
+    onto: Onto,
+}
+
+/// What the sums are added to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Onto {
+    Nothing,
+    Itself,
+    Matrix,
+    OneRow,
+}
+
+impl Onto {
+    const ALL: [Onto; 4] = [Onto::Nothing, Onto::Itself, Onto::Matrix, Onto::OneRow];
 }
 
 /// Runs a case and returns the `m` x `cols` outputs. The panels end exactly where they may be read.
@@ -29,7 +42,7 @@ fn check(isa: Isa, case: Case, rng: &mut Rng) -> Vec<f32> {
         tail,
         packed_x,
         padded,
-        accumulate,
+        onto,
     } = case;
     let width = if padded { NR } else { cols };
     let ld = if padded { NR } else { cols + 3 };
@@ -41,7 +54,7 @@ fn check(isa: Isa, case: Case, rng: &mut Rng) -> Vec<f32> {
     let y_row = cols + 5;
     let mut y = vec![POISON; m * y_row];
     let old = rng.vec(m * cols);
-    if accumulate {
+    if onto == Onto::Itself {
         for i in 0..m {
             y[i * y_row..][..cols].copy_from_slice(&old[i * cols..][..cols]);
         }
@@ -58,7 +71,18 @@ fn check(isa: Isa, case: Case, rng: &mut Rng) -> Vec<f32> {
         y: y.as_mut_ptr(),
         y_row,
         cols,
-        accumulate,
+        onto: match onto {
+            Onto::Nothing => Rows::<*const f32>::NONE,
+            Onto::Itself => Rows::old(y.as_mut_ptr(), y_row, true),
+            Onto::Matrix => Rows {
+                at: old.as_ptr(),
+                row: cols,
+            },
+            Onto::OneRow => Rows {
+                at: old.as_ptr(),
+                row: 0,
+            },
+        },
         next: Next::NONE,
     };
     let more = Tail {
@@ -80,8 +104,10 @@ fn check(isa: Isa, case: Case, rng: &mut Rng) -> Vec<f32> {
             terms.extend(
                 (0..tail).map(|l| f64::from(h[i * h_row + l * h_col]) * f64::from(q[l * ld + j])),
             );
-            if accumulate {
-                terms.push(f64::from(old[i * cols + j]));
+            match onto {
+                Onto::Nothing => {}
+                Onto::OneRow => terms.push(f64::from(old[j])),
+                _ => terms.push(f64::from(old[i * cols + j])),
             }
             let got = y[i * y_row + j];
             close(got, &terms).unwrap_or_else(|e| panic!("{} {case:?} [{i},{j}]: {e}", isa.name()));
@@ -108,7 +134,7 @@ fn every_shape_on_every_isa() {
                     let bit = |n: usize| ((m + k + cols) / n).is_multiple_of(2);
                     let tail = [0, 1, 8, 3][(m + cols) % 4];
                     for packed_x in [false, true] {
-                        let (padded, accumulate) = (bit(1), bit(2));
+                        let (padded, onto) = (bit(1), Onto::ALL[(m + k + cols / 2) % 4]);
                         check(
                             isa,
                             Case {
@@ -118,7 +144,7 @@ fn every_shape_on_every_isa() {
                                 tail,
                                 packed_x,
                                 padded,
-                                accumulate,
+                                onto,
                             },
                             &mut rng,
                         );
@@ -133,7 +159,7 @@ fn every_shape_on_every_isa() {
             tail: 64,
             packed_x: true,
             padded: true,
-            accumulate: false,
+            onto: Onto::Nothing,
         };
         check(isa, big, &mut rng);
     }
@@ -166,7 +192,7 @@ fn bits_do_not_depend_on_rows_strides_or_padding() {
                     y: &raw mut y[row * cols],
                     y_row: cols,
                     cols,
-                    accumulate: false,
+                    onto: Rows::<*const f32>::NONE,
                     next: Next::NONE,
                 };
                 // SAFETY: rows from `row` on are inside the buffers.
@@ -227,7 +253,7 @@ fn padded_product<E: Element>(
         y: y.as_mut_ptr(),
         y_row: cols,
         cols,
-        accumulate: false,
+        onto: Rows::<*const f32>::NONE,
         next: Next::NONE,
     };
     // SAFETY: `x` is `[m, k]`, the panel `[k, 32]`, `y` `[m, cols]`.

@@ -43,7 +43,7 @@ impl<E> Product<E> {
             x_row: self.x_row,
             y: self.y,
             y_row: self.y_row,
-            accumulate: self.accumulate,
+            onto: self.onto,
             scratch: self.scratch,
             head: self.head,
             shares: self.shares,
@@ -131,7 +131,7 @@ impl Product<Pairs> {
                     y: self.y.wrapping_add(row * self.y_row + p * NR),
                     y_row: self.y_row,
                     cols: (self.n - p * NR).min(NR),
-                    accumulate: piece.accumulate,
+                    onto: piece.onto.from(row, p * NR),
                     ahead: next.map_or(std::ptr::null(), |at| at.wrapping_add(line(row) * NR)),
                     ahead_lines: next.map_or(0, |_| line(segment.end) - line(row)),
                 };
@@ -185,7 +185,7 @@ impl Product<Pairs> {
             k: (self.k - 2 * piece.from).min(2 * piece.len),
             y: self.y.wrapping_add(first),
             columns: self.n.min(panels.end * NR) - first,
-            accumulate: piece.accumulate,
+            onto: piece.onto.from(0, first).at,
         };
         // SAFETY: the caller's promise; packed tails are as the strip wants them.
         unsafe { run_pair_strip(self.isa, &strip) };

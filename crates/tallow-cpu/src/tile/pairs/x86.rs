@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::{PairStrip, PairTile, Pairs};
 use crate::simd::{prefetch, prefetch_far};
 use crate::tile::strip::HEAD_VECTORS;
-use crate::tile::{FAR_TERMS, MAX_VECTORS, MR, NR, Sums, Tail, Terms, masks, put, write};
+use crate::tile::{FAR_TERMS, MAX_VECTORS, MR, NR, Rows, Sums, Tail, Terms, masks, put, write};
 
 /// Terms of a pair of elements.
 const PAIR: usize = 2;
@@ -174,7 +174,11 @@ unsafe fn rows_of<const R: usize>(t: &PairTile, tail: &Tail, row: usize, ahead: 
             };
             terms.add::<__m512, R, false, false, NR>(&mut sums);
         }
-        write::<__m512, R, NR>(&sums, y, t.y_row, t.cols, t.accumulate);
+        let y = Rows {
+            at: y,
+            row: t.y_row,
+        };
+        write::<__m512, R, NR>(&sums, y, t.cols, t.onto.from(row, 0));
     }
 }
 
@@ -283,7 +287,8 @@ unsafe fn group<const P: usize, const H: usize>(s: &PairStrip, p: usize) {
             let masks = masks::<__m512>(cols);
             for j in 0..2 {
                 let at = s.y.wrapping_add(first + j * 16);
-                put(sum[j], at, s.accumulate, cols < NR, masks[j]);
+                let old = Rows { at: s.onto, row: 0 }.from(0, first + j * 16).at;
+                put(sum[j], at, old, cols < NR, masks[j]);
             }
         }
     }
