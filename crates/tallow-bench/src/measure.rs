@@ -2,18 +2,18 @@
 //! why it has none.
 //! Invariant: a figure exists only in [`Verdict::Valid`]. Between two reads of the clock every repetition is fed what
 //! came out of the one before; outputs are poisoned before, compared with the oracle after.
-//! Absent on purpose: what is measured, and the machine's clock; both come from outside.
+//! Absent on purpose: what is measured, and the machine's clock, which come from outside; and the floor, which `floors` knows.
 
 use serde::{Deserialize, Serialize};
 
-use crate::probe::Floor;
+use crate::probe::{Floor, Need};
 use crate::stats::{Summary, median};
 use crate::work::{Chain, Chained, Check, Clock, Looped, Queued, Work, link};
 use crate::{Error, Result};
 
-mod doubt;
+pub(crate) mod doubt;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use doubt::Reason;
 
@@ -49,8 +49,8 @@ pub struct Contender {
     pub engine: String,
     /// What it does.
     pub work: Box<dyn Work>,
-    /// No time can be shorter.
-    pub floor: Floor,
+    /// The least of it, from which the floor is made.
+    pub need: Need,
     /// Does it put off work until somebody asks, so that many starts and one wait compute one result?
     pub lazy: bool,
     /// What it takes, where that is known.
@@ -98,6 +98,37 @@ pub enum Verdict {
     Valid(Box<Figures>),
     /// It has none.
     Invalid(Reason),
+}
+
+/// A contender that was measured, and is not yet held against a floor.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// Which engine.
+    pub engine: String,
+    /// The least of it.
+    pub need: Need,
+    /// What it took, or why that is not to be believed, whatever the floor.
+    pub found: Result<Figures, Reason>,
+    /// What it takes, where that is known.
+    pub memory: Option<Memory>,
+}
+
+impl Measured {
+    /// As a row above `floor`, or one that says why it has no figures.
+    #[must_use]
+    pub fn row(&self, floor: Floor) -> Row {
+        let found = self.found.clone();
+        let above = found.and_then(|f| doubt::above(&f, &floor).map(|()| f));
+        Row {
+            engine: self.engine.clone(),
+            floor,
+            verdict: match above {
+                Ok(figures) => Verdict::Valid(Box::new(figures)),
+                Err(reason) => Verdict::Invalid(reason),
+            },
+            memory: self.memory.clone(),
+        }
+    }
 }
 
 /// One engine on one work.
@@ -183,13 +214,13 @@ struct Bench<'a> {
     track: &'a mut Track,
 }
 
-/// Measures all contenders, in turns. `stop` is asked between rounds; what was stopped has no rows.
+/// Measures all contenders, in turns. `stop` is asked between rounds; what was stopped gives nothing.
 pub fn measure(
     clock: &dyn Clock,
     settings: &Settings,
     contenders: &mut [Contender],
     stop: &dyn Fn() -> bool,
-) -> Option<Vec<Row>> {
+) -> Option<Vec<Measured>> {
     let mut tracks: Vec<Track> = contenders.iter().map(|_| Track::new()).collect();
     type Stage = fn(&mut Bench<'_>, u64) -> Result<(), Doubt>;
     let stages: [(usize, Stage); 4] = [
@@ -220,8 +251,14 @@ pub fn measure(
             }
         }
     }
-    let rows = contenders.iter().zip(tracks);
-    Some(rows.map(|(who, track)| row(who, track)).collect())
+    let all = contenders.iter().zip(tracks);
+    let all = all.map(|(who, track)| Measured {
+        engine: who.engine.clone(),
+        need: who.need,
+        found: figures(who, track),
+        memory: who.memory.clone(),
+    });
+    Some(all.collect())
 }
 
 /// Why a contender is out: it failed, or it is not to be believed.
@@ -442,20 +479,7 @@ impl Bench<'_> {
     }
 }
 
-fn row(who: &Contender, track: Track) -> Row {
-    let verdict = match verdict(who, track) {
-        Ok(figures) => Verdict::Valid(Box::new(figures)),
-        Err(reason) => Verdict::Invalid(reason),
-    };
-    Row {
-        engine: who.engine.clone(),
-        floor: who.floor.clone(),
-        verdict,
-        memory: who.memory.clone(),
-    }
-}
-
-fn verdict(who: &Contender, track: Track) -> Result<Figures, Reason> {
+fn figures(who: &Contender, track: Track) -> Result<Figures, Reason> {
     if let Some(reason) = track.wrong {
         return Err(reason);
     }
@@ -467,16 +491,6 @@ fn verdict(who: &Contender, track: Track) -> Result<Figures, Reason> {
     let queued = some(track.queued)?;
     let in_plan = Summary::of(track.in_plan);
     let waited = some(track.waited)?;
-    let columns = [
-        ("waited", Some(&waited)),
-        ("queued", (!who.lazy).then_some(&queued)),
-        ("in plan", in_plan.as_ref()),
-    ];
-    for (column, s) in columns {
-        if let Some(s) = s {
-            doubt::floor(column, s.median, &who.floor)?;
-        }
-    }
     let (queued, not_executed) = match who.lazy {
         true => (None, Some(queued)),
         false => (Some(queued), None),

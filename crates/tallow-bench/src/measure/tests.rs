@@ -5,18 +5,20 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::*;
-use crate::probe::Bound;
+use tallow::DType;
+
+use crate::probe::{Bound, Cost};
 use crate::work::Judge;
 
 /// Seconds that the work takes.
-const TRUE_S: f64 = 100e-6;
+pub(crate) const TRUE_S: f64 = 100e-6;
 /// The floor: the honest work is at twice that.
 const FLOOR_S: f64 = 50e-6;
 /// Seconds of a call that does nothing.
 const CALL_S: f64 = 50e-9;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Lie {
+pub(crate) enum Lie {
     /// None: it computes when started.
     Honest,
     /// Honest, but new operands lie far away, and the first to look at them waits for them.
@@ -48,8 +50,8 @@ enum Lie {
 }
 
 /// The simulated machine: a clock, and a device that may be behind it.
-struct World {
-    now: Cell<f64>,
+pub(crate) struct World {
+    pub(crate) now: Cell<f64>,
     device_until: Cell<f64>,
     lie: Lie,
     /// Seconds that the work takes.
@@ -59,7 +61,7 @@ struct World {
 }
 
 impl World {
-    fn pass(&self, s: f64) {
+    pub(crate) fn pass(&self, s: f64) {
         self.now.set(self.now.get() + s);
     }
     /// Something of `s` seconds is put on the device.
@@ -81,7 +83,7 @@ impl Clock for Rc<World> {
 }
 
 /// `y[i] = 2 x[i] + 1`, with four elements; element 0 is fed and returned.
-struct Liar {
+pub(crate) struct Liar {
     world: Rc<World>,
     x: [f32; 4],
     y: Rc<RefCell<[f32; 4]>>,
@@ -114,7 +116,7 @@ fn compared(got: [f32; 4], want: [f32; 4]) -> Check {
 }
 
 impl Liar {
-    fn new(lie: Lie) -> (Rc<World>, Self) {
+    pub(crate) fn new(lie: Lie) -> (Rc<World>, Self) {
         Self::that(lie, TRUE_S, 0.0)
     }
     fn that(lie: Lie, true_s: f64, wait_s: f64) -> (Rc<World>, Self) {
@@ -305,15 +307,35 @@ fn judge_that(lie: Lie, (clock, liar): (Rc<World>, Liar), (floor_s, lazy): (f64,
         flops: 1.0,
         bound: Bound::Bandwidth,
     };
-    let mut all = [Contender {
-        engine: format!("{lie:?}"),
+    measured(lie, (clock, liar), lazy).row(floor)
+}
+
+/// A liar, measured; it must move this many bytes.
+pub(crate) const BYTES: usize = 1 << 20;
+
+pub(crate) fn measured(lie: Lie, (clock, liar): (Rc<World>, Liar), lazy: bool) -> Measured {
+    let mut all = [contender(&format!("{lie:?}"), liar, lazy)];
+    let all = measure(&clock, &Settings::QUICK, &mut all, &|| false);
+    all.unwrap().remove(0)
+}
+
+fn contender(engine: &str, liar: Liar, lazy: bool) -> Contender {
+    let cost = Cost {
+        bytes: BYTES,
+        flops: 1.0,
+        dtype: DType::F32,
+    };
+    Contender {
+        engine: engine.to_owned(),
         work: Box::new(liar),
-        floor,
+        need: Need {
+            cost,
+            threads: 1,
+            times: 1,
+        },
         lazy,
         memory: None,
-    }];
-    let rows = measure(&clock, &Settings::QUICK, &mut all, &|| false);
-    rows.unwrap().remove(0)
+    }
 }
 
 fn reason(lie: Lie) -> Reason {
@@ -456,14 +478,7 @@ fn no_figure_leaves_an_invalid_row() {
 #[test]
 fn contenders_take_turns_and_a_stop_leaves_nothing_half_done() {
     let (clock, liar) = Liar::new(Lie::Honest);
-    let floor = judge(Lie::Honest, false).floor;
-    let mut all = [Contender {
-        engine: "stopped".into(),
-        work: Box::new(liar),
-        floor,
-        lazy: false,
-        memory: None,
-    }];
+    let mut all = [contender("stopped", liar, false)];
     let asked = Cell::new(0);
     let stop = || {
         asked.set(asked.get() + 1);

@@ -27,6 +27,10 @@ pub const POSITION: usize = 64;
 /// Tokens of a prompt.
 pub const PROMPT: usize = 128;
 
+/// Of the results and states of a training step of one adapter those that other engines give: loss, norm of the gradient, and
+/// the first moments, which show that the optimizer ran. The parameters themselves move by less than tolerances allow.
+pub const TRAINED: [usize; 3] = [0, 1, 3];
+
 /// What a model does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Doing {
