@@ -12,6 +12,7 @@ use crate::work::{Chain, Chained, Check, Clock, Looped, Queued, Work, link};
 use crate::{Error, Result};
 
 pub(crate) mod doubt;
+mod proof;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -163,8 +164,6 @@ const MOST_IN_PLAN: usize = 16;
 /// A plan shorter than this holds more repetitions.
 const PLAN_S: f64 = 300e-6;
 
-/// Loops of each length behind one measurement of growth.
-const GROWTHS: usize = 5;
 /// Least starts in a queue of a lazy engine: what is put off costs nothing.
 const LAZY: usize = 64;
 
@@ -405,76 +404,6 @@ impl Bench<'_> {
             self.track.queued.push(queued.seconds / starts as f64);
             self.track.in_plan.extend(in_plan);
         }
-        Ok(())
-    }
-
-    /// Four times as many dependent repetitions take about four times as long, outside and inside a plan.
-    fn growth(&mut self) -> Result<(), Doubt> {
-        let n = self.track.n;
-        self.track.growth = self.grown("waited", |b, k| Ok(b.waited(n * [1, 4][k], 7)?.seconds))?;
-        if self.track.chains.is_some() {
-            self.grown("in plan", |b, k| {
-                Ok(b.in_plan(k, 7)?.map_or(f64::NAN, |(seconds, _)| seconds))
-            })?;
-        }
-        Ok(())
-    }
-
-    fn grown(
-        &mut self,
-        column: &'static str,
-        mut run: impl FnMut(&mut Self, usize) -> Result<f64, Doubt>,
-    ) -> Result<f64, Doubt> {
-        let mut growth = f64::NAN;
-        for _ in 0..self.settings.tries {
-            let mut times = [vec![], vec![]];
-            for _ in 0..GROWTHS {
-                for (k, times) in times.iter_mut().enumerate() {
-                    times.push(run(self, k)?);
-                }
-            }
-            // The least of each: nothing makes work faster than it is, and much makes it slower.
-            let [one, four] = times.map(|t| t.into_iter().fold(f64::INFINITY, f64::min));
-            growth = four / one;
-            if doubt::GROWTH.contains(&growth) {
-                return Ok(growth);
-            }
-        }
-        Err(doubt::growth(column, growth).into())
-    }
-
-    /// A timed result against the oracle, and one repetition of the middle again.
-    fn checked(&mut self) -> Result<(), Doubt> {
-        let n = match self.who.work.remembers() {
-            true => 1,
-            false => self.track.n,
-        };
-        // Nothing is run before: what is compared was poisoned a moment ago.
-        self.who.work.renew(99)?;
-        let done = self.loop_of(n, 99)?;
-        let Some((_, last)) = done.links.last().copied() else {
-            return Err(Reason::Poisoned.into());
-        };
-        let check = self.who.work.check(last)?;
-        doubt::check("result", &check)?;
-        if n > 1 {
-            let (fed, came) = done.links[n / 2];
-            self.who.work.feed(fed)?;
-            self.who.work.start()?;
-            let again = self.who.work.finish()?;
-            if !doubt::alike(came, again) {
-                return Err(doubt::changed(came, again).into());
-            }
-        }
-        if let Some((_, chains)) = &mut self.track.chains {
-            for chain in chains {
-                chain.renew(99)?;
-                chain.start()?;
-                chain.wait()?;
-                doubt::check("result of the plan", &chain.check()?)?;
-            }
-        }
-        self.track.check = Some(check);
         Ok(())
     }
 }

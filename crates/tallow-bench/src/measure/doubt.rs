@@ -62,6 +62,11 @@ pub enum Reason {
         /// Seconds that a second wait took.
         more_s: f64,
     },
+    /// A part of the result was computed only when it was read.
+    PutOff {
+        /// Seconds that reading it took longer the first time.
+        more_s: f64,
+    },
     /// It failed.
     Failed {
         /// How.
@@ -107,6 +112,11 @@ impl std::fmt::Display for Reason {
             Reason::StillRunning { more_s } => write!(
                 f,
                 "work was still going on when the clock was read: {:.1} µs more",
+                more_s * 1e6
+            ),
+            Reason::PutOff { more_s } => write!(
+                f,
+                "a part of the result was computed only when it was read: {:.1} µs more the first time",
                 more_s * 1e6
             ),
             Reason::Failed { what } => write!(f, "failed: {what}"),

@@ -193,6 +193,12 @@ impl Work for Here {
         })
     }
 
+    fn fetch(&mut self, clock: &dyn Clock) -> Result<f64> {
+        let start = clock.now();
+        self.engine.results()?;
+        Ok(clock.now() - start)
+    }
+
     fn check(&mut self, returned: f32) -> Result<Check> {
         let wide = |y: Vec<f32>| y.into_iter().map(f64::from).collect();
         let got: Vec<_> = self.engine.results()?.into_iter().map(wide).collect();

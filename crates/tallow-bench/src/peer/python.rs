@@ -423,6 +423,15 @@ impl Work for Remote {
         Ok((done.value, done.seconds))
     }
 
+    fn fetch(&mut self, _: &dyn Clock) -> Result<f64> {
+        #[derive(Deserialize)]
+        struct Fetched {
+            seconds: f64,
+        }
+        let done: Fetched = self.ask(json!({ "op": "fetch" }))?;
+        Ok(done.seconds)
+    }
+
     fn waited(&mut self, _: &dyn Clock, n: usize, first: f32) -> Result<Looped> {
         let scale = self.judged.scale();
         let request = json!({ "op": "waited", "n": n, "first": first, "scale": scale });
