@@ -103,7 +103,7 @@ fn what_a_valid_row_reaches_counts_for_those_behind_it_and_liars_teach_nothing()
     let (rows, told) = floors.rows("lies", &[wrong]);
     assert!(rows[0].figures().is_none() && told.is_empty());
     assert_eq!(floors.probe.least(&honest.need).seconds, before);
-    let (rows, told) = floors.rows("task", &[honest.clone()]);
+    let (rows, told) = floors.rows("task", std::slice::from_ref(&honest));
     assert!(rows[0].figures().is_some());
     assert_eq!(rows[0].floor.seconds, before);
     assert!(

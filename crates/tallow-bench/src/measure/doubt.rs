@@ -142,8 +142,7 @@ pub(crate) fn shortest(f: &Figures) -> f64 {
 }
 
 pub(super) fn above(f: &Figures, floor: &Floor) -> Result<(), Reason> {
-    // Also where the time is not a number.
-    let under = |s: f64| !(s >= UNDER * floor.seconds);
+    let under = |s: f64| s.is_nan() || s < UNDER * floor.seconds;
     match executed(f).find(|(_, s)| under(*s)) {
         None => Ok(()),
         Some((column, seconds)) => Err(Reason::UnderFloor {
