@@ -190,6 +190,9 @@ impl<W: Work> Work for Beside<W> {
     fn finish(&mut self) -> Result<f32> {
         self.work.finish()
     }
+    fn fetch(&mut self, clock: &dyn Clock) -> Result<f64> {
+        self.work.fetch(clock)
+    }
     fn check(&mut self, returned: f32) -> Result<Check> {
         self.work.check(returned)
     }

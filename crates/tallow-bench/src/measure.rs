@@ -2,18 +2,19 @@
 //! why it has none.
 //! Invariant: a figure exists only in [`Verdict::Valid`]. Between two reads of the clock every repetition is fed what
 //! came out of the one before; outputs are poisoned before, compared with the oracle after.
-//! Absent on purpose: what is measured, and the machine's clock; both come from outside.
+//! Absent on purpose: what is measured, and the machine's clock, which come from outside; and the floor, which `floors` knows.
 
 use serde::{Deserialize, Serialize};
 
-use crate::probe::Floor;
+use crate::probe::{Floor, Need};
 use crate::stats::{Summary, median};
 use crate::work::{Chain, Chained, Check, Clock, Looped, Queued, Work, link};
 use crate::{Error, Result};
 
-mod doubt;
+pub(crate) mod doubt;
+mod proof;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use doubt::Reason;
 
@@ -49,8 +50,8 @@ pub struct Contender {
     pub engine: String,
     /// What it does.
     pub work: Box<dyn Work>,
-    /// No time can be shorter.
-    pub floor: Floor,
+    /// The least of it, from which the floor is made.
+    pub need: Need,
     /// Does it put off work until somebody asks, so that many starts and one wait compute one result?
     pub lazy: bool,
     /// What it takes, where that is known.
@@ -100,6 +101,37 @@ pub enum Verdict {
     Invalid(Reason),
 }
 
+/// A contender that was measured, and is not yet held against a floor.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// Which engine.
+    pub engine: String,
+    /// The least of it.
+    pub need: Need,
+    /// What it took, or why that is not to be believed, whatever the floor.
+    pub found: Result<Figures, Reason>,
+    /// What it takes, where that is known.
+    pub memory: Option<Memory>,
+}
+
+impl Measured {
+    /// As a row above `floor`, or one that says why it has no figures.
+    #[must_use]
+    pub fn row(&self, floor: Floor) -> Row {
+        let found = self.found.clone();
+        let above = found.and_then(|f| doubt::above(&f, &floor).map(|()| f));
+        Row {
+            engine: self.engine.clone(),
+            floor,
+            verdict: match above {
+                Ok(figures) => Verdict::Valid(Box::new(figures)),
+                Err(reason) => Verdict::Invalid(reason),
+            },
+            memory: self.memory.clone(),
+        }
+    }
+}
+
 /// One engine on one work.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
@@ -132,8 +164,6 @@ const MOST_IN_PLAN: usize = 16;
 /// A plan shorter than this holds more repetitions.
 const PLAN_S: f64 = 300e-6;
 
-/// Loops of each length behind one measurement of growth.
-const GROWTHS: usize = 5;
 /// Least starts in a queue of a lazy engine: what is put off costs nothing.
 const LAZY: usize = 64;
 
@@ -183,13 +213,13 @@ struct Bench<'a> {
     track: &'a mut Track,
 }
 
-/// Measures all contenders, in turns. `stop` is asked between rounds; what was stopped has no rows.
+/// Measures all contenders, in turns. `stop` is asked between rounds; what was stopped gives nothing.
 pub fn measure(
     clock: &dyn Clock,
     settings: &Settings,
     contenders: &mut [Contender],
     stop: &dyn Fn() -> bool,
-) -> Option<Vec<Row>> {
+) -> Option<Vec<Measured>> {
     let mut tracks: Vec<Track> = contenders.iter().map(|_| Track::new()).collect();
     type Stage = fn(&mut Bench<'_>, u64) -> Result<(), Doubt>;
     let stages: [(usize, Stage); 4] = [
@@ -220,8 +250,14 @@ pub fn measure(
             }
         }
     }
-    let rows = contenders.iter().zip(tracks);
-    Some(rows.map(|(who, track)| row(who, track)).collect())
+    let all = contenders.iter().zip(tracks);
+    let all = all.map(|(who, track)| Measured {
+        engine: who.engine.clone(),
+        need: who.need,
+        found: figures(who, track),
+        memory: who.memory.clone(),
+    });
+    Some(all.collect())
 }
 
 /// Why a contender is out: it failed, or it is not to be believed.
@@ -370,92 +406,9 @@ impl Bench<'_> {
         }
         Ok(())
     }
-
-    /// Four times as many dependent repetitions take about four times as long, outside and inside a plan.
-    fn growth(&mut self) -> Result<(), Doubt> {
-        let n = self.track.n;
-        self.track.growth = self.grown("waited", |b, k| Ok(b.waited(n * [1, 4][k], 7)?.seconds))?;
-        if self.track.chains.is_some() {
-            self.grown("in plan", |b, k| {
-                Ok(b.in_plan(k, 7)?.map_or(f64::NAN, |(seconds, _)| seconds))
-            })?;
-        }
-        Ok(())
-    }
-
-    fn grown(
-        &mut self,
-        column: &'static str,
-        mut run: impl FnMut(&mut Self, usize) -> Result<f64, Doubt>,
-    ) -> Result<f64, Doubt> {
-        let mut growth = f64::NAN;
-        for _ in 0..self.settings.tries {
-            let mut times = [vec![], vec![]];
-            for _ in 0..GROWTHS {
-                for (k, times) in times.iter_mut().enumerate() {
-                    times.push(run(self, k)?);
-                }
-            }
-            // The least of each: nothing makes work faster than it is, and much makes it slower.
-            let [one, four] = times.map(|t| t.into_iter().fold(f64::INFINITY, f64::min));
-            growth = four / one;
-            if doubt::GROWTH.contains(&growth) {
-                return Ok(growth);
-            }
-        }
-        Err(doubt::growth(column, growth).into())
-    }
-
-    /// A timed result against the oracle, and one repetition of the middle again.
-    fn checked(&mut self) -> Result<(), Doubt> {
-        let n = match self.who.work.remembers() {
-            true => 1,
-            false => self.track.n,
-        };
-        // Nothing is run before: what is compared was poisoned a moment ago.
-        self.who.work.renew(99)?;
-        let done = self.loop_of(n, 99)?;
-        let Some((_, last)) = done.links.last().copied() else {
-            return Err(Reason::Poisoned.into());
-        };
-        let check = self.who.work.check(last)?;
-        doubt::check("result", &check)?;
-        if n > 1 {
-            let (fed, came) = done.links[n / 2];
-            self.who.work.feed(fed)?;
-            self.who.work.start()?;
-            let again = self.who.work.finish()?;
-            if !doubt::alike(came, again) {
-                return Err(doubt::changed(came, again).into());
-            }
-        }
-        if let Some((_, chains)) = &mut self.track.chains {
-            for chain in chains {
-                chain.renew(99)?;
-                chain.start()?;
-                chain.wait()?;
-                doubt::check("result of the plan", &chain.check()?)?;
-            }
-        }
-        self.track.check = Some(check);
-        Ok(())
-    }
 }
 
-fn row(who: &Contender, track: Track) -> Row {
-    let verdict = match verdict(who, track) {
-        Ok(figures) => Verdict::Valid(Box::new(figures)),
-        Err(reason) => Verdict::Invalid(reason),
-    };
-    Row {
-        engine: who.engine.clone(),
-        floor: who.floor.clone(),
-        verdict,
-        memory: who.memory.clone(),
-    }
-}
-
-fn verdict(who: &Contender, track: Track) -> Result<Figures, Reason> {
+fn figures(who: &Contender, track: Track) -> Result<Figures, Reason> {
     if let Some(reason) = track.wrong {
         return Err(reason);
     }
@@ -467,16 +420,6 @@ fn verdict(who: &Contender, track: Track) -> Result<Figures, Reason> {
     let queued = some(track.queued)?;
     let in_plan = Summary::of(track.in_plan);
     let waited = some(track.waited)?;
-    let columns = [
-        ("waited", Some(&waited)),
-        ("queued", (!who.lazy).then_some(&queued)),
-        ("in plan", in_plan.as_ref()),
-    ];
-    for (column, s) in columns {
-        if let Some(s) = s {
-            doubt::floor(column, s.median, &who.floor)?;
-        }
-    }
     let (queued, not_executed) = match who.lazy {
         true => (None, Some(queued)),
         false => (Some(queued), None),

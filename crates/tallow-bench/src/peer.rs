@@ -18,6 +18,15 @@ mod gemm;
 pub mod local;
 pub mod python;
 
+/// Where tallow computes, and its peers if they can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// Threads, on a processor.
+    pub threads: usize,
+    /// The backend's name: `cpu`, `cuda:0`, `wgpu:0`.
+    pub device: &'a str,
+}
+
 /// A norm or a softmax over the last axis of 4x16x1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowOp {
@@ -105,16 +114,16 @@ pub fn wants(names: &[String]) -> Option<&'static str> {
     None
 }
 
-/// The engines of these names, each with as many threads as tallow. One that is not there takes part in nothing; its
+/// The engines of these names, each with as many threads as tallow, on its device where they can. One that is not there takes part in nothing; its
 /// version says why, and what installs it.
 ///
 /// # Errors
 /// A name that is unknown.
-pub fn open(names: &[String], threads: usize) -> Result<Vec<Box<dyn Peer>>> {
+pub fn open(names: &[String], place: &Place<'_>) -> Result<Vec<Box<dyn Peer>>> {
     let mut all: Vec<Box<dyn Peer>> = vec![];
     for name in names {
         #[cfg(feature = "peers")]
-        if let Some(local) = local::Local::open(name, threads)? {
+        if let Some(local) = local::Local::open(name, place)? {
             all.push(Box::new(local));
             continue;
         }
@@ -125,7 +134,7 @@ pub fn open(names: &[String], threads: usize) -> Result<Vec<Box<dyn Peer>>> {
                 got: name.clone(),
             });
         }
-        all.push(match python::Python::open(name, threads) {
+        all.push(match python::Python::open(name, place) {
             Ok(peer) => Box::new(peer),
             Err(Error::Peer { peer, what }) => Box::new(Missing {
                 name: peer,

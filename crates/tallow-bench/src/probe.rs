@@ -2,7 +2,7 @@
 //! threads. From them the floor of a work: the time that nothing on this machine can be faster than.
 //! Invariant: a floor never says more than the machine needs. Every rate is the best of many, a working set is given
 //! the rate of a smaller one, and bytes and arithmetic are taken to overlap perfectly.
-//! Absent on purpose: data sheets.
+//! Absent on purpose: data sheets; and when to probe again, which `floors` knows.
 
 use serde::{Deserialize, Serialize};
 use tallow::cpu::exec::Exec;
@@ -15,6 +15,7 @@ use crate::Result;
 use crate::work::Clock;
 
 mod device;
+mod learn;
 
 /// Reading `bytes` again and again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,6 +26,9 @@ pub struct Bandwidth {
     pub bytes: usize,
     /// Bytes read a second.
     pub bytes_per_s: f64,
+    /// The row that showed it, where it was not the probe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Multiply-adds that wait for nothing.
@@ -36,9 +40,12 @@ pub struct Peak {
     pub dtype: String,
     /// Operations a second; a multiply-add is two.
     pub flops: f64,
+    /// The row that showed it, where it was not the probe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
-/// What was probed, at the start of a run.
+/// What was probed at the start of a run, and what was found out since.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
     /// By threads, then by size.
@@ -79,6 +86,17 @@ pub struct Cost {
     pub flops: f64,
     /// Of the products.
     pub dtype: DType,
+}
+
+/// What a work needs at least: its cost, on so many threads, so many times one after another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Need {
+    /// Of one.
+    pub cost: Cost,
+    /// Threads that share it.
+    pub threads: usize,
+    /// How many, one after another.
+    pub times: usize,
 }
 
 /// The smallest working set, in bytes; then each twice the one before.
@@ -134,23 +152,30 @@ impl Probe {
                     threads,
                     bytes,
                     bytes_per_s,
+                    by: None,
                 });
             }
             for (product, dtype) in [(Product::F32, DType::F32), (Product::BF16, DType::BF16)] {
-                let alone = probe
-                    .peak
-                    .iter()
-                    .find(|p| p.threads == 1 && p.dtype == dtype.name());
-                let hoped = alone.map_or(0.0, |p| SCALING * p.flops * threads as f64);
+                let hoped = probe.hoped_flops(dtype.name(), threads);
                 let flops = best(clock, hoped, || multiply_adds(exec, product, STEPS));
                 probe.peak.push(Peak {
                     threads,
                     dtype: dtype.name().to_owned(),
                     flops,
+                    by: None,
                 });
             }
         }
         probe
+    }
+
+    /// What several threads should compute a second; 0 for one.
+    fn hoped_flops(&self, dtype: &str, threads: usize) -> f64 {
+        let mut alone = self.peak.iter().filter(|p| p.threads == 1);
+        match alone.find(|p| p.dtype == dtype) {
+            Some(p) if threads > 1 => SCALING * p.flops * threads as f64,
+            _ => 0.0,
+        }
     }
 
     /// What several threads should read a second where each has its share in a cache of its own.
@@ -160,6 +185,18 @@ impl Probe {
         match alone.find(|b| b.bytes == share && share <= OWN_CACHE) {
             Some(b) if threads > 1 => SCALING * b.bytes_per_s * threads as f64,
             _ => 0.0,
+        }
+    }
+
+    /// The floor of what needs so much.
+    #[must_use]
+    pub fn least(&self, need: &Need) -> Floor {
+        let one = self.floor(&need.cost, need.threads);
+        Floor {
+            seconds: one.seconds * need.times as f64,
+            bytes: one.bytes * need.times,
+            flops: one.flops * need.times as f64,
+            ..one
         }
     }
 
@@ -195,8 +232,10 @@ impl Probe {
     pub fn flops(&self, dtype: DType, threads: usize) -> f64 {
         let threads = self.nearest(threads);
         let of = |name| {
-            let mut all = self.peak.iter().filter(|p| p.threads == threads);
-            all.find(|p| p.dtype == name).map(|p| p.flops)
+            let all = self.peak.iter().filter(|p| p.threads == threads);
+            all.filter(|p| p.dtype == name)
+                .map(|p| p.flops)
+                .reduce(f64::max)
         };
         of(dtype.name()).or_else(|| of("f32")).unwrap_or(f64::NAN)
     }
@@ -208,7 +247,7 @@ impl Probe {
 }
 
 /// Most work a second, of many runs; each run says how much it did. Less than `hoped` for is looked into for longer.
-fn best(clock: &dyn Clock, hoped: f64, mut run: impl FnMut() -> f64) -> f64 {
+pub(crate) fn best(clock: &dyn Clock, hoped: f64, mut run: impl FnMut() -> f64) -> f64 {
     let (begin, mut most, mut runs) = (clock.now(), 0.0f64, 0);
     let patience = |most: f64| match most < hoped {
         true => LONG_PATIENCE_S,
@@ -224,11 +263,11 @@ fn best(clock: &dyn Clock, hoped: f64, mut run: impl FnMut() -> f64) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    /// 100 GB/s up to 1 MiB, 10 GB/s beyond; 1 and 2 TFLOP/s in f32.
-    fn probe() -> Probe {
+    /// 90 and 100 GB/s up to 1 MiB, 10 GB/s beyond; 1 and 2 TFLOP/s in f32.
+    pub(super) fn probe() -> Probe {
         let mut p = Probe::default();
         for threads in [1, 2] {
             for (bytes, rate) in [(16 << 10, 90e9), (1 << 20, 100e9), (2 << 20, 10e9)] {
@@ -237,12 +276,14 @@ mod tests {
                     threads,
                     bytes,
                     bytes_per_s,
+                    by: None,
                 });
             }
             p.peak.push(Peak {
                 threads,
                 dtype: "f32".into(),
                 flops: 1e12 * threads as f64,
+                by: None,
             });
         }
         p

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tallow::Session;
 use tallow::cpu::simd::Isa;
 
+use crate::floors::Revised;
 use crate::measure::{Row, Settings};
 use crate::probe::Probe;
 use crate::stats::{Ratio, by_round};
@@ -42,7 +43,7 @@ pub struct Report {
     pub dtype: String,
     /// How much was measured.
     pub settings: Settings,
-    /// What the machine reached at the start.
+    /// What the machine reached: the best of all probes, and what rows showed.
     pub probe: Probe,
     /// Tasks done.
     pub groups: Vec<Group>,
@@ -61,6 +62,9 @@ pub struct Group {
     pub tokens: Option<usize>,
     /// By engine; the first is what the others are compared with.
     pub rows: Vec<Row>,
+    /// Why floors behind it are not those before it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub revised: Vec<Revised>,
 }
 
 impl Group {
@@ -68,6 +72,16 @@ impl Group {
     #[must_use]
     pub fn ratio(&self, i: usize) -> Option<Ratio> {
         let of = |i: usize| Some(&self.rows.get(i)?.figures()?.waited.samples);
+        match i {
+            0 => None,
+            _ => by_round(of(i)?, of(0)?),
+        }
+    }
+
+    /// The same in a plan, where both have one.
+    #[must_use]
+    pub fn ratio_in_plan(&self, i: usize) -> Option<Ratio> {
+        let of = |i: usize| Some(&self.rows.get(i)?.figures()?.in_plan.as_ref()?.samples);
         match i {
             0 => None,
             _ => by_round(of(i)?, of(0)?),

@@ -4,9 +4,10 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::floors::Floors;
 use crate::measure::{Contender, Reason, Row, Settings, Verdict, measure};
 use crate::peer::Peer;
-use crate::probe::{Bound, Floor};
+use crate::probe::{Bound, Floor, Probe};
 use crate::report::{FORMAT, Group, Machine, Report};
 use crate::suite::{Context, Suite, Task, tasks};
 use crate::work::Wall;
@@ -37,6 +38,8 @@ pub struct Plan<'a> {
     pub only: Option<&'a str>,
     /// How much is measured.
     pub settings: Settings,
+    /// What the machine reaches.
+    pub probe: Probe,
     /// What was typed, for the report.
     pub command: String,
     /// Who else takes part.
@@ -65,7 +68,7 @@ pub fn run(
         threads: cx.threads,
         dtype: cx.dtype.name().to_owned(),
         settings: plan.settings,
-        probe: cx.probe.clone(),
+        probe: plan.probe.clone(),
         groups: vec![],
         stopped: false,
     };
@@ -84,6 +87,8 @@ pub fn run(
         }
     }
     tell(Event::Begin(&report));
+    let again = || Probe::of(&Wall::new(), &cx.session, cx.dtype, cx.threads);
+    let mut floors = Floors::new(plan.probe.clone(), again);
     let total = all.len();
     for (index, task) in all.into_iter().enumerate() {
         let name = format!("{}: {}", task.suite.name(), task.name);
@@ -92,13 +97,14 @@ pub fn run(
             total,
             name: &name,
         });
-        let Some(group) = one(cx, task, &mut plan, stop) else {
+        let Some(group) = one(cx, task, &mut plan, &mut floors, stop) else {
             report.stopped = true;
             break;
         };
         tell(Event::Done(&group));
         report.groups.push(group);
     }
+    report.probe = floors.probe;
     Ok(report)
 }
 
@@ -109,7 +115,13 @@ fn peers(plan: &Plan<'_>, there: bool) -> Vec<(String, String)> {
 }
 
 /// One task; `None` if it was stopped.
-fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -> Option<Group> {
+fn one(
+    cx: &Context,
+    task: Task,
+    plan: &mut Plan<'_>,
+    floors: &mut Floors<'_>,
+    stop: &dyn Fn() -> bool,
+) -> Option<Group> {
     let settings = task.suite.settings(plan.settings);
     let mut missing = vec![];
     let mut contenders = match (task.make)(cx) {
@@ -134,13 +146,17 @@ fn one(cx: &Context, task: Task, plan: &mut Plan<'_>, stop: &dyn Fn() -> bool) -
             }
         }
     }
-    let mut rows = measure(&Wall::new(), &settings, &mut contenders, stop)?;
+    let measured = measure(&Wall::new(), &settings, &mut contenders, stop)?;
+    drop(contenders);
+    let (mut rows, revised) =
+        floors.rows(&format!("{}: {}", task.suite.name(), task.name), &measured);
     rows.extend(missing);
     Some(Group {
         suite: task.suite.name().to_owned(),
         name: task.name,
         tokens: task.tokens,
         rows,
+        revised,
     })
 }
 

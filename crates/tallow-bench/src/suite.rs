@@ -10,7 +10,7 @@ use tallow::{DType, Session};
 
 use crate::measure::{Contender, Memory, Settings};
 use crate::ours::Ours;
-use crate::probe::{Cost, Probe};
+use crate::probe::{Cost, Need};
 use crate::{Error, Result};
 
 pub mod busy;
@@ -18,10 +18,14 @@ pub mod candidates;
 mod in_turn;
 pub mod layers;
 pub mod models;
+mod normed;
 pub mod products;
 pub mod rows;
 pub mod sweep;
 pub mod tax;
+
+/// Shortest loop beside another program, in seconds: some 25 ticks of 4 ms of the system's scheduler.
+const BUSY_LOOP_S: f64 = 0.1;
 
 /// A set of tasks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,7 +79,7 @@ impl Suite {
         match self {
             Self::Busy => Settings {
                 rounds: usual.rounds.min(9),
-                loop_s: (usual.loop_s * 40.0).max(0.04),
+                loop_s: usual.loop_s.max(BUSY_LOOP_S),
                 ..usual
             },
             _ => usual,
@@ -93,8 +97,6 @@ pub struct Context {
     pub dtype: DType,
     /// Fewer shapes.
     pub quick: bool,
-    /// What the machine reaches.
-    pub probe: Probe,
     /// Models of the suites that need one: what they are called and where they lie.
     pub models: Vec<(String, PathBuf)>,
     /// A command that keeps every core busy, as [`crate::load::spin`] does; for the suite that wants it.
@@ -102,13 +104,23 @@ pub struct Context {
 }
 
 impl Context {
+    /// The least of one such work on all threads.
+    #[must_use]
+    pub fn need(&self, cost: &Cost) -> Need {
+        Need {
+            cost: *cost,
+            threads: self.threads,
+            times: 1,
+        }
+    }
+
     /// A contender that is tallow itself.
     #[must_use]
     pub fn ours(&self, engine: &str, work: Ours, cost: &Cost) -> Contender {
         Contender {
             engine: engine.to_owned(),
             work: Box::new(work),
-            floor: self.probe.floor(cost, self.threads),
+            need: self.need(cost),
             lazy: false,
             memory: None,
         }
@@ -157,7 +169,7 @@ pub fn tasks(suite: Suite, cx: &Context) -> Result<Vec<Task>> {
             .chain(rows::tasks())
             .collect()),
         Suite::Layers => Ok(layers::tasks(cx)),
-        Suite::Tax => tax::tasks(cx),
+        Suite::Tax => Ok(normed::tasks(cx).chain(tax::tasks(cx)?).collect()),
         Suite::Train => models::train(cx),
         Suite::Decode => models::decode(cx),
         Suite::Sweep => sweep::tasks(cx),

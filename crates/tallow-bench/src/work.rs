@@ -113,6 +113,10 @@ pub trait Work {
     /// Waits for all that was started. Returns one element of the newest result.
     fn finish(&mut self) -> Result<f32>;
 
+    /// Reads all of the newest results, not only what [`Work::finish`] looks at; the seconds that took. What an engine has put
+    /// off it must do here.
+    fn fetch(&mut self, clock: &dyn Clock) -> Result<f64>;
+
     /// Compares the newest result with the oracle on the operands as they were last fed. `returned` is what
     /// [`Work::finish`] said: it must be in the result. Where a run changes its operands ([`Work::remembers`]) there has
     /// been exactly one since [`Work::renew`].

@@ -5,18 +5,20 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::*;
-use crate::probe::Bound;
+use tallow::DType;
+
+use crate::probe::{Bound, Cost};
 use crate::work::Judge;
 
 /// Seconds that the work takes.
-const TRUE_S: f64 = 100e-6;
+pub(crate) const TRUE_S: f64 = 100e-6;
 /// The floor: the honest work is at twice that.
 const FLOOR_S: f64 = 50e-6;
 /// Seconds of a call that does nothing.
 const CALL_S: f64 = 50e-9;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Lie {
+pub(crate) enum Lie {
     /// None: it computes when started.
     Honest,
     /// Honest, but new operands lie far away, and the first to look at them waits for them.
@@ -45,11 +47,19 @@ enum Lie {
     Wrong,
     /// Times grow, but far too fast.
     TooFast,
+    /// Remembers results by their operands: a queue on the same operands is computed once.
+    Memoised,
+    /// Computes every third time and gives what it gave before otherwise.
+    EveryThird,
+    /// Computes the element that is looked at, and the others when they are read.
+    Sliced,
+    /// Knows the element early, and gives it back while the device is at work.
+    Guessed,
 }
 
 /// The simulated machine: a clock, and a device that may be behind it.
-struct World {
-    now: Cell<f64>,
+pub(crate) struct World {
+    pub(crate) now: Cell<f64>,
     device_until: Cell<f64>,
     lie: Lie,
     /// Seconds that the work takes.
@@ -59,7 +69,7 @@ struct World {
 }
 
 impl World {
-    fn pass(&self, s: f64) {
+    pub(crate) fn pass(&self, s: f64) {
         self.now.set(self.now.get() + s);
     }
     /// Something of `s` seconds is put on the device.
@@ -81,7 +91,7 @@ impl Clock for Rc<World> {
 }
 
 /// `y[i] = 2 x[i] + 1`, with four elements; element 0 is fed and returned.
-struct Liar {
+pub(crate) struct Liar {
     world: Rc<World>,
     x: [f32; 4],
     y: Rc<RefCell<[f32; 4]>>,
@@ -90,6 +100,10 @@ struct Liar {
     returned: f32,
     asked: usize,
     cold: bool,
+    /// Starts so far.
+    starts: usize,
+    /// What the last result was computed from.
+    from: [f32; 4],
 }
 
 fn right(x: [f32; 4]) -> [f32; 4] {
@@ -114,7 +128,7 @@ fn compared(got: [f32; 4], want: [f32; 4]) -> Check {
 }
 
 impl Liar {
-    fn new(lie: Lie) -> (Rc<World>, Self) {
+    pub(crate) fn new(lie: Lie) -> (Rc<World>, Self) {
         Self::that(lie, TRUE_S, 0.0)
     }
     fn that(lie: Lie, true_s: f64, wait_s: f64) -> (Rc<World>, Self) {
@@ -134,6 +148,8 @@ impl Liar {
             returned: 0.5,
             asked: 0,
             cold: true,
+            starts: 0,
+            from: [f32::NAN; 4],
         };
         (world, liar)
     }
@@ -201,6 +217,30 @@ impl Work for Liar {
                 w.pass(0.1 * FLOOR_S);
                 self.write(right(x));
             }
+            Lie::Memoised => {
+                if self.from != x {
+                    w.pass(w.true_s);
+                }
+                self.from = x;
+                self.write(right(x));
+            }
+            Lie::EveryThird => {
+                self.starts += 1;
+                w.pass(w.true_s / 3.0);
+                if self.starts.is_multiple_of(3) || self.y.borrow()[0].is_nan() {
+                    self.write(right(x));
+                }
+            }
+            Lie::Sliced => {
+                w.pass(0.25 * w.true_s);
+                self.y.borrow_mut()[0] = right(x)[0];
+                self.pending = true;
+            }
+            Lie::Guessed => {
+                w.pass(0.1 * w.true_s);
+                w.enqueue(0.9 * w.true_s);
+                self.write(right(x));
+            }
         }
         Ok(())
     }
@@ -221,6 +261,8 @@ impl Work for Liar {
                 self.returned += 1.0;
                 return Ok(self.returned);
             }
+            Lie::Guessed if self.asked == 1 => {}
+            Lie::Guessed => w.wait(),
             Lie::ClockReadHalfway if self.asked == 1 => return Ok(self.returned),
             Lie::ClockReadHalfway => {
                 w.wait();
@@ -229,6 +271,15 @@ impl Work for Liar {
             _ => {}
         }
         Ok(self.y.borrow()[0])
+    }
+    fn fetch(&mut self, clock: &dyn Clock) -> Result<f64> {
+        let start = clock.now();
+        self.world.wait();
+        if self.world.lie == Lie::Sliced && std::mem::take(&mut self.pending) {
+            self.world.pass(0.75 * self.world.true_s);
+            self.write(right(self.x));
+        }
+        Ok(clock.now() - start)
     }
     fn check(&mut self, returned: f32) -> Result<Check> {
         self.world.wait();
@@ -305,15 +356,35 @@ fn judge_that(lie: Lie, (clock, liar): (Rc<World>, Liar), (floor_s, lazy): (f64,
         flops: 1.0,
         bound: Bound::Bandwidth,
     };
-    let mut all = [Contender {
-        engine: format!("{lie:?}"),
+    measured(lie, (clock, liar), lazy).row(floor)
+}
+
+/// A liar, measured; it must move this many bytes.
+pub(crate) const BYTES: usize = 1 << 20;
+
+pub(crate) fn measured(lie: Lie, (clock, liar): (Rc<World>, Liar), lazy: bool) -> Measured {
+    let mut all = [contender(&format!("{lie:?}"), liar, lazy)];
+    let all = measure(&clock, &Settings::QUICK, &mut all, &|| false);
+    all.unwrap().remove(0)
+}
+
+fn contender(engine: &str, liar: Liar, lazy: bool) -> Contender {
+    let cost = Cost {
+        bytes: BYTES,
+        flops: 1.0,
+        dtype: DType::F32,
+    };
+    Contender {
+        engine: engine.to_owned(),
         work: Box::new(liar),
-        floor,
+        need: Need {
+            cost,
+            threads: 1,
+            times: 1,
+        },
         lazy,
         memory: None,
-    }];
-    let rows = measure(&clock, &Settings::QUICK, &mut all, &|| false);
-    rows.unwrap().remove(0)
+    }
 }
 
 fn reason(lie: Lie) -> Reason {
@@ -380,7 +451,7 @@ fn a_plan_that_is_not_waited_for_is_caught() {
 
 #[test]
 fn a_lazy_engine_is_found_out_unless_it_says_so() {
-    assert!(matches!(reason(Lie::Lazy), Reason::UnderFloor { column, .. } if column == "queued"));
+    assert!(matches!(reason(Lie::Lazy), Reason::Growth { column, .. } if column == "queued"));
     let row = judge(Lie::Lazy, true);
     let f = row.figures().unwrap();
     near(f.waited.median, TRUE_S);
@@ -428,6 +499,50 @@ fn late_work_is_noticed_though_its_value_was_guessed() {
     assert!(doubt::still_running(20e-6, 10e-6).is_none());
 }
 
+/// Of a work that takes a millisecond, a hundred times its floor.
+fn reason_far_above(lie: Lie) -> Reason {
+    let true_s = 1e-3;
+    match judge_that(lie, Liar::that(lie, true_s, 0.0), (true_s / 100.0, false)).verdict {
+        Verdict::Invalid(reason) => reason,
+        Verdict::Valid(f) => panic!("{lie:?} was believed: {f:?}"),
+    }
+}
+
+#[test]
+fn lies_far_above_the_floor_are_caught_as_well() {
+    let honest = Liar::that(Lie::Asynchronous, 1e-3, 0.0);
+    let row = judge_that(Lie::Asynchronous, honest, (1e-5, false));
+    near(row.figures().unwrap().waited.median, 1e-3);
+    let why = reason_far_above(Lie::Memoised);
+    assert!(
+        matches!(&why, Reason::Growth { column, .. } if column == "queued"),
+        "{why}"
+    );
+    let why = reason_far_above(Lie::Sliced);
+    assert!(matches!(why, Reason::PutOff { .. }), "{why}");
+    let why = reason_far_above(Lie::Guessed);
+    assert!(matches!(why, Reason::StillRunning { .. }), "{why}");
+}
+
+#[test]
+fn work_that_is_done_only_now_and_then_is_caught_though_the_last_was_done() {
+    // Whether the last of the checked loop is one that is done depends on where the counting begins.
+    let caught = [0, 1, 2].map(|phase| {
+        let (world, mut liar) = Liar::new(Lie::EveryThird);
+        liar.starts = phase;
+        let row = judge_that(Lie::EveryThird, (world, liar), (1e-6, false));
+        match row.verdict {
+            Verdict::Invalid(Reason::Check { .. }) => "check",
+            Verdict::Invalid(Reason::Changed { .. }) => "again",
+            other => panic!("{other:?}"),
+        }
+    });
+    assert!(
+        caught.contains(&"check") && caught.contains(&"again"),
+        "{caught:?}"
+    );
+}
+
 #[test]
 fn a_plan_that_was_folded_is_caught() {
     assert!(
@@ -456,14 +571,7 @@ fn no_figure_leaves_an_invalid_row() {
 #[test]
 fn contenders_take_turns_and_a_stop_leaves_nothing_half_done() {
     let (clock, liar) = Liar::new(Lie::Honest);
-    let floor = judge(Lie::Honest, false).floor;
-    let mut all = [Contender {
-        engine: "stopped".into(),
-        work: Box::new(liar),
-        floor,
-        lazy: false,
-        memory: None,
-    }];
+    let mut all = [contender("stopped", liar, false)];
     let asked = Cell::new(0);
     let stop = || {
         asked.set(asked.get() + 1);

@@ -1,6 +1,8 @@
 //! A work of tallow's as the judge of somebody else's result: it draws the operands and knows what is right.
 //! Invariant: the oracle judges; tallow's own kernels have no say.
 
+use tallow::Tensor;
+
 use super::{Fill, Graphed, Ours};
 use crate::Result;
 use crate::work::{Check, Work as _};
@@ -94,15 +96,29 @@ impl Judged {
             .collect()
     }
 
-    /// Compares the first results, each row-major, with the oracle. `returned` must be the last element of the first.
+    /// From here on only these of all results and states are compared, in this order.
+    #[must_use]
+    pub fn only(self, which: &[usize]) -> Self {
+        self.graph().some.replace(Some(which.to_vec()));
+        self
+    }
+
+    /// Compares the results, each row-major, with the oracle. `returned` must be the last element of the first.
     ///
     /// # Errors
     /// As [`Judged::check`].
     pub fn check_all(&self, got: &[Vec<f64>], returned: f32) -> Result<Check> {
-        let outs = self.graph().outs.iter().zip(got);
-        let fit = outs.clone().all(|(o, g)| o.shape().numel() == g.len());
-        let mut check = self.graph().check(got, returned)?;
-        if !fit || outs.len() != got.len() || got.is_empty() {
+        let graph = self.graph();
+        let states = graph.subject.updates.iter().map(|(state, _)| state);
+        let all: Vec<_> = graph.outs.iter().chain(states).collect();
+        let some = match graph.some.borrow().is_some() {
+            true => graph.some_of(&all),
+            false => all.iter().take(graph.outs.len()).collect(),
+        };
+        let fit = |(o, g): (&&&Tensor, &Vec<f64>)| o.shape().numel() == g.len();
+        let fits = some.len() == got.len() && some.iter().zip(got).all(fit);
+        let mut check = graph.check(got, returned)?;
+        if !fits || got.is_empty() {
             check.worst = f64::MAX;
         }
         Ok(check)

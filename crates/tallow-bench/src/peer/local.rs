@@ -8,7 +8,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use tallow::DType;
 
 use super::gemm::gemm_xwt;
-use super::{Job, Peer, candle};
+use super::{Job, Peer, Place, candle};
 use crate::measure::Contender;
 use crate::ours::judge::{Judged, judged};
 use crate::probe::Cost;
@@ -24,19 +24,27 @@ pub const ENGINES: [&str; 3] = ["candle", "gemm", "faer"];
 pub const THREADS: &str = "RAYON_NUM_THREADS";
 
 /// A peer of this process.
-pub struct Local(&'static str);
+pub struct Local {
+    name: &'static str,
+    /// Does tallow compute somewhere else?
+    elsewhere: bool,
+}
 
 impl Local {
     /// The peer of that name, if there is one.
     ///
     /// # Errors
     /// Threads that are not set.
-    pub fn open(name: &str, threads: usize) -> Result<Option<Self>> {
+    pub fn open(name: &str, place: &Place<'_>) -> Result<Option<Self>> {
+        let Place { threads, device } = *place;
         let Some(name) = ENGINES.into_iter().find(|n| *n == name) else {
             return Ok(None);
         };
         match std::env::var(THREADS) {
-            Ok(n) if n == threads.to_string() => Ok(Some(Local(name))),
+            Ok(n) if n == threads.to_string() => Ok(Some(Local {
+                name,
+                elsewhere: device != "cpu",
+            })),
             got => Err(Error::Peer {
                 peer: name.to_owned(),
                 what: format!(
@@ -50,30 +58,33 @@ impl Local {
 
 impl Peer for Local {
     fn name(&self) -> &str {
-        self.0
+        self.name
     }
 
     fn version(&self) -> String {
-        version(self.0)
+        match self.elsewhere {
+            true => format!("{}, on the processor", version(self.name)),
+            false => version(self.name),
+        }
     }
 
     fn contenders(&mut self, job: &Job, cx: &Context) -> Result<Vec<Contender>> {
-        let ways = match (self.0, job) {
+        let ways = match (self.name, job) {
             ("candle", _) => candle::ways(job, cx)?,
-            (_, Job::Lora(shape)) => vec![slices(self.0, *shape, cx)?],
+            (_, Job::Lora(shape)) => vec![slices(self.name, *shape, cx)?],
             (_, Job::Rows(_) | Job::Layer(_) | Job::Model(_)) => vec![],
         };
         let contender = |way: Way| Contender {
             engine: match way.name {
-                "" => self.0.to_owned(),
-                name => format!("{}, {name}", self.0),
+                "" => self.name.to_owned(),
+                name => format!("{}, {name}", self.name),
             },
             work: Box::new(Here {
                 engine: way.engine,
                 y: f32::NAN,
                 judged: way.judged,
             }),
-            floor: cx.probe.floor(&way.cost, cx.threads),
+            need: cx.need(&way.cost),
             lazy: false,
             memory: None,
         };
@@ -180,6 +191,12 @@ impl Work for Here {
             seconds,
             last: self.finish()?,
         })
+    }
+
+    fn fetch(&mut self, clock: &dyn Clock) -> Result<f64> {
+        let start = clock.now();
+        self.engine.results()?;
+        Ok(clock.now() - start)
     }
 
     fn check(&mut self, returned: f32) -> Result<Check> {

@@ -1,6 +1,7 @@
 //! Peers in Python: a small script, written out and run with the user's `python3`, that computes what it is asked.
 //! Invariant: operands are drawn here and its results are judged here, by the same oracle as tallow's; it keeps the time of
-//! its own loops, so that the pipe is not in it, and that time is held against the same floor.
+//! its own loops, so that the pipe is not in it, and that time is held against the same floor. It computes where tallow
+//! does, on a GPU or on the processor, and its version says so.
 //! Absent on purpose: installing anything.
 
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -14,7 +15,7 @@ use tallow::DType;
 use tallow::llm::ModelConfig;
 use tempfile::TempDir;
 
-use super::{Job, ModelJob, Peer, RowOp};
+use super::{Job, ModelJob, Peer, Place, RowOp};
 use crate::measure::Contender;
 use crate::ours::judge::{Judged, judged, judged_half};
 use crate::probe::Cost;
@@ -72,7 +73,7 @@ impl Server {
         }
     }
 
-    fn start(python: &str, name: &str, threads: usize) -> Result<Self> {
+    fn start(python: &str, name: &str, place: &Place<'_>) -> Result<Self> {
         let fail = |what: String| Error::Peer {
             peer: name.to_owned(),
             what,
@@ -83,11 +84,11 @@ impl Server {
             std::fs::write(&path, text).map_err(|e| fail(format!("{}: {e}", path.display())))?;
         }
         let script = dir.path().join(SCRIPTS[0].0);
-        let count = threads.to_string();
+        let count = place.threads.to_string();
         let mut child = Command::new(python)
             .arg("-u")
             .args([&script])
-            .args([name, &count])
+            .args([name, &count, place.device])
             .envs(
                 ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"].map(|k| (k, &count)),
             )
@@ -169,13 +170,13 @@ impl Python {
     ///
     /// # Errors
     /// No Python; the engine is not installed (the message says how to install it).
-    pub fn open(name: &str, threads: usize) -> Result<Self> {
+    pub fn open(name: &str, place: &Place<'_>) -> Result<Self> {
         let python = std::env::var(PYTHON).unwrap_or_else(|_| "python3".to_owned());
-        Self::open_with(&python, name, threads)
+        Self::open_with(&python, name, place)
     }
 
-    fn open_with(python: &str, name: &str, threads: usize) -> Result<Self> {
-        let mut server = Server::start(python, name, threads)?;
+    fn open_with(python: &str, name: &str, place: &Place<'_>) -> Result<Self> {
+        let mut server = Server::start(python, name, place)?;
         let hello: Hello = server.ask(&json!({ "op": "hello" }))?;
         Ok(Python {
             name: name.to_owned(),
@@ -223,7 +224,7 @@ impl Peer for Python {
                 whole: matches!(job, Job::Layer(_) | Job::Model(_)),
                 changes: asked.changes,
             }),
-            floor: cx.probe.floor(&asked.cost, cx.threads),
+            need: cx.need(&asked.cost),
             // A step reads what the one before it wrote: none can be left out.
             lazy: self.lazy && !asked.changes,
             memory: None,
@@ -317,6 +318,10 @@ impl Python {
         let judged = match cx.dtype {
             DType::BF16 => judged_half(ours),
             _ => judged(ours),
+        };
+        let judged = match doing {
+            Doing::Train(_) => judged.only(&models::TRAINED),
+            _ => judged,
         };
         let config = ModelConfig::read(dir)?;
         let mut described = json!({ "dir": dir, "vocab": config.vocab, "ids": true });
@@ -418,6 +423,15 @@ impl Work for Remote {
         Ok((done.value, done.seconds))
     }
 
+    fn fetch(&mut self, _: &dyn Clock) -> Result<f64> {
+        #[derive(Deserialize)]
+        struct Fetched {
+            seconds: f64,
+        }
+        let done: Fetched = self.ask(json!({ "op": "fetch" }))?;
+        Ok(done.seconds)
+    }
+
     fn waited(&mut self, _: &dyn Clock, n: usize, first: f32) -> Result<Looped> {
         let scale = self.judged.scale();
         let request = json!({ "op": "waited", "n": n, "first": first, "scale": scale });
@@ -463,6 +477,11 @@ impl Work for Remote {
 mod tests {
     use super::*;
 
+    const HERE: Place<'_> = Place {
+        threads: 1,
+        device: "cpu",
+    };
+
     /// A program that answers every line as told, in place of Python.
     #[cfg(unix)]
     fn fake(dir: &std::path::Path, body: &str) -> String {
@@ -474,7 +493,7 @@ mod tests {
     }
 
     fn refused(python: &str) -> String {
-        Python::open_with(python, "mlx", 1)
+        Python::open_with(python, "mlx", &HERE)
             .err()
             .unwrap()
             .to_string()
@@ -504,7 +523,7 @@ mod tests {
             assert!(e.contains(wanted), "{body}: {e}");
         }
         let good = "read x; echo '{\"version\": \"1.2\", \"lazy\": true}'; read x";
-        let peer = Python::open_with(&fake(dir.path(), good), "mlx", 1).unwrap();
+        let peer = Python::open_with(&fake(dir.path(), good), "mlx", &HERE).unwrap();
         assert_eq!((peer.version(), peer.lazy), ("1.2".to_owned(), true));
     }
 }

@@ -35,6 +35,7 @@ impl Probe {
                 threads: 1,
                 bytes,
                 bytes_per_s,
+                by: None,
             });
             bytes *= 2;
         }
@@ -46,6 +47,7 @@ impl Probe {
                 threads: 1,
                 dtype: dtype.name().to_owned(),
                 flops,
+                by: None,
             });
         }
         Ok(probe)

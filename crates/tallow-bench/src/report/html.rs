@@ -27,13 +27,13 @@ pub fn page(r: &Report) -> Result<String> {
         out += "<p class=\"bad\">Stopped before its end.</p>\n";
     }
     out += "<h2>Times over the floor</h2>\n<p>The floor (1) is the time that nothing on this machine can be faster than: \
-        bytes over bandwidth or multiply-adds over peak, both measured at the start of this run. Bars are medians of the \
+        bytes over bandwidth or multiply-adds over peak, both measured in this run. Bars are medians of the \
         waited time, the fine line spans the 10th to the 90th percentile.</p>\n";
     for g in &r.groups {
         out += &group(g);
     }
     out += "<h2>Roofline</h2>\n<p>Each point is a valid row: arithmetic for each byte that must be moved, and the arithmetic \
-        a second it reached. The lines are what the machine reached at the start of this run.</p>\n";
+        a second it reached. The lines are what the machine reached in this run.</p>\n";
     out += &draw::roofline(r);
     out += "<h2>The machine</h2>\n";
     out += &machine(r);
@@ -67,6 +67,10 @@ fn group(g: &Group) -> String {
     out += "</table>\n";
     if let Some(why) = table::no_plan(g) {
         out += &format!("<p class=\"facts\">No time in a plan: {}.</p>\n", text(why));
+    }
+    for revised in &g.revised {
+        let what = text(&revised.to_string());
+        out += &format!("<p class=\"facts\">{what}.</p>\n");
     }
     out += "<details><summary>samples, µs</summary>\n";
     for row in &g.rows {
@@ -115,6 +119,10 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
         let ratio = format!("{:.3} × {first} ({:.3} – {:.3})", r.middle, r.low, r.high);
         more.push(ratio);
     }
+    if let Some(r) = g.ratio_in_plan(i) {
+        let [middle, low, high] = [r.middle, r.low, r.high];
+        more.push(format!("in plan {middle:.3} ({low:.3} – {high:.3})"));
+    }
     more.extend(row.memory.as_ref().map(table::memory));
     let more = more.join(", ");
     let cells: String = cells
@@ -138,19 +146,27 @@ fn machine(r: &Report) -> String {
         };
         let rate = b.bytes_per_s / 1e9;
         out += &format!(
-            "<tr><td>{}</td><td>{size}</td><td>{rate:.1}</td></tr>\n",
-            b.threads
+            "<tr><td>{}</td><td>{size}{}</td><td>{rate:.1}</td></tr>\n",
+            b.threads,
+            shown_by(&b.by)
         );
     }
     out += "</table>\n<table><tr><th>threads</th><th>dtype</th><th>GFLOP/s</th></tr>\n";
     for p in &r.probe.peak {
         let (dtype, rate) = (text(&p.dtype), p.flops / 1e9);
         out += &format!(
-            "<tr><td>{}</td><td>{dtype}</td><td>{rate:.0}</td></tr>\n",
-            p.threads
+            "<tr><td>{}</td><td>{dtype}{}</td><td>{rate:.0}</td></tr>\n",
+            p.threads,
+            shown_by(&p.by)
         );
     }
     out + "</table>\n"
+}
+
+/// The row that showed a rate.
+fn shown_by(by: &Option<String>) -> String {
+    let of = |by| format!("<small>{}</small>", text(by));
+    by.as_deref().map_or(String::new(), of)
 }
 
 /// Escapes what means something in HTML.

@@ -86,6 +86,7 @@ pub fn group(g: &Group) -> Vec<String> {
         }
     }
     lines.extend(no_plan(g).map(|why| format!("  no time in a plan: {why}")));
+    lines.extend(g.revised.iter().map(|r| format!("  {r}")));
     lines
 }
 
@@ -151,6 +152,10 @@ fn more(g: &Group, i: usize, row: &Row) -> Vec<String> {
             text += &format!(", floor {floor:.3}");
         }
         all.push(text);
+    }
+    if let Some(r) = g.ratio_in_plan(i) {
+        let [middle, low, high] = [r.middle, r.low, r.high];
+        all.push(format!("in plan {middle:.3} ({low:.3} - {high:.3})"));
     }
     all.extend(row.memory.as_ref().map(memory));
     if let Some(s) = &f.not_executed {

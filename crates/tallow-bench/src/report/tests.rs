@@ -73,12 +73,14 @@ pub(crate) fn report(scale: f64) -> Report {
                     threads: 1,
                     bytes,
                     bytes_per_s,
+                    by: None,
                 })
                 .to_vec(),
             peak: vec![Peak {
                 threads: 1,
                 dtype: "f32".into(),
                 flops: 1e11,
+                by: None,
             }],
         },
         groups: vec![Group {
@@ -86,6 +88,7 @@ pub(crate) fn report(scale: f64) -> Report {
             name: "softmax 4x16x1024".into(),
             tokens: Some(10),
             rows: vec![valid, invalid],
+            revised: vec![],
         }],
         stopped: false,
     }
@@ -149,6 +152,23 @@ fn a_page_is_one_file_and_names_are_only_text_in_it() {
         .0
         .replace("\\u003c", "<");
     assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report(1.0));
+}
+
+#[test]
+fn floors_that_were_revised_are_told() {
+    let mut r = report(1.0);
+    r.groups[0].revised = vec![Revised::Under {
+        engine: "<liar>".into(),
+        was: 0.5,
+        now: 0.95,
+    }];
+    r.probe.peak[0].by = Some("seed: <liar>".into());
+    let text = table::group(&r.groups[0]).join("\n");
+    let told = "probed again: <liar> was at 0.50 floors, is at 0.95";
+    assert!(text.contains(told), "{text}");
+    let page = html::page(&r).unwrap();
+    assert!(page.contains(&told.replace("<liar>", "&lt;liar&gt;")));
+    assert!(page.contains("<small>seed: &lt;liar&gt;</small>"));
 }
 
 #[test]

@@ -68,7 +68,7 @@ pub fn tasks(cx: &Context) -> Result<Vec<Task>> {
                 Contender {
                     engine: "every core busy".to_owned(),
                     work: Box::new(beside),
-                    floor: cx.probe.floor(&cost, cx.threads),
+                    need: cx.need(&cost),
                     lazy: false,
                     memory: None,
                 },

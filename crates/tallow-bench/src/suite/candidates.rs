@@ -88,7 +88,6 @@ pub fn candidates(cx: &Context, shape: LoraShape) -> Result<(Vec<Offer>, Vec<Con
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::probe::Probe;
 
     #[test]
     fn shapes_are_read_and_nonsense_is_refused() {
@@ -119,7 +118,6 @@ mod tests {
             threads: 1,
             dtype: tallow::DType::F32,
             quick: true,
-            probe: Probe::default(),
             models: vec![],
             spinner: None,
         };

@@ -2,7 +2,7 @@
 //! Invariant: all of them are renewed, fed, run and checked; what comes out is the last one's.
 
 use crate::ours::Ours;
-use crate::work::{Check, Work};
+use crate::work::{Check, Clock, Work};
 use crate::{Error, Result};
 
 /// At least one work.
@@ -47,6 +47,10 @@ impl Work for InTurn {
                 got: "none".to_owned(),
             }),
         }
+    }
+
+    fn fetch(&mut self, clock: &dyn Clock) -> Result<f64> {
+        self.0.iter_mut().map(|w| w.fetch(clock)).sum()
     }
 
     fn check(&mut self, returned: f32) -> Result<Check> {

@@ -3,7 +3,7 @@
 
 use tallow::core::element::to_bf16;
 use tallow::core::graph::Builder;
-use tallow::core::op::{Block, Linear};
+use tallow::core::op::{Block, Linear, RmsNorm};
 use tallow::core::oracle::Value;
 use tallow::core::oracle::bound::{Bounded, eval_bounded};
 use tallow::{DType, LoraWeights, Role, Session, TensorType};
@@ -112,14 +112,21 @@ fn filled(
         again: Box::new(move |x| Ok(vec![x[0].linears(std::slice::from_ref(&weights), None)?])),
         updates: vec![],
         join: if k == n { Join::Feed } else { Join::Add },
-        reference: Reference::Sampled(Box::new(move |v, seed| sample(shape, dtype, v, seed))),
+        reference: Reference::Sampled(Box::new(move |v, seed| sample(shape, dtype, None, v, seed))),
     };
     Ours::new(o, subject)
 }
 
-/// Some rows and columns of the result: the same op, in the oracle, over the rows of `x` and `W` that they need.
+/// Some rows and columns of the result: the same op, in the oracle, over the rows of `x` and `W` that they need; behind a
+/// norm with weights and an epsilon, where there is one.
 /// With weights in bf16 a kernel may round `x` for the product with `W`, exactly, or take it as it is: both are right.
-fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sample> {
+pub(super) fn sample(
+    shape: LoraShape,
+    dtype: DType,
+    norm: Option<(&[f64], f32)>,
+    v: &[&[f64]],
+    seed: u64,
+) -> Result<Sample> {
     let LoraShape { m, k, n, rank } = shape;
     let mut rng = fastrand::Rng::with_seed(seed ^ 0x5eed);
     let rows = some(m, SAMPLED[0], &mut rng);
@@ -136,12 +143,13 @@ fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sam
         let up = take(v[3], &cols, rank);
         [f32s([rank, k], v[2].to_vec()), f32s([cols.len(), rank], up)]
     });
-    let exact = product(&x, &w, adapter.as_ref())?;
+    let norm = norm.map(|(w, eps)| (Value::new(TensorType::f32([k]), w.to_vec()), eps));
+    let exact = product(&x, norm.as_ref(), &w, adapter.as_ref())?;
     let mut want = vec![exact];
-    if dtype == DType::BF16 {
+    if dtype == DType::BF16 && norm.is_none() {
         let rounded = x.data.iter().map(|v| to_bf16(*v).to_f64());
-        let rounded = product(&f32s([rows.len(), k], rounded.collect()), &w, None)?;
-        let bare = product(&x, &w, None)?;
+        let rounded = product(&f32s([rows.len(), k], rounded.collect()), None, &w, None)?;
+        let bare = product(&x, None, &w, None)?;
         let mut with = want[0].clone();
         let differences = rounded.value.data.iter().zip(&bare.value.data);
         for (to, (r, b)) in with.value.data.iter_mut().zip(differences) {
@@ -159,16 +167,28 @@ fn sample(shape: LoraShape, dtype: DType, v: &[&[f64]], seed: u64) -> Result<Sam
 }
 
 /// The op in the oracle.
-fn product(x: &Value, w: &Value, adapter: Option<&[Value; 2]>) -> Result<Bounded> {
+fn product(
+    x: &Value,
+    norm: Option<&(Value, f32)>,
+    w: &Value,
+    adapter: Option<&[Value; 2]>,
+) -> Result<Bounded> {
     let mut b = Builder::default();
     let operands: Vec<&Value> = [x, w]
         .into_iter()
         .chain(adapter.into_iter().flatten())
         .collect();
-    let ins: Vec<_> = operands
+    let mut ins: Vec<_> = operands
         .iter()
         .map(|v| b.input(Role::Data, v.ty.clone()))
         .collect();
+    let mut values: Vec<Value> = operands.into_iter().cloned().collect();
+    if let Some((weights, eps)) = norm {
+        let weight = b.input(Role::Data, weights.ty.clone());
+        let eps = (*eps).into();
+        ins[0] = b.composite(RmsNorm { eps }, &[ins[0], weight])?[0];
+        values.push(weights.clone());
+    }
     let block = Block {
         n: w.ty.shape.0[0],
         bias: false,
@@ -179,7 +199,6 @@ fn product(x: &Value, w: &Value, adapter: Option<&[Value; 2]>) -> Result<Bounded
         residual: false,
     };
     let y = b.composite(op, &ins)?;
-    let values: Vec<Value> = operands.into_iter().cloned().collect();
     Ok(eval_bounded(&b.finish(y, vec![]), &values)?.remove(0))
 }
 

@@ -12,6 +12,7 @@ use crate::Result;
 use crate::measure::Contender;
 use crate::ours::Ours;
 use crate::peer::{Job, ModelJob};
+use crate::probe::Need;
 use crate::work::Work as _;
 
 const QV: &[&str] = &["q_proj", "v_proj"];
@@ -205,15 +206,15 @@ pub(super) fn made(cx: &Context, dir: &Path, sides: Vec<Side>) -> Result<Vec<Con
         Made::Turns(n, doing, adapted) => {
             let each = (0..n).map(|_| one(doing, Some(&adapted)));
             let each = each.collect::<Result<Vec<_>>>()?;
-            let mut floor = cx.probe.floor(&each[0].1, cx.threads);
-            floor.seconds *= n as f64;
-            floor.bytes *= n;
-            floor.flops *= n as f64;
+            let need = Need {
+                times: n,
+                ..cx.need(&each[0].1)
+            };
             let works = each.into_iter().map(|(w, _)| w).collect();
             Ok(Contender {
                 engine: name,
                 work: Box::new(InTurn::new(works)),
-                floor,
+                need,
                 lazy: false,
                 memory: None,
             })

@@ -22,7 +22,7 @@ use tallow_bench::{
     compare::{compare, lines},
     load::spin,
     measure::Settings,
-    peer,
+    peer::{self, Place},
     probe::Probe,
     report::{Report, html, table},
     run::{Event, Plan, run as bench},
@@ -121,6 +121,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let scratch = tempfile::tempdir().context("cannot make a folder for models")?;
     let models = models(args, suites, scratch.path())?;
     let cx = context(args, global, models)?;
+    let place = Place {
+        threads: cx.threads,
+        device: &cx.session.backend().info().name,
+    };
     let plan = Plan {
         suites,
         only: args.only.as_deref(),
@@ -129,8 +133,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         } else {
             Settings::FULL
         },
+        probe: Probe::of(&Wall::new(), &cx.session, cx.dtype, cx.threads)?,
         command: command(),
-        peers: peer::open(&args.against, cx.threads)?,
+        peers: peer::open(&args.against, &place)?,
     };
     let mut shown = Shown::new(args);
     let report = bench(&cx, plan, &interrupt::asked, &mut |e| shown.event(&e))?;
@@ -206,12 +211,10 @@ fn dtype(args: &Args) -> DType {
 fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Result<Context> {
     let session = open::session(global, args.dtype)?;
     let threads = threads(global)?;
-    let dtype = dtype(args);
     Ok(Context {
-        probe: Probe::of(&Wall::new(), &session, dtype, threads)?,
         session,
         threads,
-        dtype,
+        dtype: dtype(args),
         quick: args.quick,
         models,
         spinner: spinner()?,

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::peer::{ModelJob, RowOp};
-use crate::probe::Probe;
 use crate::shapes::{ModelShape, SMALL};
 use crate::suite::layers::Layer;
 use crate::suite::models::{Adapted, Doing};
@@ -20,9 +19,15 @@ fn context(dtype: DType) -> Context {
         threads: 2,
         dtype,
         quick: true,
-        probe: Probe::default(),
         models: vec![],
         spinner: None,
+    }
+}
+
+fn local(name: &'static str) -> Local {
+    Local {
+        name,
+        elsewhere: false,
     }
 }
 
@@ -30,7 +35,7 @@ fn context(dtype: DType) -> Context {
 fn passes(job: &Job, cx: &Context) -> usize {
     let mut ways = 0;
     for name in ENGINES {
-        for mut made in Local(name).contenders(job, cx).unwrap() {
+        for mut made in local(name).contenders(job, cx).unwrap() {
             let who = format!("{} {job:?}", made.engine);
             let work = &mut made.work;
             work.renew(3).unwrap();

@@ -40,6 +40,29 @@ class Job:
         for name, (a, b) in parts.items():
             modules[name].lora_a, modules[name].lora_b = a.T.astype(self.dtype), b.T.astype(self.dtype)
 
+    def parts(self, flat):
+        """Flat numbers as those of A [rank, k] and B [n, rank] of every module."""
+        at, out = 0, {}
+        for name, rank, n, k in self.job["parts"]:
+            a = flat[at : at + rank * k].reshape(rank, k)
+            at += rank * k
+            out[name] = (a, flat[at : at + n * rank].reshape(n, rank))
+            at += n * rank
+        return out
+
+    def slot(self, state, name):
+        """What the optimizer keeps of A and B of a module."""
+        for key in name.split("."):
+            state = state[int(key) if isinstance(state, list) else key]
+        return [state["lora_a"], state["lora_b"]]
+
+    def trained(self):
+        if self.kind != "train":
+            return []
+        names = self.job["parts"]
+        moments = [s["m"] for name, *_ in names for s in self.slot(self.optimizer.state, name)]
+        return [mx.concatenate([m.T.reshape(-1) for m in moments])]
+
     def renew(self, xs):
         ids = xs[0].astype(mx.int32)
         if self.kind == "cached":
@@ -55,15 +78,14 @@ class Job:
         self.x, self.targets = ids.reshape(self.b, self.t), xs[1].astype(mx.int32).reshape(self.b, self.t)
         if self.kind != "train":
             return
-        at, parts = 0, {}
-        for name, rank, n, k in self.job["parts"]:
-            a = xs[5][at : at + rank * k].reshape(rank, k)
-            at += rank * k
-            parts[name] = (a, xs[5][at : at + n * rank].reshape(n, rank))
-            at += n * rank
+        parts, first, second = (self.parts(x) for x in xs[5:8])
         self.set(parts)
         optimizer = optim.AdamW(learning_rate=1e-4, weight_decay=0.01)
         optimizer.init(self.model.trainable_parameters())
+        self.optimizer = optimizer
+        for name in parts:
+            for slot, m, v in zip(self.slot(optimizer.state, name), first[name], second[name]):
+                slot["m"], slot["v"] = m.T.astype(self.dtype), v.T.astype(self.dtype)
         model, state = self.model, [self.model.state, optimizer.state]
 
         def loss(ids, targets):

@@ -1,6 +1,7 @@
 """A peer of `tallow bench`: computes what it is asked, one request a line on stdin, one answer a line on stdout.
 
-The engine is the first argument. Operands come as files of f32; a result goes into one. A loop runs whole in here, so the
+Arguments: the engine, threads, and where tallow computes ("cpu", "cuda:0", "wgpu:0"): the engine takes its own GPU
+where tallow takes one. Operands come as files of f32; a result goes into one. A loop runs whole in here, so the
 pipe is not timed; each repetition is fed a number made of the one before. tallow checks results, growth and floor itself.
 """
 import array, importlib.metadata, json, os, struct, sys, time
@@ -22,19 +23,19 @@ def next_link(y, i):
     return f32(0.1 + 0.89 * (((bits * 2654435761 + i * 40503) >> 7) % (1 << 20)) / (1 << 20))
 
 
-# Engines compute on the processor, unless TALLOW_PEER_CPU=0 sends those to the GPU that have one there.
-ON_GPU = os.environ.get("TALLOW_PEER_CPU", "1") != "1"
-
-
 class Torch:
     lazy = False
 
-    def __init__(self, name, threads):
+    def __init__(self, name, threads, place):
         import torch
 
         self.t, self.name = torch, name
         self.dtype = torch.float32
-        self.device = "mps" if ON_GPU and torch.backends.mps.is_available() else "cpu"
+        self.place, self.device = place, "cpu"
+        if place != "cpu" and torch.cuda.is_available():
+            self.device = place if place.startswith("cuda") else "cuda"
+        elif place != "cpu" and torch.backends.mps.is_available():
+            self.device = "mps"
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         if name == "peft":
@@ -43,7 +44,7 @@ class Torch:
             self.peft = peft
 
     def version(self):
-        v = self.t.__version__ + (", MPS" if self.device == "mps" else "")
+        v = self.t.__version__ + where(self.device, self.place)
         return f"{importlib.metadata.version('peft')} (torch {v})" if self.name == "peft" else v
 
     def half(self, half):
@@ -56,9 +57,9 @@ class Torch:
     def model(self, job):
         import torch_model
 
-        if job["kind"] == "train again" or (self.name == "peft" and "adapter" not in job) or self.device != "cpu":
+        if job["kind"] == "train again":
             return None
-        return torch_model.Job(job, self.dtype, self.name)
+        return torch_model.Job(job, self.dtype, self.name, self.device)
 
     def make(self, job, w):
         f = self.plain(job, w)
@@ -86,7 +87,7 @@ class Torch:
             def run(x, cos, sin):
                 half = x.shape[-1] // 2
                 return x * cos + self.t.cat([-x[..., half:], x[..., :half]], -1) * sin
-        elif self.name == "torch" and self.device == "cpu":
+        elif self.name == "torch":
             return TorchStep(self.t)
         else:
             return None
@@ -160,26 +161,35 @@ class Torch:
     def settle(self, f, ys):
         pass
 
+    def fed(self):
+        # What feeds a repetition is not in its time.
+        if self.device != "cpu":
+            getattr(self.t, self.device.split(":")[0]).synchronize()
+
     def wait(self, y):
         return y.reshape(-1)[-1].item()
 
     def values(self, y):
-        return array.array("f", y.float().reshape(-1).tolist())
+        return array.array("f", y.detach().float().reshape(-1).tolist())
 
 
 class Mlx:
     lazy = True
 
-    def __init__(self, name, threads):
+    def __init__(self, name, threads, place):
         import mlx.core as mx
 
         self.mx, self.name, self.dtype = mx, name, mx.float32
-        mx.set_default_device(mx.gpu if ON_GPU else mx.cpu)
+        self.place, self.device = place, "cpu"
+        if place != "cpu" and mx.is_available(mx.gpu):
+            self.device = "GPU"
+        mx.set_default_device(mx.cpu if self.device == "cpu" else mx.gpu)
         if name == "mlx-lm":
             import mlx_lm  # noqa: F401
 
     def version(self):
-        v = importlib.metadata.version("mlx") + (", GPU" if ON_GPU else blas())
+        v = importlib.metadata.version("mlx") + where(self.device, self.place)
+        v += blas() if self.device == "cpu" else ""
         if self.name == "mlx-lm":
             v = f"{importlib.metadata.version('mlx-lm')} (mlx {v})"
         return v
@@ -189,7 +199,9 @@ class Mlx:
 
     def tensor(self, values, shape=None):
         x = self.mx.array(memoryview(values))
-        return x if shape is None else x.reshape(shape).astype(self.dtype)
+        x = x if shape is None else x.reshape(shape).astype(self.dtype)
+        self.mx.eval(x)  # not in the time of the first that looks at it
+        return x
 
     def layer(self, job, w):
         mx, kind = self.mx, job["kind"]
@@ -283,12 +295,21 @@ class Mlx:
     def settle(self, f, ys):
         f.wait(ys)
 
+    def fed(self):
+        pass  # feed has waited
+
     def wait(self, y):
         self.mx.eval(y)
         return y.reshape(-1)[y.size - 1].item()
 
     def values(self, y):
         return array.array("f", y.astype(self.mx.float32).reshape(-1).tolist())
+
+
+def where(device, place):
+    if device != "cpu":
+        return f", on {device}"
+    return ", on the processor: it finds no GPU" if place != "cpu" else ""
 
 
 def blas():
@@ -321,7 +342,8 @@ class TorchStep:
         self.x = self.t.nn.Parameter(p)
         self.x.grad = g
         self.o = self.t.optim.AdamW([self.x], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True)
-        self.o.state[self.x] = {"step": self.t.tensor(1e6), "exp_avg": m, "exp_avg_sq": v}
+        step = self.t.tensor(1e6, device=p.device)
+        self.o.state[self.x] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         self.ys = [self.x.detach(), m, v]
 
     def run(self):
@@ -374,6 +396,9 @@ class Layer:
         self.e.all(ys)
         return self.e.wait(ys[0])
 
+    def results(self):
+        return self.y
+
 
 class Many(Layer):
     """A function of several tensors, or its gradients."""
@@ -417,7 +442,7 @@ class Step(Layer):
         return self.e.wait(ys[0])
 
 
-class Model:
+class Model(Layer):
     """A whole model; what is fed is the last token id."""
 
     def __init__(self, engine, f, vocab):
@@ -435,6 +460,9 @@ class Model:
     def wait(self, ys):
         self.e.settle(self.f, ys)
         return self.e.wait(ys[0])
+
+    def results(self):
+        return self.y + self.f.trained()
 
 
 class Server:
@@ -477,6 +505,7 @@ class Server:
         one, links, total, link = self.slots[r["slot"]], [], 0.0, f32(r["first"])
         for i in range(r["n"]):
             one.feed(link, r["scale"])
+            self.e.fed()
             start = time.perf_counter()
             one.y = one.run()
             value = one.wait(one.y)
@@ -488,6 +517,7 @@ class Server:
     def queued(self, r):
         one = self.slots[r["slot"]]
         one.feed(f32(r["first"]), r["scale"])
+        self.e.fed()
         start = time.perf_counter()
         for _ in range(r["n"]):
             one.y = one.run()
@@ -501,8 +531,15 @@ class Server:
         value = one.wait(one.y)
         return {"value": value, "seconds": time.perf_counter() - start}
 
+    def fetch(self, r):
+        one = self.slots[r["slot"]]
+        start = time.perf_counter()
+        for y in one.results() if one.y is not None else []:
+            self.e.values(y)
+        return {"seconds": time.perf_counter() - start}
+
     def result(self, r):
-        each = [self.e.values(y) for y in self.slots[r["slot"]].y]
+        each = [self.e.values(y) for y in self.slots[r["slot"]].results()]
         with open(r["path"], "wb") as f:
             for values in each:
                 f.write(values.tobytes())
@@ -510,7 +547,7 @@ class Server:
 
 
 def main():
-    name, threads = sys.argv[1], int(sys.argv[2])
+    name, threads, place = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
 
@@ -519,7 +556,8 @@ def main():
         out.flush()
 
     try:
-        server = Server(Mlx(name, threads) if name.startswith("mlx") else Torch(name, threads))
+        engine = Mlx if name.startswith("mlx") else Torch
+        server = Server(engine(name, threads, place))
     except ImportError as e:
         return say({"missing": str(e)})
     for line in sys.stdin:

@@ -23,7 +23,7 @@ def job_parts(job, operands):
 class Net(torch.nn.Module):
     """Weights frozen, adapters as parameters; `[b, t]` ids in, hidden `[b, t, c]` out."""
 
-    def __init__(self, job, dtype):
+    def __init__(self, job, dtype, device):
         super().__init__()
         from safetensors.torch import load_file
 
@@ -31,7 +31,7 @@ class Net(torch.nn.Module):
         w = {}
         for path in sorted(glob.glob(job["dir"] + "/*.safetensors")):
             w.update(load_file(path))
-        self.w = {k: v.to(dtype) for k, v in w.items()}
+        self.w = {k: v.to(device, dtype) for k, v in w.items()}
         self.head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
         self.heads, self.kv = self.c["num_attention_heads"], self.c["num_key_value_heads"]
         self.d = self.c.get("head_dim") or self.c["hidden_size"] // self.heads
@@ -39,8 +39,8 @@ class Net(torch.nn.Module):
         theta = self.c.get("rope_theta") or self.c["rope_parameters"]["rope_theta"]
         freq = theta ** (-torch.arange(0, self.d, 2, dtype=torch.float32) / self.d)
         angles = torch.arange(4096, dtype=torch.float32)[:, None] * freq[None]
-        self.cos = torch.cat([angles.cos()] * 2, -1).to(dtype)
-        self.sin = torch.cat([angles.sin()] * 2, -1).to(dtype)
+        self.cos = torch.cat([angles.cos()] * 2, -1).to(device, dtype)
+        self.sin = torch.cat([angles.sin()] * 2, -1).to(device, dtype)
         self.lora = torch.nn.ParameterDict()
         self.prefix = {}
         for name, rank, n, k in job.get("parts", []):
@@ -48,12 +48,10 @@ class Net(torch.nn.Module):
             self.lora[key + "_a"] = torch.nn.Parameter(torch.zeros(rank, k))
             self.lora[key + "_b"] = torch.nn.Parameter(torch.zeros(n, rank))
             self.prefix[name] = key
+        self.to(device)
 
-    def set(self, parts):
-        with torch.no_grad():
-            for name, (a, b) in parts.items():
-                self.lora[self.prefix[name] + "_a"].copy_(a)
-                self.lora[self.prefix[name] + "_b"].copy_(b)
+    def pair(self, name):
+        return [self.lora[self.prefix[name] + end] for end in ("_a", "_b")]
 
     def lin(self, x, name):
         y = x @ self.w[name + ".weight"].T
@@ -104,7 +102,7 @@ class Net(torch.nn.Module):
 class Hugging(torch.nn.Module):
     """The same through transformers and PEFT."""
 
-    def __init__(self, job, dtype):
+    def __init__(self, job, dtype, device):
         super().__init__()
         from transformers import AutoModelForCausalLM
 
@@ -113,18 +111,12 @@ class Hugging(torch.nn.Module):
             from peft import PeftModel
 
             net = PeftModel.from_pretrained(net, job["adapter"], is_trainable=job["kind"] == "train")
-        self.net, self.c = net, json.load(open(job["dir"] + "/config.json"))
+        self.net, self.c = net.to(device), json.load(open(job["dir"] + "/config.json"))
         self.train(job["kind"] == "train")
 
-    def parameters_of(self, name):
+    def pair(self, name):
         base = self.net.base_model.model.get_submodule(name)
-        return base.lora_A["default"].weight, base.lora_B["default"].weight
-
-    def set(self, parts):
-        with torch.no_grad():
-            for name, pair in parts.items():
-                for to, value in zip(self.parameters_of(name), pair):
-                    to.copy_(value)
+        return [base.lora_A["default"].weight, base.lora_B["default"].weight]
 
     def loss(self, ids, targets, mean=True):
         logits = self.net(input_ids=ids, use_cache=False).logits.float()
@@ -148,9 +140,9 @@ class Hugging(torch.nn.Module):
 class Job:
     """One of: a training step; scores behind a cache; the loss of every token."""
 
-    def __init__(self, job, dtype, name):
+    def __init__(self, job, dtype, name, device):
         self.job, self.name, self.dtype = job, name, dtype
-        self.net = Hugging(job, dtype) if name == "peft" else Net(job, dtype)
+        self.net = (Hugging if name == "peft" else Net)(job, dtype, device)
         self.kind, (self.b, self.t) = job["kind"], job["of"]
         compiled = torch.compile if name == "torch-compiled" else (lambda f: f)
         self.loss, self.last = compiled(self.net.loss), compiled(self.net.last)
@@ -160,7 +152,13 @@ class Job:
             w = load_file(job["adapter"] + "/adapter_model.safetensors")
             ends = [f".lora_{x}.weight" for x in "AB"]
             pairs = {n: [w["base_model.model." + n + e] for e in ends] for n, *_ in job["parts"]}
-            self.net.set(pairs)
+            self.set(pairs)
+
+    def set(self, parts):
+        with torch.no_grad():
+            for name, pair in parts.items():
+                for to, value in zip(self.net.pair(name), pair):
+                    to.copy_(value)
 
     def renew(self, xs):
         ids = xs[0].long()
@@ -176,9 +174,19 @@ class Job:
             return
         self.x, self.targets = ids.reshape(self.b, self.t), xs[1].long().reshape(self.b, self.t)
         if self.kind == "train":
-            self.net.set(job_parts(self.job, xs[5]))
-            self.params = [p for p in self.net.parameters() if p.requires_grad]
+            parts, first, second = (job_parts(self.job, x) for x in xs[5:8])
+            self.set(parts)
+            self.params = [p for name in parts for p in self.net.pair(name)]
             self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, weight_decay=0.01, fused=True)
+            moments = [pair for name in parts for pair in zip(first[name], second[name])]
+            for p, (m, v) in zip(self.params, moments):
+                state = {"step": torch.tensor(1e6, device=p.device), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+                self.optimizer.state[p] = state
+
+    def trained(self):
+        if self.kind != "train":
+            return []
+        return [torch.cat([self.optimizer.state[p]["exp_avg"].reshape(-1) for p in self.params])]
 
     def run(self):
         if self.kind == "train":

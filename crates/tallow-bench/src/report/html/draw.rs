@@ -112,7 +112,11 @@ pub(super) fn roofline(r: &Report) -> String {
             }
         }
     }
-    let peak = r.probe.flops(tallow::DType::F32, r.threads) / 1e9;
+    let peak = match &*r.dtype {
+        "bf16" => tallow::DType::BF16,
+        _ => tallow::DType::F32,
+    };
+    let peak = r.probe.flops(peak, r.threads) / 1e9;
     let lowest = points.iter().map(|p| p.1).fold(peak, f64::min);
     let axes = Axes {
         x: [0.02, 1000.0],

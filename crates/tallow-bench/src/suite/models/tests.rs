@@ -1,6 +1,7 @@
 //! Works of whole models against the oracle, and the portable kernels as the judge of what is too large for it.
 
 use super::*;
+use crate::ours::judge::{judged, judged_half};
 use crate::shapes::{ModelShape, SMALL};
 use crate::work::Work as _;
 
@@ -112,13 +113,50 @@ fn a_dropped_adapter_is_noticed() {
                 .unwrap()
                 .0
         };
-        let mut with = make(Some(&Adapted::seven(4)));
-        let y = run(&mut with);
-        assert!(with.check(y).unwrap().pass());
         let mut bare = make(None);
         run(&mut bare);
-        let y = with.take_results_of(&bare);
-        assert!(!with.check(y).unwrap().pass(), "{doing}");
+        // By every rule, the widest as well.
+        let rules: [fn(Ours) -> Ours; 3] = [|o| o, Ours::in_half, Ours::all_in_half];
+        for (i, rule) in rules.into_iter().enumerate() {
+            let mut with = rule(make(Some(&Adapted::seven(4))));
+            let y = run(&mut with);
+            assert!(with.check(y).unwrap().pass());
+            let y = with.take_results_of(&bare);
+            let check = with.check(y).unwrap();
+            assert!(check.worst > 2.0, "{doing}, rule {i}: {check:?}");
+        }
+    }
+}
+
+#[test]
+fn a_step_without_its_optimizer_is_noticed_in_what_others_give() {
+    let dir = toy(DType::F32);
+    let session = tallow::open("cpu").unwrap();
+    let seven = Adapted::seven(4);
+    let doing = Doing::Train([2, 7]);
+    let made = || {
+        work(&session, dir.path(), DType::F32, doing, Some(&seven))
+            .unwrap()
+            .0
+    };
+    for half in [false, true] {
+        let mut work = made();
+        let y = run(&mut work);
+        let after = work.results().unwrap();
+        let mut judged = match half {
+            true => judged_half(made()).only(&TRAINED),
+            false => judged(made()).only(&TRAINED),
+        };
+        let drawn = judged.draw_all(3).unwrap();
+        judged.feed(0.4).unwrap();
+        let moments = &drawn[6];
+        let mut got: Vec<Vec<f64>> = TRAINED.iter().map(|i| after[*i].clone()).collect();
+        assert_eq!(got[2].len(), moments.len());
+        assert!(judged.check_all(&got, y).unwrap().pass());
+        got[2].clone_from(moments);
+        let check = judged.check_all(&got, y).unwrap();
+        assert!(check.worst > 2.0, "half {half}: {check:?}");
+        assert!(!judged.check_all(&got[..2], y).unwrap().pass());
     }
 }
 

@@ -11,6 +11,7 @@ use anyhow::Result;
 use serde_json::json;
 use tallow::{DType, cpu::pool, llm::ComputeDType};
 use tallow_bench::{
+    floors::Floors,
     measure::{Row, Settings, Verdict, measure},
     probe::Probe,
     report::{seconds, table},
@@ -33,7 +34,6 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
         ComputeDType::BF16 => DType::BF16,
     };
     let cx = Context {
-        probe: Probe::of(&Wall::new(), &session, dtype, threads)?,
         session,
         threads,
         dtype,
@@ -41,14 +41,21 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
         models: vec![],
         spinner: None,
     };
+    let again = || Probe::of(&Wall::new(), &cx.session, cx.dtype, cx.threads);
+    let mut floors = Floors::new(again()?, again);
     let (offers, mut contenders) = candidates(&cx, shape)?;
-    let rows = measure(
+    let measured = measure(
         &Wall::new(),
         &Settings::QUICK,
         &mut contenders,
         &interrupt::asked,
     );
-    let rows = rows.ok_or_else(|| interrupt::Interrupted("nothing was measured".to_owned()))?;
+    let measured =
+        measured.ok_or_else(|| interrupt::Interrupted("nothing was measured".to_owned()))?;
+    let (rows, revised) = floors.rows(&shape.to_string(), &measured);
+    for what in &revised {
+        eprintln!("{what}");
+    }
     let all: Vec<(&Offer, &Row)> = offers.iter().zip(&rows).collect();
     match args.json {
         true => out::json(&document(&shape.to_string(), threads, &cx, &all))?,
