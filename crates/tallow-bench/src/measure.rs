@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::calm::{Calm, Rounds};
 use crate::probe::{Floor, Need};
 use crate::stats::{Summary, median};
 use crate::work::{Chain, Chained, Check, Clock, Looped, Queued, Work, link};
@@ -203,6 +204,19 @@ impl Track {
             wrong: None,
         }
     }
+
+    /// Drops what the round after warming up and `kept - 1` others left.
+    fn forget(&mut self, kept: usize) {
+        let counted = kept.saturating_sub(1);
+        for samples in [
+            &mut self.built,
+            &mut self.queued,
+            &mut self.waited,
+            &mut self.in_plan,
+        ] {
+            samples.truncate(counted);
+        }
+    }
 }
 
 /// One contender with what is known of it, under the clock.
@@ -213,51 +227,88 @@ struct Bench<'a> {
     track: &'a mut Track,
 }
 
-/// Measures all contenders, in turns. `stop` is asked between rounds; what was stopped gives nothing.
+/// Measures all contenders, in turns. Rounds in which the machine was not ours are run again, as often as there are rounds.
+/// `stop` is asked between turns; what was stopped gives nothing.
 pub fn measure(
     clock: &dyn Clock,
     settings: &Settings,
     contenders: &mut [Contender],
+    calm: &mut dyn Calm,
     stop: &dyn Fn() -> bool,
-) -> Option<Vec<Measured>> {
-    let mut tracks: Vec<Track> = contenders.iter().map(|_| Track::new()).collect();
-    type Stage = fn(&mut Bench<'_>, u64) -> Result<(), Doubt>;
-    let stages: [(usize, Stage); 4] = [
-        (1, |b, _| b.calibrate()),
-        (settings.rounds + 1, |b, round| b.round(round)),
-        (1, |b, _| b.growth()),
-        (1, |b, _| b.checked()),
-    ];
-    for (rounds, stage) in stages {
-        for round in 0..rounds {
-            for turn in 0..contenders.len() {
-                if stop() {
-                    return None;
-                }
-                let i = (turn + round) % contenders.len();
-                let mut bench = Bench {
-                    clock,
-                    settings,
-                    who: &mut contenders[i],
-                    track: &mut tracks[i],
-                };
-                if bench.track.wrong.is_some() {
-                    continue;
-                }
-                if let Err(doubt) = stage(&mut bench, round as u64) {
-                    bench.track.wrong = Some(doubt.reason());
-                }
-            }
+) -> Option<(Vec<Measured>, Rounds)> {
+    let tracks = contenders.iter().map(|_| Track::new()).collect();
+    let mut turns = Turns {
+        clock,
+        settings,
+        contenders,
+        tracks,
+        stop,
+    };
+    calm.begin();
+    turns.each(0, |bench| bench.calibrate())?;
+    let mut rounds = Rounds::default();
+    let (mut kept, mut turn) = (0, 0);
+    // The first warms up.
+    while kept <= settings.rounds {
+        let before = calm.is(true);
+        turns.each(turn, |bench| bench.round(turn, kept > 0))?;
+        turn += 1;
+        let fine = before && calm.is(false);
+        if !fine && rounds.again < settings.rounds {
+            rounds.again += 1;
+            turns.tracks.iter_mut().for_each(|t| t.forget(kept));
+            continue;
         }
+        rounds.disturbed += usize::from(!fine && kept > 0);
+        kept += 1;
     }
-    let all = contenders.iter().zip(tracks);
+    turns.each(0, |bench| bench.growth())?;
+    turns.each(0, |bench| bench.checked())?;
+    let all = turns.contenders.iter().zip(turns.tracks);
     let all = all.map(|(who, track)| Measured {
         engine: who.engine.clone(),
         need: who.need,
         found: figures(who, track),
         memory: who.memory.clone(),
     });
-    Some(all.collect())
+    Some((all.collect(), rounds))
+}
+
+/// All contenders, each under the clock when it is its turn.
+struct Turns<'a> {
+    clock: &'a dyn Clock,
+    settings: &'a Settings,
+    contenders: &'a mut [Contender],
+    tracks: Vec<Track>,
+    stop: &'a dyn Fn() -> bool,
+}
+
+impl Turns<'_> {
+    /// Gives each its turn at `stage`; who begins changes with `turn`. `None` if it was stopped.
+    fn each(
+        &mut self,
+        turn: usize,
+        stage: impl Fn(&mut Bench<'_>) -> Result<(), Doubt>,
+    ) -> Option<()> {
+        let count = self.contenders.len();
+        for i in (0..count).map(|i| (i + turn) % count) {
+            if (self.stop)() {
+                return None;
+            }
+            let mut bench = Bench {
+                clock: self.clock,
+                settings: self.settings,
+                who: &mut self.contenders[i],
+                track: &mut self.tracks[i],
+            };
+            if bench.track.wrong.is_none()
+                && let Err(doubt) = stage(&mut bench)
+            {
+                bench.track.wrong = Some(doubt.reason());
+            }
+        }
+        Some(())
+    }
 }
 
 /// Why a contender is out: it failed, or it is not to be believed.
@@ -389,15 +440,15 @@ impl Bench<'_> {
         Ok(Some((seconds * chain.share()?, times * *reps)))
     }
 
-    /// One round of every loop; round 0 warms up.
-    fn round(&mut self, round: u64) -> Result<(), Doubt> {
-        let n = self.track.n;
+    /// One round of every loop, with operands of its own. Not counted, it warms up.
+    fn round(&mut self, round: usize, counted: bool) -> Result<(), Doubt> {
+        let (n, round) = (self.track.n, round as u64);
         let waited = self.waited(n, round + 1)?.seconds;
         let starts = if self.who.lazy { n.max(LAZY) } else { n };
         let queued = self.queued(starts, 1000 + round)?;
         let in_plan = self.in_plan(0, round)?;
         let in_plan = in_plan.map(|(seconds, n)| seconds / n as f64);
-        if round > 0 {
+        if counted {
             let per = 1.0 / n as f64;
             self.track.waited.push(waited * per);
             self.track.built.push(queued.built_s / starts as f64);

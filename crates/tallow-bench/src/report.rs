@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tallow::Session;
 use tallow::cpu::simd::Isa;
 
+use crate::calm::Rounds;
 use crate::floors::Revised;
 use crate::measure::{Row, Settings};
 use crate::probe::Probe;
@@ -65,6 +66,9 @@ pub struct Group {
     /// Why floors behind it are not those before it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub revised: Vec<Revised>,
+    /// What became of the rounds.
+    #[serde(default, skip_serializing_if = "Rounds::fine")]
+    pub rounds: Rounds,
 }
 
 impl Group {

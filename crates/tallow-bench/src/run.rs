@@ -4,6 +4,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::calm::{Calm, Canary};
 use crate::floors::Floors;
 use crate::measure::{Contender, Reason, Row, Settings, Verdict, measure};
 use crate::peer::Peer;
@@ -89,6 +90,7 @@ pub fn run(
     tell(Event::Begin(&report));
     let again = || Probe::of(&Wall::new(), &cx.session, cx.dtype, cx.threads);
     let mut floors = Floors::new(plan.probe.clone(), again);
+    let mut calm = Canary::of(&cx.session, &plan.probe, cx.threads)?;
     let total = all.len();
     for (index, task) in all.into_iter().enumerate() {
         let name = format!("{}: {}", task.suite.name(), task.name);
@@ -97,7 +99,7 @@ pub fn run(
             total,
             name: &name,
         });
-        let Some(group) = one(cx, task, &mut plan, &mut floors, stop) else {
+        let Some(group) = one(cx, task, &mut plan, (&mut floors, &mut *calm), stop) else {
             report.stopped = true;
             break;
         };
@@ -119,7 +121,7 @@ fn one(
     cx: &Context,
     task: Task,
     plan: &mut Plan<'_>,
-    floors: &mut Floors<'_>,
+    (floors, calm): (&mut Floors<'_>, &mut dyn Calm),
     stop: &dyn Fn() -> bool,
 ) -> Option<Group> {
     let settings = task.suite.settings(plan.settings);
@@ -146,7 +148,7 @@ fn one(
             }
         }
     }
-    let measured = measure(&Wall::new(), &settings, &mut contenders, stop)?;
+    let (measured, rounds) = measure(&Wall::new(), &settings, &mut contenders, calm, stop)?;
     drop(contenders);
     let (mut rows, revised) =
         floors.rows(&format!("{}: {}", task.suite.name(), task.name), &measured);
@@ -157,6 +159,7 @@ fn one(
         tokens: task.tokens,
         rows,
         revised,
+        rounds,
     })
 }
 

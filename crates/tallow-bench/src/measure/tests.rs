@@ -7,6 +7,7 @@ use std::rc::Rc;
 use super::*;
 use tallow::DType;
 
+use crate::calm::Unwatched;
 use crate::probe::{Bound, Cost};
 use crate::work::Judge;
 
@@ -364,8 +365,10 @@ pub(crate) const BYTES: usize = 1 << 20;
 
 pub(crate) fn measured(lie: Lie, (clock, liar): (Rc<World>, Liar), lazy: bool) -> Measured {
     let mut all = [contender(&format!("{lie:?}"), liar, lazy)];
-    let all = measure(&clock, &Settings::QUICK, &mut all, &|| false);
-    all.unwrap().remove(0)
+    let all = measure(&clock, &Settings::QUICK, &mut all, &mut Unwatched, &|| {
+        false
+    });
+    all.unwrap().0.remove(0)
 }
 
 fn contender(engine: &str, liar: Liar, lazy: bool) -> Contender {
@@ -577,5 +580,39 @@ fn contenders_take_turns_and_a_stop_leaves_nothing_half_done() {
         asked.set(asked.get() + 1);
         asked.get() > 3
     };
-    assert!(measure(&clock, &Settings::QUICK, &mut all, &stop).is_none());
+    let stopped = measure(&clock, &Settings::QUICK, &mut all, &mut Unwatched, &stop);
+    assert!(stopped.is_none());
+}
+
+/// A machine that somebody else has, in some looks.
+struct Now<F>(usize, F);
+
+impl<F: Fn(usize) -> bool> Calm for Now<F> {
+    fn is(&mut self, _: bool) -> bool {
+        self.0 += 1;
+        (self.1)(self.0 - 1)
+    }
+}
+
+fn rounds(calm: impl Fn(usize) -> bool) -> (usize, Rounds) {
+    let (clock, liar) = Liar::new(Lie::Honest);
+    let mut all = [contender("honest", liar, false)];
+    let calm = &mut Now(0, calm);
+    let (all, rounds) = measure(&clock, &Settings::QUICK, &mut all, calm, &|| false).unwrap();
+    let figures = all[0].found.clone().unwrap();
+    assert_eq!(figures.waited.samples.len(), figures.built.samples.len());
+    (figures.waited.samples.len(), rounds)
+}
+
+#[test]
+fn rounds_on_a_machine_that_is_not_ours_are_run_again_or_told() {
+    let wanted = Settings::QUICK.rounds;
+    let told = |again, disturbed| (wanted, Rounds { again, disturbed });
+    assert_eq!(rounds(|_| true), told(0, 0));
+    // Behind the third round, and before the fifth.
+    assert_eq!(rounds(|look| look != 5), told(1, 0));
+    assert_eq!(rounds(|look| look != 8), told(1, 0));
+    assert_eq!(rounds(|look| look != 5 && look != 12), told(2, 0));
+    // Always: as many again as there are, then they are kept; the first of them only warms up.
+    assert_eq!(rounds(|_| false), told(wanted, wanted));
 }

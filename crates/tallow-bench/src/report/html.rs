@@ -72,6 +72,10 @@ fn group(g: &Group) -> String {
         let what = text(&revised.to_string());
         out += &format!("<p class=\"facts\">{what}.</p>\n");
     }
+    if !g.rounds.fine() {
+        let what = text(&g.rounds.to_string());
+        out += &format!("<p class=\"facts\">{what}.</p>\n");
+    }
     out += "<details><summary>samples, µs</summary>\n";
     for row in &g.rows {
         if let Some(f) = row.figures() {

@@ -87,6 +87,9 @@ pub fn group(g: &Group) -> Vec<String> {
     }
     lines.extend(no_plan(g).map(|why| format!("  no time in a plan: {why}")));
     lines.extend(g.revised.iter().map(|r| format!("  {r}")));
+    if !g.rounds.fine() {
+        lines.push(format!("  {}", g.rounds));
+    }
     lines
 }
 

@@ -89,6 +89,7 @@ pub(crate) fn report(scale: f64) -> Report {
             tokens: Some(10),
             rows: vec![valid, invalid],
             revised: vec![],
+            rounds: Rounds::default(),
         }],
         stopped: false,
     }
@@ -162,6 +163,10 @@ fn floors_that_were_revised_are_told() {
         was: 0.5,
         now: 0.95,
     }];
+    r.groups[0].rounds = Rounds {
+        again: 3,
+        disturbed: 2,
+    };
     r.probe.peak[0].by = Some("seed: <liar>".into());
     let text = table::group(&r.groups[0]).join("\n");
     let told = "probed again: <liar> was at 0.50 floors, is at 0.95";
@@ -169,6 +174,8 @@ fn floors_that_were_revised_are_told() {
     let page = html::page(&r).unwrap();
     assert!(page.contains(&told.replace("<liar>", "&lt;liar&gt;")));
     assert!(page.contains("<small>seed: &lt;liar&gt;</small>"));
+    let told = "just before or behind them: 3; kept all the same: 2, TRUST THEM LESS";
+    assert!(text.contains(told) && page.contains(told), "{text}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use anyhow::Result;
 use serde_json::json;
 use tallow::{DType, cpu::pool, llm::ComputeDType};
 use tallow_bench::{
+    calm::Canary,
     floors::Floors,
     measure::{Row, Settings, Verdict, measure},
     probe::Probe,
@@ -44,17 +45,22 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
     let again = || Probe::of(&Wall::new(), &cx.session, cx.dtype, cx.threads);
     let mut floors = Floors::new(again()?, again);
     let (offers, mut contenders) = candidates(&cx, shape)?;
+    let mut calm = Canary::of(&cx.session, &floors.probe, cx.threads)?;
     let measured = measure(
         &Wall::new(),
         &Settings::QUICK,
         &mut contenders,
+        &mut *calm,
         &interrupt::asked,
     );
-    let measured =
+    let (measured, rounds) =
         measured.ok_or_else(|| interrupt::Interrupted("nothing was measured".to_owned()))?;
     let (rows, revised) = floors.rows(&shape.to_string(), &measured);
     for what in &revised {
         eprintln!("{what}");
+    }
+    if !rounds.fine() {
+        eprintln!("{rounds}");
     }
     let all: Vec<(&Offer, &Row)> = offers.iter().zip(&rows).collect();
     match args.json {
