@@ -68,10 +68,12 @@ impl std::fmt::Display for Rounds {
 
 /// Of the probed rate, what a calm machine reaches.
 const ENOUGH: f64 = 0.9;
-/// Multiply-adds of one look, in rounds of the kernel: some tens of microseconds.
+/// Multiply-adds of a burst, in rounds of the kernel: some tens of microseconds.
 const STEPS: usize = 10_000;
-/// How long a look may last, in seconds: threads wake up, and others go to sleep, before they are as fast as they can be.
-const LOOK_S: f64 = 0.01;
+/// Bursts of a look: a millisecond or two.
+const STAY: usize = 32;
+/// How long the first fast burst is waited for, in seconds.
+const WAKE_S: f64 = 0.01;
 /// Between two looks of one who waits,
 const PAUSE: Duration = Duration::from_millis(50);
 /// and how long all waiting of a task may take, in seconds.
@@ -119,23 +121,27 @@ impl Canary {
         }
     }
 
+    /// Threads wake up, and others go to sleep, before they are as fast as they can be; then they must stay so for a while.
     fn look(&self) -> bool {
+        let start = self.clock.now();
+        while self.rate(1) < ENOUGH * self.flops {
+            if self.clock.now() - start > WAKE_S {
+                return false;
+            }
+        }
+        self.rate(STAY) >= ENOUGH * self.flops
+    }
+
+    /// Operations a second in so many bursts.
+    fn rate(&self, bursts: usize) -> f64 {
         let exec = Exec {
             isa: self.isa,
             pool: &self.pool,
         };
         let start = self.clock.now();
-        loop {
-            let before = self.clock.now();
-            let done = multiply_adds(exec, Product::F32, STEPS);
-            let now = self.clock.now();
-            if done >= ENOUGH * self.flops * (now - before) {
-                return true;
-            }
-            if now - start > LOOK_S {
-                return false;
-            }
-        }
+        let one = |_| multiply_adds(exec, Product::F32, STEPS);
+        let done: f64 = (0..bursts).map(one).sum();
+        done / (self.clock.now() - start)
     }
 }
 
@@ -153,7 +159,7 @@ impl Calm for Canary {
                 return false;
             }
             sleep(PAUSE);
-            self.left -= PAUSE.as_secs_f64() + LOOK_S;
+            self.left -= PAUSE.as_secs_f64() + WAKE_S;
         }
     }
 }
