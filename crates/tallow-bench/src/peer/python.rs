@@ -44,9 +44,19 @@ pub const ENGINES: [(&str, &str); 5] = [
         "pip install torch safetensors; needs a C++ compiler",
     ),
     ("peft", "pip install torch peft"),
-    ("mlx", "pip install 'mlx[cpu]'"),
-    ("mlx-lm", "pip install 'mlx[cpu]' mlx-lm"),
+    ("mlx", MLX),
+    ("mlx-lm", MLX_LM),
 ];
+
+/// On a Mac it brings its GPU by itself.
+#[cfg(target_os = "macos")]
+const MLX: &str = "pip install mlx";
+#[cfg(target_os = "macos")]
+const MLX_LM: &str = "pip install mlx mlx-lm";
+#[cfg(not(target_os = "macos"))]
+const MLX: &str = "pip install 'mlx[cpu]', or 'mlx[cuda]'";
+#[cfg(not(target_os = "macos"))]
+const MLX_LM: &str = "pip install 'mlx[cpu]' mlx-lm, or 'mlx[cuda]' mlx-lm";
 
 /// The process and its pipes.
 struct Server {
@@ -132,7 +142,7 @@ impl Server {
         if let Some(what) = answer["missing"].as_str() {
             let pip = ENGINES.iter().find(|(name, _)| *name == self.name);
             let pip = pip.map_or("", |(_, pip)| pip);
-            return Err(self.fail(format!("not installed ({what}); {pip}")));
+            return Err(self.fail(format!("not installed: {pip} ({what})")));
         }
         serde_json::from_value(answer).map_err(|e| self.fail(format!("an odd answer: {e}")))
     }
@@ -512,7 +522,7 @@ mod tests {
         for (body, wanted) in [
             (
                 "echo '{\"missing\": \"No module named mlx\"}'",
-                "pip install 'mlx[cpu]'",
+                "not installed: pip install",
             ),
             ("exit 3", "ended without an answer"),
             ("echo hello", "not JSON"),

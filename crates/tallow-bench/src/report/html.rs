@@ -49,7 +49,8 @@ const METHOD: &str = "<p><b>built</b>: the host's time to start the work. <b>que
     <b>waited</b>: each result waited for, and a number made of it fed to the next repetition. <b>in plan</b>: inside a replayed \
     plan of dependent repetitions. Operands are random and new in every round, results are poisoned before and compared with an f64 \
     interpreter after. A row under its floor, one whose time does not grow about fourfold with four times the dependent \
-    repetitions, or one that fails its check is INVALID and has no figure. <b>Not executed</b>: a lazy engine timed as people time it, \
+    repetitions, or one that fails its check is INVALID and has no figure. Where a row was under its floor the machine was probed again, \
+    and the task says so. Beside a busy program a loop takes at least 100 ms. <b>Not executed</b>: a lazy engine timed as people time it, \
     where only the last result is computed.</p>\n";
 
 fn group(g: &Group) -> String {

@@ -268,15 +268,27 @@ fn write(args: &Args, report: &Report) -> Result<()> {
 
 /// Refuses a file that could not be written, before anything is measured for it.
 fn writable(option: &str, path: &Path) -> Result<()> {
+    if path == Path::new("-") && option == "--json" {
+        return Ok(());
+    }
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
-    let there = parent.is_none_or(Path::is_dir);
-    match there && !path.is_dir() {
-        true => Ok(()),
-        false => Err(anyhow!(
+    let parent = parent.unwrap_or(Path::new("."));
+    if !parent.is_dir() || path.is_dir() {
+        return Err(anyhow!(
             "{option}: want a file in a folder that exists, got {}",
             path.display()
-        )),
+        ));
     }
+    let trial = tempfile::Builder::new()
+        .prefix(".tallow-")
+        .tempfile_in(parent);
+    let trial = trial.map_err(|e| e.kind());
+    trial.map(drop).map_err(|e| {
+        anyhow!(
+            "{option}: want a file in a folder that can be written to, got {}: {e}",
+            path.display()
+        )
+    })
 }
 
 fn save(path: &Path, text: &str) -> Result<()> {

@@ -156,6 +156,11 @@ fn nonsense_is_refused() {
         &["/nowhere", "--json"],
     );
     refused(&["bench", "--html", "/tmp"], &["/tmp", "--html"]);
+    #[cfg(target_os = "linux")]
+    refused(
+        &["bench", "--json", "/proc/r.json"],
+        &["/proc/r.json", "can be written to"],
+    );
     refused(
         &["explain", "--shape", "128x512 @ 511x8"],
         &["128x512 @ 511x8", "MxK @ KxN"],
