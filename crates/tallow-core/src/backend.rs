@@ -7,7 +7,12 @@ use crate::{
     op::Composite,
     plan::Plan,
 };
-use std::{any::Any, collections::HashMap, ops::Range, sync::Arc};
+use std::{
+    any::Any,
+    collections::HashMap,
+    ops::{Range, RangeInclusive},
+    sync::Arc,
+};
 
 /// Device memory. `raw` means something only to the backend that made it; dropping the last clone frees it.
 #[derive(Clone)]
@@ -54,6 +59,15 @@ pub enum Half {
     May,
     /// Its kernel takes it so and is faster for it.
     Wanted,
+}
+
+/// What a recording starts on the device for some steps of its plan, for `explain`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launched {
+    /// Steps of the plan, without a gap.
+    pub steps: RangeInclusive<usize>,
+    /// The launches that do them, in order; none where nothing is left to do.
+    pub launches: Vec<String>,
 }
 
 /// A device. New ones implement this trait and nothing else.
@@ -112,6 +126,15 @@ pub trait Backend: Send + Sync {
         op: &Operand,
         dst: &Buffer,
     ) -> Result<()>;
+    /// How a recording of `plan` would run its steps, which are all named once and in order: a device may do several
+    /// steps in one launch, and one step in several.
+    fn launched(&self, plan: &Plan) -> Vec<Launched> {
+        let one = |(i, s): (usize, &crate::plan::Step)| Launched {
+            steps: i..=i,
+            launches: vec![s.kernel_name.to_owned()],
+        };
+        plan.steps.iter().enumerate().map(one).collect()
+    }
     /// Freezes plan and buffers into the cheapest thing this device can run again and again.
     fn record(&self, plan: Arc<Plan>, bind: Bindings) -> Result<Box<dyn Recording>>;
 }

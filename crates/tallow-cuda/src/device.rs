@@ -5,6 +5,7 @@ use crate::{
     compile, driver,
     driver::{Card, Pinned},
     error::Error,
+    fused,
     gemm::{self, Blas},
     glue,
     launch::{Bound, Job, Offer, Places},
@@ -14,7 +15,7 @@ use crate::{
 use std::sync::{Arc, Mutex, MutexGuard};
 use tallow_core::{
     Result,
-    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Half, Recording},
+    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Half, Launched, Recording},
     kernel::{Candidate, Format, KernelId, KernelSpec, Offers, Operand},
     op::Composite,
     plan::Plan,
@@ -223,7 +224,7 @@ impl Backend for Cuda {
         true
     }
     fn cheap(&self, c: &Composite) -> bool {
-        matches!(c, Composite::RmsNorm(_) | Composite::SwiGlu(_))
+        glue::cheap(c)
     }
     fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
         glue::halves(&self.target(), spec)
@@ -252,6 +253,10 @@ impl Backend for Cuda {
             own: 0,
         };
         self.run(&jobs, &places)
+    }
+    fn launched(&self, plan: &Plan) -> Vec<Launched> {
+        let offers = plan.steps.iter().map(|s| self.offer(s.kernel));
+        fused::launched(&self.target(), plan, &offers.collect::<Vec<_>>())
     }
     fn record(&self, plan: Arc<Plan>, bind: Bindings) -> Result<Box<dyn Recording>> {
         Ok(Box::new(CudaRecording::new(self, &plan, bind)?))

@@ -11,6 +11,7 @@ mod fused;
 mod gemm;
 mod glue;
 mod launch;
+mod paper;
 mod recording;
 mod staging;
 
@@ -18,3 +19,4 @@ pub use compile::{Arch, Compiled, compile};
 pub use device::{Cuda, CudaOptions, Found, found, lacks};
 pub use error::Error;
 pub use glue::sources;
+pub use paper::Paper;

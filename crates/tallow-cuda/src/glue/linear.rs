@@ -278,6 +278,7 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     // Exact products are only offered where nothing faster was asked for.
     if all.is_empty() || t.weights == DType::F32 {
         all.extend(many_rows(&c, spec));
+        all.extend(linear_thin::forward(t, &c, spec));
     }
     all
 }
