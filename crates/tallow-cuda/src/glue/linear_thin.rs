@@ -57,7 +57,9 @@ pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> 
         ("TILE", tile.to_string()),
     ];
     let params = at.bias.map_or("", |_| ", const float* bias");
-    let text = THIN.replace("PARAMS", params).replace("BIAS\n", &format!("{bias}\n"));
+    let text = THIN
+        .replace("PARAMS", params)
+        .replace("BIAS\n", &format!("{bias}\n"));
     let mut args = vec![Arg::Read(0), Arg::Read(at.w), Arg::Write(0), word(c.m)?];
     args.extend(at.bias.map(Arg::Read));
     let grid = u32::try_from(c.m.div_ceil(rows)).ok()?;
