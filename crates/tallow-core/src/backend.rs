@@ -98,6 +98,10 @@ pub trait Backend: Send + Sync {
     fn wait(&self) -> Result<()> {
         Ok(())
     }
+    /// Bytes of memory of its own that are free; `None`: it computes in the host's, or does not know.
+    fn free_bytes(&self) -> Option<usize> {
+        None
+    }
     /// Does reading a value cost more than choosing from it on the device, as behind a bus?
     fn far(&self) -> bool {
         false

@@ -73,7 +73,17 @@ pub fn lacks() -> Vec<Error> {
         (gemm::present(), gemm::missing()),
     ];
     let missing = |(there, e): (bool, Error)| (!there).then_some(e);
-    all.into_iter().filter_map(missing).collect()
+    let mut lacks: Vec<Error> = all.into_iter().filter_map(missing).collect();
+    lacks.extend(driver::fits().err());
+    lacks
+}
+
+/// Versions of the driver and of the compiler found: "driver 13.0", "NVRTC 13.0".
+pub fn versions() -> Vec<String> {
+    let named = |name: &str, (major, minor): (i32, i32)| format!("{name} {major}.{minor}");
+    let driver = driver::version().map(|v| named("driver", driver::split(v)));
+    let compiler = compile::version().ok().map(|v| named("NVRTC", v));
+    driver.into_iter().chain(compiler).collect()
 }
 
 /// A card of this machine.
@@ -219,6 +229,9 @@ impl Backend for Cuda {
     }
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>> {
         Ok(glue::candidates(&mut self.table(), &self.target(), spec))
+    }
+    fn free_bytes(&self) -> Option<usize> {
+        self.card.free().ok()
     }
     fn far(&self) -> bool {
         true

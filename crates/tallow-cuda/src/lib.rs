@@ -16,7 +16,7 @@ mod recording;
 mod staging;
 
 pub use compile::{Arch, Compiled, compile};
-pub use device::{Cuda, CudaOptions, Found, found, lacks};
+pub use device::{Cuda, CudaOptions, Found, found, lacks, versions};
 pub use error::Error;
 pub use glue::sources;
 pub use paper::Paper;

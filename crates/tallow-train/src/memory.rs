@@ -2,7 +2,7 @@
 //! Invariant: predictions come from the plans that will be recorded, so they are exact for tallow's own buffers.
 //! Absent on purpose: the allocator's and the tokenizer's own needs.
 use crate::{Error, Feed, Result, TrainConfig, Trainer, run::Job};
-use tallow_core::{op::Role, plan::Memory, types::TensorType};
+use tallow_core::{op::Role, plan::Memory, session::Session, types::TensorType};
 use tallow_llm::model::Model;
 
 /// Bytes that can be had: of the machine, or of the limit this process runs under. `None` where nobody knows.
@@ -13,6 +13,11 @@ pub fn free_bytes() -> Option<usize> {
     let limit = system.cgroup_limits().map(|l| l.free_memory);
     let least = limit.map_or(machine, |l| l.min(machine));
     usize::try_from(least).ok().filter(|n| *n > 0)
+}
+
+/// Bytes that a plan on `session` can have: of its device, or of the machine.
+fn free_on(session: &Session) -> Option<usize> {
+    session.backend().free_bytes().or_else(free_bytes)
 }
 
 /// `3.2 GiB`.
@@ -37,7 +42,7 @@ fn together(plans: &[Memory]) -> usize {
     shared + plans.iter().map(own).sum::<usize>()
 }
 
-/// Refuses a model that cannot even read one token in the memory that is free.
+/// Refuses a model that cannot even read one token in the memory that is free on its device.
 ///
 /// # Errors
 /// [`Error::TooLarge`]; a model that cannot be planned.
@@ -48,7 +53,7 @@ pub fn check_model(model: &Model) -> Result<()> {
     let memory = s.explain(&[&model.nll(&x, &one()?)?], &[])?.plan.memory();
     // Frozen weights are in memory already, or mapped.
     let need = memory.total() - memory.frozen;
-    match free_bytes() {
+    match free_on(s) {
         Some(free) if need > free => Err(Error::TooLarge {
             what: "this model".into(),
             need: show(need),
@@ -72,7 +77,7 @@ pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
     let memory = trainer.plan(shape)?.plan.memory();
     // Frozen weights are in memory already, or mapped.
     let need = memory.total() - memory.frozen;
-    match free_bytes() {
+    match free_on(trainer.session()) {
         Some(free) if need > free => Err(Error::TooLarge {
             what: match trainer.members() {
                 1 => format!("a step over {} x {} tokens", shape[0], shape[1]),
