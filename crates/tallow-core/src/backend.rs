@@ -120,6 +120,10 @@ pub trait Backend: Send + Sync {
         let _ = c;
         false
     }
+    /// Is `c` computed again where memory is short? At least what is [`cheap`](Self::cheap).
+    fn spare(&self, c: &Composite) -> bool {
+        self.cheap(c)
+    }
     /// Writes a frozen operand into `dst` in a format named by one of this backend's candidates.
     /// `src` holds the operand, strides as in `op`, from byte `at` on.
     fn prepare(

@@ -20,6 +20,14 @@ fn free_on(session: &Session) -> Option<usize> {
     session.backend().free_bytes().or_else(free_bytes)
 }
 
+/// What is said of them.
+fn is_free(session: &Session) -> &'static str {
+    match session.backend().free_bytes() {
+        Some(_) => "is free on the device",
+        None => "is free",
+    }
+}
+
 /// `3.2 GiB`.
 pub fn show(bytes: usize) -> String {
     let units = ["B", "KiB", "MiB", "GiB"];
@@ -58,15 +66,16 @@ pub fn check_model(model: &Model) -> Result<()> {
             what: "this model".into(),
             need: show(need),
             have: show(free),
-            is: "is free",
+            is: is_free(s),
             hint: "use a smaller model, or --dtype bf16",
         }),
         _ => Ok(()),
     }
 }
 
-/// Refuses a run whose largest batch cannot fit into the memory that is free; its memory.
-pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
+/// Refuses a run whose largest batch cannot fit into the memory that is free on its device; its memory. Where that is
+/// enough to make it fit, cheap values are computed again.
+pub(crate) fn check(trainer: &mut Trainer, feeds: &[Feed]) -> Result<Memory> {
     let Some(shape) = feeds
         .iter()
         .filter_map(|f| f.shapes().last().copied())
@@ -74,11 +83,18 @@ pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
     else {
         return Ok(Memory::default());
     };
-    let memory = trainer.plan(shape)?.plan.memory();
+    let Some(free) = free_on(trainer.session()) else {
+        return Ok(trainer.plan(shape)?.plan.memory());
+    };
     // Frozen weights are in memory already, or mapped.
-    let need = memory.total() - memory.frozen;
-    match free_on(trainer.session()) {
-        Some(free) if need > free => Err(Error::TooLarge {
+    let need = |m: &Memory| m.total() - m.frozen;
+    let mut memory = trainer.plan(shape)?.plan.memory();
+    if need(&memory) > free {
+        trainer.spare();
+        memory = trainer.plan(shape)?.plan.memory();
+    }
+    match need(&memory) > free {
+        true => Err(Error::TooLarge {
             what: match trainer.members() {
                 1 => format!("a step over {} x {} tokens", shape[0], shape[1]),
                 n => format!(
@@ -86,28 +102,29 @@ pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
                     shape[0], shape[1]
                 ),
             },
-            need: show(need),
+            need: show(need(&memory)),
             have: show(free),
-            is: "is free",
+            is: is_free(trainer.session()),
             hint: "use a smaller --batch with --accumulate, a shorter --seq-len, or --memory",
         }),
-        _ => Ok(memory),
+        false => Ok(memory),
     }
 }
 
 /// The jobs' settings with rows a batch and batches a step chosen to fit into the memory of the first: as few batches
-/// as possible, the same rows a step; layers are computed again only where nothing else fits.
-pub(crate) fn fit(jobs: &[&Job], feeds: &mut [Feed]) -> Result<Vec<TrainConfig>> {
+/// as possible, the same rows a step; cheap values are computed again before rows are split, layers only where nothing
+/// else fits. And whether cheap values are.
+pub(crate) fn fit(jobs: &[&Job], feeds: &mut [Feed]) -> Result<(Vec<TrainConfig>, bool)> {
     let configs = || jobs.iter().map(|j| j.config.clone());
     let config = jobs[0].config;
     let Some(limit) = jobs[0].memory_bytes else {
-        return Ok(configs().collect());
+        return Ok((configs().collect(), false));
     };
     let rows = config.batch * config.accumulate;
     let mut least = usize::MAX;
     let divides = |b: &usize| rows.is_multiple_of(*b);
     let batches: Vec<usize> = (1..=rows).rev().filter(divides).collect();
-    // Smaller batches cost less than computing layers again.
+    // Smaller batches cost less than computing layers again, and more than computing norms and gates again.
     let all = [config.checkpoint_layers, true].into_iter();
     let all = all.flat_map(|again| batches.iter().map(move |b| (*b, again)));
     for (batch, checkpoint_layers) in all {
@@ -120,19 +137,21 @@ pub(crate) fn fit(jobs: &[&Job], feeds: &mut [Feed]) -> Result<Vec<TrainConfig>>
         let fitted: Vec<TrainConfig> = fitted.collect();
         feeds.iter_mut().for_each(|f| f.set_batch(batch));
         let members: Vec<_> = jobs.iter().map(|j| j.adapter).zip(&fitted).collect();
-        let trainer = Trainer::side_by_side(jobs[0].model, &members)?;
+        let mut trainer = Trainer::side_by_side(jobs[0].model, &members)?;
         let mut shapes: Vec<_> = feeds.iter().flat_map(Feed::shapes).collect();
         shapes.sort_unstable();
         shapes.dedup();
-        let mut plans = vec![];
-        for shape in shapes {
-            plans.push(trainer.plan(shape)?.plan.memory());
+        for sparing in [false, true] {
+            if sparing {
+                trainer.spare();
+            }
+            let plans = shapes.iter().map(|s| Ok(trainer.plan(*s)?.plan.memory()));
+            let need = together(&plans.collect::<Result<Vec<_>>>()?);
+            if need <= limit {
+                return Ok((fitted, sparing));
+            }
+            least = least.min(need);
         }
-        let need = together(&plans);
-        if need <= limit {
-            return Ok(fitted);
-        }
-        least = least.min(need);
     }
     Err(Error::TooLarge {
         what: format!("a step of {rows} rows, one at a time and with layers computed again,"),
