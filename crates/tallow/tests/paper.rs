@@ -133,7 +133,7 @@ fn training_half_a_billion_weights_fits_into_five_gib() {
     // Gradients of adapters that read the same rows are made side by side.
     let parts = launched(&step, &session);
     let outer = |(n, l): &&(usize, Vec<String>)| *n > 1 && names(l) == ["outer"];
-    assert!(parts.iter().filter(outer).count() >= 4 * 24, "{parts:?}");
+    assert!(parts.iter().filter(outer).count() >= 4 * 23, "{parts:?}");
 }
 
 #[test]
