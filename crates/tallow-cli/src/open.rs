@@ -14,7 +14,8 @@ use tallow::{
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Global {
     /// Where to compute: cpu, cuda:0 (or another card by number), wgpu (the first GPU of Metal, Vulkan or DX12; wgpu:1:
-    /// an adapter by number), or auto: cuda:0 if it opens, else wgpu if it opens, else cpu.
+    /// an adapter by number), or auto: cuda:0 if it opens, else wgpu if it opens, else cpu. cuda:paper, for explain, plans as an
+    /// H100 or H200 would.
     #[arg(long, global = true, default_value = "cpu", value_name = "NAME")]
     pub device: String,
     /// CPU threads [default: TALLOW_THREADS, or the physical cores].

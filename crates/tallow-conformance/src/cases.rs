@@ -210,6 +210,23 @@ pub fn structural() -> Vec<Case> {
             ])
         }));
     }
+    // Few outputs, weights that never change, no adapter: an adapter's own product.
+    for [m, k, n] in [
+        [1, 33, 4],
+        [9, 512, 8],
+        [128, 512, 8],
+        [131, 515, 9],
+        [300, 68, 64],
+        [17, 1028, 3],
+    ] {
+        let tys = [
+            (Role::Data, TensorType::f32([m, k])),
+            (Role::Frozen, TensorType::f32([n, k])),
+        ];
+        all.push(case(format!("thin linear {m}x{k}x{n}"), &tys, |b, x| {
+            linear(b, x[0], x[1])
+        }));
+    }
     all.extend(views());
     all
 }

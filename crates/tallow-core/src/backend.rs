@@ -7,7 +7,12 @@ use crate::{
     op::Composite,
     plan::Plan,
 };
-use std::{any::Any, collections::HashMap, ops::Range, sync::Arc};
+use std::{
+    any::Any,
+    collections::HashMap,
+    ops::{Range, RangeInclusive},
+    sync::Arc,
+};
 
 /// Device memory. `raw` means something only to the backend that made it; dropping the last clone frees it.
 #[derive(Clone)]
@@ -56,6 +61,15 @@ pub enum Half {
     Wanted,
 }
 
+/// What a recording starts on the device for some steps of its plan, for `explain`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launched {
+    /// Steps of the plan, without a gap.
+    pub steps: RangeInclusive<usize>,
+    /// The launches that do them, in order; none where nothing is left to do.
+    pub launches: Vec<String>,
+}
+
 /// A device. New ones implement this trait and nothing else.
 pub trait Backend: Send + Sync {
     /// Name and rules.
@@ -84,6 +98,10 @@ pub trait Backend: Send + Sync {
     fn wait(&self) -> Result<()> {
         Ok(())
     }
+    /// Bytes of memory of its own that are free; `None`: it computes in the host's, or does not know.
+    fn free_bytes(&self) -> Option<usize> {
+        None
+    }
     /// Does reading a value cost more than choosing from it on the device, as behind a bus?
     fn far(&self) -> bool {
         false
@@ -102,6 +120,10 @@ pub trait Backend: Send + Sync {
         let _ = c;
         false
     }
+    /// Is `c` computed again where memory is short? At least what is [`cheap`](Self::cheap).
+    fn spare(&self, c: &Composite) -> bool {
+        self.cheap(c)
+    }
     /// Writes a frozen operand into `dst` in a format named by one of this backend's candidates.
     /// `src` holds the operand, strides as in `op`, from byte `at` on.
     fn prepare(
@@ -112,6 +134,15 @@ pub trait Backend: Send + Sync {
         op: &Operand,
         dst: &Buffer,
     ) -> Result<()>;
+    /// How a recording of `plan` would run its steps, which are all named once and in order: a device may do several
+    /// steps in one launch, and one step in several.
+    fn launched(&self, plan: &Plan) -> Vec<Launched> {
+        let one = |(i, s): (usize, &crate::plan::Step)| Launched {
+            steps: i..=i,
+            launches: vec![s.kernel_name.to_owned()],
+        };
+        plan.steps.iter().enumerate().map(one).collect()
+    }
     /// Freezes plan and buffers into the cheapest thing this device can run again and again.
     fn record(&self, plan: Arc<Plan>, bind: Bindings) -> Result<Box<dyn Recording>>;
 }

@@ -32,7 +32,11 @@ pub struct Compiled {
 
 /// Compiles and runs on one device. Cheap to clone; clones share caches.
 #[derive(Clone)]
-pub struct Session(Arc<Shared>);
+pub struct Session {
+    shared: Arc<Shared>,
+    /// Are cheap values computed again rather than kept, wherever the device can?
+    sparing: bool,
+}
 
 /// Operands in a backend's format, each with where it came from, which it does not keep alive.
 type PreparedOperands = HashMap<PreparedKey, (Weak<dyn Any + Send + Sync>, Buffer)>;
@@ -40,7 +44,8 @@ type PreparedOperands = HashMap<PreparedKey, (Weak<dyn Any + Send + Sync>, Buffe
 struct Shared {
     backend: Arc<dyn Backend>,
     chooser: Box<dyn Chooser>,
-    plans: Mutex<PlanCache>,
+    /// Of sessions that keep what they computed, and of those that are sparing.
+    plans: Mutex<[PlanCache; 2]>,
     prepared: Mutex<PreparedOperands>,
     /// Kernels that are not chosen anew, by spec.
     pins: Mutex<HashMap<String, String>>,
@@ -71,36 +76,52 @@ impl Session {
     }
     /// A session with another way to choose kernels.
     pub fn with_chooser(backend: Arc<dyn Backend>, chooser: Box<dyn Chooser>) -> Self {
-        Session(Arc::new(Shared {
+        let shared = Shared {
             backend,
             chooser,
             plans: Mutex::default(),
             prepared: Mutex::default(),
             pins: Mutex::default(),
-        }))
+        };
+        Session {
+            shared: Arc::new(shared),
+            sparing: false,
+        }
+    }
+    /// The same session, whose plans compute again what [`Backend::spare`] names instead of keeping it for gradients:
+    /// less memory, somewhat more time, the same results. It shares all caches.
+    #[must_use]
+    pub fn sparing(&self) -> Self {
+        Session {
+            sparing: true,
+            ..self.clone()
+        }
     }
     /// The device.
     pub fn backend(&self) -> &Arc<dyn Backend> {
-        &self.0.backend
+        &self.shared.backend
     }
     /// From now on takes these kernels, by [`KernelSpec::key`] and name, where a plan has the choice: a run that goes
     /// on adds in the order it began with. Plans made before are dropped.
     pub fn pin(&self, choices: impl IntoIterator<Item = (String, String)>) {
-        let mut pins = self.0.pins.lock().unwrap_or_else(|e| e.into_inner());
+        let mut pins = self.shared.pins.lock().unwrap_or_else(|e| e.into_inner());
         pins.extend(choices);
-        self.lock_plans().plans.clear();
+        self.lock_plans().iter_mut().for_each(|c| c.plans.clear());
     }
     /// Number of plans kept.
     pub fn cached_plans(&self) -> usize {
-        self.lock_plans().plans.len()
+        self.lock_plans().iter().map(|c| c.plans.len()).sum()
     }
-    fn lock_plans(&self) -> std::sync::MutexGuard<'_, PlanCache> {
-        self.0.plans.lock().unwrap_or_else(|e| e.into_inner())
+    fn cache(&self) -> usize {
+        usize::from(self.sparing)
+    }
+    fn lock_plans(&self) -> MutexGuard<'_, [PlanCache; 2]> {
+        self.shared.plans.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Zeroed memory as a leaf.
     pub fn zeros(&self, ty: TensorType, role: Role) -> Result<Tensor> {
-        let buf = self.0.backend.alloc(ty.bytes())?;
+        let buf = self.shared.backend.alloc(ty.bytes())?;
         Ok(Tensor::leaf(buf, ty, role))
     }
     /// A leaf with the given f32 values.
@@ -130,7 +151,7 @@ impl Session {
                 "bytes",
             ));
         }
-        let buf = self.0.backend.adopt(host, range, ty.dtype.bytes())?;
+        let buf = self.shared.backend.adopt(host, range, ty.dtype.bytes())?;
         Ok(Tensor::leaf(buf, ty, Role::Frozen))
     }
     /// Uploads f32 values into a leaf, without allocating.
@@ -152,11 +173,11 @@ impl Session {
         if want != got {
             return Err(Error::size(what, want, got, "elements"));
         }
-        self.0.backend.upload(buf, 0, bytes)
+        self.shared.backend.upload(buf, 0, bytes)
     }
     /// Waits for all replays already started.
     pub fn wait(&self) -> Result<()> {
-        self.0.backend.wait()
+        self.shared.backend.wait()
     }
     /// Reads an f32 tensor, computing it first if it is not a leaf. Waits.
     pub fn read(&self, t: &Tensor) -> Result<Vec<f32>> {
@@ -199,41 +220,44 @@ impl Session {
             return Err(Error::size(what, all, end, "elements"));
         }
         let bytes = bytemuck::cast_slice_mut(out);
-        self.0
+        self.shared
             .backend
             .download(leaf(t)?, at * DType::F32.bytes(), bytes)
     }
 
     /// canonical → expand → again → fuse → plan: the whole compiler, in order.
     pub fn compile(&self, g: &Graph) -> Result<Compiled> {
-        if let Some(c) = self.lock_plans().get(g) {
+        if let Some(c) = self.lock_plans()[self.cache()].get(g) {
             return Ok(c);
         }
-        let be = &*self.0.backend;
+        let be = &*self.shared.backend;
         let (canon, notes) = pass::canonical(g)?;
         let keep = |c: &expand::Asked<'_>| {
             let spec = KernelSpec::composite(c.op, c.ins, c.frozen, c.live)?;
             Ok(!be.candidates(&spec)?.is_empty())
         };
         let expanded = expand::expand(&canon, keep)?;
-        let expanded = again::again(&expanded, |c| be.cheap(c))?;
+        let expanded = again::again(&expanded, |c| match self.sparing {
+            true => be.spare(c),
+            false => be.cheap(c),
+        })?;
         let fused = fuse::fuse(&expanded)?;
         let plan = {
-            let pins = self.0.pins.lock().unwrap_or_else(|e| e.into_inner());
+            let pins = self.shared.pins.lock().unwrap_or_else(|e| e.into_inner());
             let chooser = Pinned {
                 choices: &pins,
-                otherwise: &*self.0.chooser,
+                otherwise: &*self.shared.chooser,
             };
             Arc::new(plan::plan(fused, be, &chooser)?)
         };
-        self.0.chooser.planned();
+        self.shared.chooser.planned();
         let outputs = g.outputs.iter().map(|o| g.ty(*o).clone()).collect();
         let c = Compiled {
             plan,
             outputs,
             notes,
         };
-        self.lock_plans().put(g.clone(), c.clone());
+        self.lock_plans()[self.cache()].put(g.clone(), c.clone());
         Ok(c)
     }
     /// The plan of these tensors, without running anything.
@@ -275,7 +299,7 @@ impl Session {
             prepared,
             outputs: bound,
         };
-        let recording = self.0.backend.record(compiled.plan.clone(), bind)?;
+        let recording = self.shared.backend.record(compiled.plan.clone(), bind)?;
         Ok(Program {
             compiled,
             outputs,
@@ -296,8 +320,8 @@ impl Session {
         if let Some((_, b)) = cache.get(&key) {
             return Ok(b.clone());
         }
-        let b = self.0.backend.alloc(p.format.bytes)?;
-        self.0
+        let b = self.shared.backend.alloc(p.format.bytes)?;
+        self.shared
             .backend
             .prepare(p.format, src, p.offset, &p.operand, &b)?;
         cache.insert(key, (Arc::downgrade(&src.keep), b.clone()));
@@ -306,7 +330,11 @@ impl Session {
     /// The prepared operands whose source is alive. An address may be used again, but only after its first
     /// owner is gone.
     fn prepared(&self) -> MutexGuard<'_, PreparedOperands> {
-        let mut all = self.0.prepared.lock().unwrap_or_else(|e| e.into_inner());
+        let mut all = self
+            .shared
+            .prepared
+            .lock()
+            .unwrap_or_else(|e| e.into_inner());
         all.retain(|_, (source, _)| source.strong_count() > 0);
         all
     }

@@ -62,8 +62,8 @@ pub(crate) fn missing() -> Error {
     }
 }
 
-/// The compiler's version.
-fn version() -> Result<(i32, i32)> {
+/// The compiler's version: major and minor.
+pub(crate) fn version() -> Result<(i32, i32)> {
     if !present() {
         return Err(missing());
     }

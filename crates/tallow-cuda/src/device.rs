@@ -5,6 +5,7 @@ use crate::{
     compile, driver,
     driver::{Card, Pinned},
     error::Error,
+    fused,
     gemm::{self, Blas},
     glue,
     launch::{Bound, Job, Offer, Places},
@@ -14,7 +15,7 @@ use crate::{
 use std::sync::{Arc, Mutex, MutexGuard};
 use tallow_core::{
     Result,
-    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Half, Recording},
+    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Half, Launched, Recording},
     kernel::{Candidate, Format, KernelId, KernelSpec, Offers, Operand},
     op::Composite,
     plan::Plan,
@@ -72,7 +73,17 @@ pub fn lacks() -> Vec<Error> {
         (gemm::present(), gemm::missing()),
     ];
     let missing = |(there, e): (bool, Error)| (!there).then_some(e);
-    all.into_iter().filter_map(missing).collect()
+    let mut lacks: Vec<Error> = all.into_iter().filter_map(missing).collect();
+    lacks.extend(driver::fits().err());
+    lacks
+}
+
+/// Versions of the driver and of the compiler found: "driver 13.0", "NVRTC 13.0".
+pub fn versions() -> Vec<String> {
+    let named = |name: &str, (major, minor): (i32, i32)| format!("{name} {major}.{minor}");
+    let driver = driver::version().map(|v| named("driver", driver::split(v)));
+    let compiler = compile::version().ok().map(|v| named("NVRTC", v));
+    driver.into_iter().chain(compiler).collect()
 }
 
 /// A card of this machine.
@@ -219,11 +230,14 @@ impl Backend for Cuda {
     fn candidates(&self, spec: &KernelSpec) -> Result<Vec<Candidate>> {
         Ok(glue::candidates(&mut self.table(), &self.target(), spec))
     }
+    fn free_bytes(&self) -> Option<usize> {
+        self.card.free().ok()
+    }
     fn far(&self) -> bool {
         true
     }
     fn cheap(&self, c: &Composite) -> bool {
-        matches!(c, Composite::RmsNorm(_) | Composite::SwiGlu(_))
+        glue::cheap(c)
     }
     fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
         glue::halves(&self.target(), spec)
@@ -252,6 +266,10 @@ impl Backend for Cuda {
             own: 0,
         };
         self.run(&jobs, &places)
+    }
+    fn launched(&self, plan: &Plan) -> Vec<Launched> {
+        let offers = plan.steps.iter().map(|s| self.offer(s.kernel));
+        fused::launched(&self.target(), plan, &offers.collect::<Vec<_>>())
     }
     fn record(&self, plan: Arc<Plan>, bind: Bindings) -> Result<Box<dyn Recording>> {
         Ok(Box::new(CudaRecording::new(self, &plan, bind)?))

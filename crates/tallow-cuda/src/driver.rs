@@ -81,6 +81,19 @@ pub(crate) fn version() -> Option<i32> {
     (code == sys::CUresult::CUDA_SUCCESS).then_some(version)
 }
 
+/// Major and minor of a version as the driver writes it.
+pub(crate) fn split(version: i32) -> (i32, i32) {
+    (version / 1000, version % 1000 / 10)
+}
+
+/// Does the driver load what the compiler makes, where both are there?
+pub(crate) fn fits() -> Result<()> {
+    match (version(), crate::compile::version()) {
+        (Some(driver), Ok(compiler)) => Error::fits(split(driver), compiler),
+        _ => Ok(()),
+    }
+}
+
 /// Number of cards, with the driver started.
 pub(crate) fn count() -> Result<usize> {
     if !present() {
@@ -247,6 +260,7 @@ impl Card {
             } = facts;
             return Err(Error::TooOld { name, capability });
         }
+        fits()?;
         let arch = Arch::of(facts.capability);
         let cache = Cache::open(arch, cache_folder)?;
         // SAFETY: `device` came from the driver; the context is released by `Drop`.
@@ -280,6 +294,26 @@ impl Card {
                 .result()
                 .map_err(ask("setting up the pool"))
         }
+    }
+    /// Bytes that an allocation could have: those of the card, and those that the pool keeps for the next one.
+    pub(crate) fn free(&self) -> Result<usize> {
+        self.enter()?;
+        let (free, _) = result::mem_get_info().map_err(ask("reading the free memory"))?;
+        use sys::CUmemPool_attribute_enum as A;
+        let kept = |which: A| {
+            let mut bytes = 0_u64;
+            // SAFETY: the pool is the device's own; the value is a u64, as these attributes want.
+            unsafe {
+                let pool = result::device::get_default_mem_pool(self.device)?;
+                sys::cuMemPoolGetAttribute(pool, which, (&raw mut bytes).cast::<c_void>())
+                    .result()?;
+            }
+            Ok(bytes as usize)
+        };
+        let reserved = kept(A::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
+        let used = kept(A::CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
+        let idle = |e| Error::driver("reading the free memory", e);
+        Ok(free + reserved.map_err(idle)?.saturating_sub(used.map_err(idle)?))
     }
     /// Makes the card current on this thread.
     pub(crate) fn enter(&self) -> Result<()> {

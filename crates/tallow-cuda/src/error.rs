@@ -33,6 +33,17 @@ pub enum Error {
         /// Its compute capability.
         capability: (u32, u32),
     },
+    /// The compiler makes code that the driver cannot load.
+    #[error(
+        "the NVIDIA driver is for CUDA {}.{}, and NVRTC is that of CUDA {}.{}; install a newer driver, or an NVRTC of CUDA {}",
+        driver.0, driver.1, compiler.0, compiler.1, driver.0
+    )]
+    OldDriver {
+        /// The driver's version.
+        driver: (i32, i32),
+        /// The compiler's.
+        compiler: (i32, i32),
+    },
     /// An allocation did not fit.
     #[error(
         "no memory on the card for {wanted} bytes ({free} of {total} free); use a smaller batch, context or model, or end other programs that use the card"
@@ -82,6 +93,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// Does a driver of that version load what the compiler makes?
+    pub(crate) fn fits(driver: (i32, i32), compiler: (i32, i32)) -> Result<()> {
+        match driver.0 < compiler.0 {
+            true => Err(Error::OldDriver { driver, compiler }),
+            false => Ok(()),
+        }
+    }
     /// What the driver's `e` means while `doing` something other than allocating.
     pub(crate) fn driver(doing: &'static str, e: DriverError) -> Self {
         let code = format!("{:?}", e.0);
@@ -115,6 +133,19 @@ impl Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_driver_must_not_be_older_than_the_compiler() {
+        let old = Error::fits((12, 8), (13, 0)).unwrap_err().to_string();
+        assert!(
+            old.contains("CUDA 12.8") && old.contains("an NVRTC of CUDA 12"),
+            "{old}"
+        );
+        // Within a major version either may be newer.
+        for driver in [(13, 0), (13, 1), (14, 0)] {
+            Error::fits(driver, (13, 1)).unwrap();
+        }
+    }
 
     #[test]
     fn a_fault_is_a_lost_device_and_a_refusal_is_not() {

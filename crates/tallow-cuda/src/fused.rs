@@ -3,6 +3,9 @@
 //! reads; weights and adapters are only read ahead of time where no step of the plan changes them.
 //! Absent on purpose: graphs. The plan stays as it was explained; a step that another launch does takes no time.
 mod chain;
+mod launched;
+
+pub(crate) use launched::launched;
 
 use crate::{
     glue::{

@@ -17,6 +17,7 @@ mod halves;
 mod linear;
 mod linear_few;
 mod linear_half;
+mod linear_thin;
 mod listing;
 mod loss;
 pub(crate) mod matmul;
@@ -37,6 +38,23 @@ pub(crate) struct Target {
     pub(crate) weights: DType,
     /// Does it copy memory in bulk, past the registers?
     pub(crate) bulk: bool,
+}
+
+impl Target {
+    /// An H100 or H200.
+    pub(crate) fn hopper(weights: DType) -> Self {
+        Target {
+            processors: 132,
+            shared: 227 << 10,
+            weights,
+            bulk: true,
+        }
+    }
+}
+
+/// Is `c` computed again by gradients rather than kept? One pass over what is kept anyway, beside products.
+pub(crate) fn cheap(c: &Composite) -> bool {
+    matches!(c, Composite::RmsNorm(_) | Composite::SwiGlu(_))
 }
 
 /// All ways to run `spec`.

@@ -11,10 +11,12 @@ mod fused;
 mod gemm;
 mod glue;
 mod launch;
+mod paper;
 mod recording;
 mod staging;
 
 pub use compile::{Arch, Compiled, compile};
-pub use device::{Cuda, CudaOptions, Found, found, lacks};
+pub use device::{Cuda, CudaOptions, Found, found, lacks, versions};
 pub use error::Error;
 pub use glue::sources;
+pub use paper::Paper;

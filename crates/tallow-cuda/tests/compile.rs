@@ -2,7 +2,11 @@
 //! Invariant: without the compiler the test says that it was skipped; `TALLOW_REQUIRE_NVRTC=1` makes that a failure.
 //! Absent on purpose: a card. What kernels compute is the conformance suite's business.
 use std::{collections::HashSet, sync::Mutex};
-use tallow_core::types::DType;
+use tallow_core::{
+    kernel::KernelSpec,
+    op::{Block, Linear},
+    types::{DType, TensorType},
+};
 use tallow_cuda::{Arch, Error, compile, sources};
 
 const ARCHITECTURES: [((u32, u32), bool); 3] = [((8, 0), false), ((9, 0), false), ((9, 0), true)];
@@ -24,6 +28,34 @@ fn compiler() -> bool {
     }
 }
 
+/// Linears of few outputs without an adapter, each of another size of block.
+fn thin() -> impl Iterator<Item = KernelSpec> {
+    let shapes = [
+        ([128, 512, 8], false),
+        ([133, 515, 9], true),
+        ([1, 1024, 4], true),
+        ([512, 512, 8], false),
+        ([128, 512, 64], false),
+        ([300, 68, 64], true),
+        ([1024, 4096, 64], false),
+    ];
+    shapes.into_iter().map(|([m, k, n], bias)| {
+        let block = Block {
+            n,
+            bias,
+            adapters: vec![None],
+        };
+        let op = Linear {
+            blocks: vec![block],
+            residual: false,
+        };
+        let mut ins = vec![TensorType::f32([m, k]), TensorType::f32([n, k])];
+        ins.extend(bias.then(|| TensorType::f32([n])));
+        let refs: Vec<&TensorType> = ins.iter().collect();
+        KernelSpec::composite(&op.into(), &refs, &vec![true; refs.len()], &[true]).unwrap()
+    })
+}
+
 /// Names of kernels in the assembler's report that spill.
 fn spills(report: &str) -> Vec<&str> {
     let spilled = |l: &&str| {
@@ -37,7 +69,8 @@ fn kernels_compile_without_spills() {
     if !compiler() {
         return;
     }
-    let specs = tallow_conformance::specs();
+    let mut specs = tallow_conformance::specs();
+    specs.extend(thin());
     let mut texts = HashSet::new();
     let mut all = vec![];
     for weights in [DType::F32, DType::BF16] {
@@ -48,6 +81,8 @@ fn kernels_compile_without_spills() {
         );
     }
     assert!(all.len() > 100, "only {} kernels listed", all.len());
+    let thin_ones = all.iter().filter(|(name, _)| *name == "thin").count();
+    assert!(thin_ones >= 7, "{thin_ones} kernels of few outputs");
     let bad = Mutex::new(vec![]);
     let next = std::sync::atomic::AtomicUsize::new(0);
     let jobs: Vec<_> = all

@@ -4,6 +4,7 @@
 //! Absent on purpose: chat templates, beams, batches.
 
 mod decoder;
+mod draw;
 
 pub use decoder::Decoder;
 
@@ -169,7 +170,11 @@ impl Generator {
         let kept = self.decoder.take().filter(|d| d.capacity() == capacity);
         let mut decoder = match kept {
             Some(d) => d,
-            None => Decoder::new(&self.model, self.adapter.as_ref(), tokens)?,
+            None => {
+                let mut new = Decoder::new(&self.model, self.adapter.as_ref(), tokens)?;
+                new.draw_by(&self.options.sampling)?;
+                new
+            }
         };
         decoder.reset();
         Ok(self.decoder.insert(decoder))
@@ -241,10 +246,10 @@ impl Stream<'_> {
     /// The next token. Where the device chose several, the others wait in `ahead`.
     fn choose(&mut self) -> Result<u32> {
         let new = &self.history[self.fed..];
-        match self.sampler.takes_likeliest() {
+        match self.sampler.takes_likeliest() || self.decoder.draws() {
             true => self
                 .ahead
-                .extend(self.decoder.feed_likeliest(new, self.left)?),
+                .extend(self.decoder.feed_choosing(new, self.left)?),
             false => self.decoder.advance(new)?,
         }
         self.fed = self.history.len();

@@ -2,7 +2,7 @@
 //! Invariant: predictions come from the plans that will be recorded, so they are exact for tallow's own buffers.
 //! Absent on purpose: the allocator's and the tokenizer's own needs.
 use crate::{Error, Feed, Result, TrainConfig, Trainer, run::Job};
-use tallow_core::{op::Role, plan::Memory, types::TensorType};
+use tallow_core::{op::Role, plan::Memory, session::Session, types::TensorType};
 use tallow_llm::model::Model;
 
 /// Bytes that can be had: of the machine, or of the limit this process runs under. `None` where nobody knows.
@@ -13,6 +13,19 @@ pub fn free_bytes() -> Option<usize> {
     let limit = system.cgroup_limits().map(|l| l.free_memory);
     let least = limit.map_or(machine, |l| l.min(machine));
     usize::try_from(least).ok().filter(|n| *n > 0)
+}
+
+/// Bytes that a plan on `session` can have: of its device, or of the machine.
+fn free_on(session: &Session) -> Option<usize> {
+    session.backend().free_bytes().or_else(free_bytes)
+}
+
+/// What is said of them.
+fn is_free(session: &Session) -> &'static str {
+    match session.backend().free_bytes() {
+        Some(_) => "is free on the device",
+        None => "is free",
+    }
 }
 
 /// `3.2 GiB`.
@@ -37,7 +50,7 @@ fn together(plans: &[Memory]) -> usize {
     shared + plans.iter().map(own).sum::<usize>()
 }
 
-/// Refuses a model that cannot even read one token in the memory that is free.
+/// Refuses a model that cannot even read one token in the memory that is free on its device.
 ///
 /// # Errors
 /// [`Error::TooLarge`]; a model that cannot be planned.
@@ -48,20 +61,21 @@ pub fn check_model(model: &Model) -> Result<()> {
     let memory = s.explain(&[&model.nll(&x, &one()?)?], &[])?.plan.memory();
     // Frozen weights are in memory already, or mapped.
     let need = memory.total() - memory.frozen;
-    match free_bytes() {
+    match free_on(s) {
         Some(free) if need > free => Err(Error::TooLarge {
             what: "this model".into(),
             need: show(need),
             have: show(free),
-            is: "is free",
+            is: is_free(s),
             hint: "use a smaller model, or --dtype bf16",
         }),
         _ => Ok(()),
     }
 }
 
-/// Refuses a run whose largest batch cannot fit into the memory that is free; its memory.
-pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
+/// Refuses a run whose largest batch cannot fit into the memory that is free on its device; its memory. Where that is
+/// enough to make it fit, cheap values are computed again.
+pub(crate) fn check(trainer: &mut Trainer, feeds: &[Feed]) -> Result<Memory> {
     let Some(shape) = feeds
         .iter()
         .filter_map(|f| f.shapes().last().copied())
@@ -69,11 +83,18 @@ pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
     else {
         return Ok(Memory::default());
     };
-    let memory = trainer.plan(shape)?.plan.memory();
+    let Some(free) = free_on(trainer.session()) else {
+        return Ok(trainer.plan(shape)?.plan.memory());
+    };
     // Frozen weights are in memory already, or mapped.
-    let need = memory.total() - memory.frozen;
-    match free_bytes() {
-        Some(free) if need > free => Err(Error::TooLarge {
+    let need = |m: &Memory| m.total() - m.frozen;
+    let mut memory = trainer.plan(shape)?.plan.memory();
+    if need(&memory) > free {
+        trainer.spare();
+        memory = trainer.plan(shape)?.plan.memory();
+    }
+    match need(&memory) > free {
+        true => Err(Error::TooLarge {
             what: match trainer.members() {
                 1 => format!("a step over {} x {} tokens", shape[0], shape[1]),
                 n => format!(
@@ -81,28 +102,29 @@ pub(crate) fn check(trainer: &Trainer, feeds: &[Feed]) -> Result<Memory> {
                     shape[0], shape[1]
                 ),
             },
-            need: show(need),
+            need: show(need(&memory)),
             have: show(free),
-            is: "is free",
+            is: is_free(trainer.session()),
             hint: "use a smaller --batch with --accumulate, a shorter --seq-len, or --memory",
         }),
-        _ => Ok(memory),
+        false => Ok(memory),
     }
 }
 
 /// The jobs' settings with rows a batch and batches a step chosen to fit into the memory of the first: as few batches
-/// as possible, the same rows a step; layers are computed again only where nothing else fits.
-pub(crate) fn fit(jobs: &[&Job], feeds: &mut [Feed]) -> Result<Vec<TrainConfig>> {
+/// as possible, the same rows a step; cheap values are computed again before rows are split, layers only where nothing
+/// else fits. And whether cheap values are.
+pub(crate) fn fit(jobs: &[&Job], feeds: &mut [Feed]) -> Result<(Vec<TrainConfig>, bool)> {
     let configs = || jobs.iter().map(|j| j.config.clone());
     let config = jobs[0].config;
     let Some(limit) = jobs[0].memory_bytes else {
-        return Ok(configs().collect());
+        return Ok((configs().collect(), false));
     };
     let rows = config.batch * config.accumulate;
     let mut least = usize::MAX;
     let divides = |b: &usize| rows.is_multiple_of(*b);
     let batches: Vec<usize> = (1..=rows).rev().filter(divides).collect();
-    // Smaller batches cost less than computing layers again.
+    // Smaller batches cost less than computing layers again, and more than computing norms and gates again.
     let all = [config.checkpoint_layers, true].into_iter();
     let all = all.flat_map(|again| batches.iter().map(move |b| (*b, again)));
     for (batch, checkpoint_layers) in all {
@@ -115,19 +137,21 @@ pub(crate) fn fit(jobs: &[&Job], feeds: &mut [Feed]) -> Result<Vec<TrainConfig>>
         let fitted: Vec<TrainConfig> = fitted.collect();
         feeds.iter_mut().for_each(|f| f.set_batch(batch));
         let members: Vec<_> = jobs.iter().map(|j| j.adapter).zip(&fitted).collect();
-        let trainer = Trainer::side_by_side(jobs[0].model, &members)?;
+        let mut trainer = Trainer::side_by_side(jobs[0].model, &members)?;
         let mut shapes: Vec<_> = feeds.iter().flat_map(Feed::shapes).collect();
         shapes.sort_unstable();
         shapes.dedup();
-        let mut plans = vec![];
-        for shape in shapes {
-            plans.push(trainer.plan(shape)?.plan.memory());
+        for sparing in [false, true] {
+            if sparing {
+                trainer.spare();
+            }
+            let plans = shapes.iter().map(|s| Ok(trainer.plan(*s)?.plan.memory()));
+            let need = together(&plans.collect::<Result<Vec<_>>>()?);
+            if need <= limit {
+                return Ok((fitted, sparing));
+            }
+            least = least.min(need);
         }
-        let need = together(&plans);
-        if need <= limit {
-            return Ok(fitted);
-        }
-        least = least.min(need);
     }
     Err(Error::TooLarge {
         what: format!("a step of {rows} rows, one at a time and with layers computed again,"),

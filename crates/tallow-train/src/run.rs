@@ -273,10 +273,13 @@ pub fn train_all(jobs: Vec<(&Job, &mut dyn Observer)>) -> Result<Vec<Result<Summ
     if all.is_empty() {
         return Ok(vec![]);
     }
-    let configs = memory::fit(&all, &mut feeds)?;
+    let (configs, sparing) = memory::fit(&all, &mut feeds)?;
     let members: Vec<_> = all.iter().map(|j| j.adapter).zip(&configs).collect();
-    let trainer = Trainer::side_by_side(all[0].model, &members)?;
-    let memory = memory::check(&trainer, &feeds)?;
+    let mut trainer = Trainer::side_by_side(all[0].model, &members)?;
+    if sparing {
+        trainer.spare();
+    }
+    let memory = memory::check(&mut trainer, &feeds)?;
     let fingerprint = checkpoint::fingerprint(all[0].model)?;
     let mut lanes = vec![];
     let each = jobs.into_iter().zip(feeds).zip(configs);

@@ -28,12 +28,13 @@ pub struct Readme;
 
 use std::sync::Arc;
 use tallow_cpu::{Cpu, CpuOptions};
-use tallow_cuda::{Cuda, CudaOptions};
+use tallow_cuda::{Cuda, CudaOptions, Paper};
 
 /// Device names that [`open`] knows.
 pub const BACKENDS: &[&str] = &[
     "cpu",
     "cuda:N",
+    "cuda:paper",
     #[cfg(feature = "wgpu")]
     "wgpu:N",
     "auto",
@@ -43,7 +44,8 @@ pub const BACKENDS: &[&str] = &[
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
     /// `cpu`; `cuda:0` or another card by number; `wgpu`: the first GPU of Metal, Vulkan or DX12, or `wgpu:0` another
-    /// adapter by number; `auto`: card 0 if it opens, else such a GPU if it opens, else the CPU.
+    /// adapter by number; `auto`: card 0 if it opens, else such a GPU if it opens, else the CPU. `cuda:paper` makes plans
+    /// as an H100 or H200 would, on any machine, and runs none.
     pub device: String,
     /// CPU threads; `None`: `TALLOW_THREADS` or the physical cores.
     pub threads: Option<usize>,
@@ -86,6 +88,8 @@ pub fn open_with(options: &OpenOptions) -> Result<Session> {
             .or_else(|_| wgpu_backend(None, options))
             .or_else(|_| cpu_backend(options))?,
         Some(Device::Cuda(ordinal)) => cuda_backend(ordinal, options)?,
+        // There is nothing to measure on.
+        Some(Device::Paper) => return Ok(Session::new(Arc::new(Paper::hopper(options.weights)))),
         Some(Device::Wgpu(number)) => wgpu_backend(number, options)?,
         None => return Err(unknown(&options.device)),
     };
@@ -110,6 +114,7 @@ fn unknown(device: &str) -> Error {
 enum Device {
     Cpu,
     Cuda(usize),
+    Paper,
     /// An adapter by number, or the first that is a GPU.
     Wgpu(Option<usize>),
     Auto,
@@ -117,6 +122,9 @@ enum Device {
 
 impl Device {
     fn named(device: &str) -> Option<Device> {
+        if device == "cuda:paper" {
+            return Some(Device::Paper);
+        }
         let (name, number) = match device.split_once(':') {
             Some((name, number)) => (name, Some(number.parse().ok()?)),
             None => (device, None),
@@ -173,6 +181,7 @@ mod tests {
             ("auto", Device::Auto),
             ("cuda", Device::Cuda(0)),
             ("cuda:3", Device::Cuda(3)),
+            ("cuda:paper", Device::Paper),
             ("wgpu", Device::Wgpu(None)),
             ("wgpu:1", Device::Wgpu(Some(1))),
         ];

@@ -97,6 +97,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
 fn cards() -> Vec<String> {
     let mut lines = vec![];
     let lacks = tallow::cuda::lacks();
+    let versions = tallow::cuda::versions();
+    if !versions.is_empty() {
+        lines.push(format!("cuda        {}", versions.join(", ")));
+    }
     match tallow::cuda::found() {
         Ok(all) if all.is_empty() => lines.push("cuda        no device".to_owned()),
         Ok(all) => lines.extend(all.iter().enumerate().map(|(i, c)| {

@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use tallow::{
     Compiled, Role, Session, Tensor, TensorType,
     core::{
+        backend::Launched,
         kernel::KernelSpec,
         pass::{canonical, expand::expand},
         tensor::lower,
@@ -87,6 +88,8 @@ pub(super) struct Found {
     /// "train of llama, 4 x 128 tokens".
     title: String,
     compiled: Compiled,
+    /// What a recording starts on the device, step by step.
+    launched: Vec<Launched>,
     /// Composites without a kernel for these operands, and how often.
     decomposed: BTreeMap<String, usize>,
     /// Median seconds of each step.
@@ -131,6 +134,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     };
     let s = &model.session;
     let outs: Vec<&Tensor> = subject.outs.iter().collect();
+    let compiled = s.explain(&outs, &subject.updates)?;
     let found = Found {
         title: format!(
             "{} of {} on {}, {shape} tokens, {}, {}",
@@ -143,7 +147,8 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
                 Some(a) => format!("{} modules adapted", a.modules().count()),
             },
         ),
-        compiled: s.explain(&outs, &subject.updates)?,
+        launched: s.backend().launched(&compiled.plan),
+        compiled,
         decomposed: decomposed(s, &subject)?,
         times: match args.time {
             true => Some(time(s, &subject)?),

@@ -320,3 +320,24 @@ fn variants_that_cannot_be_are_refused() {
         assert_eq!(names(dir.path()), Vec::<String>::new());
     }
 }
+
+#[test]
+fn plans_are_made_for_a_card_that_is_not_there() {
+    let model = tiny();
+    let paper = ["--device", "cuda:paper", "--dtype", "bf16"];
+    let explain = ["explain", "decode", "--model", &model, "--json"];
+    let plan = json(&[&explain[..], &paper].concat());
+    let launches = plan["launches"].as_array().unwrap();
+    let step = |l: &Value, which: &str| l[which].as_u64().unwrap() as usize;
+    let last = step(launches.last().unwrap(), "last_step");
+    assert_eq!(last + 1, plan["steps"].as_array().unwrap().len());
+    let several = launches
+        .iter()
+        .filter(|l| step(l, "last_step") > step(l, "first_step"));
+    assert!(several.count() > 1, "{plan}");
+    let logits = ["logits", "--model", &model, "--ids", "1,2"];
+    refused::refused(
+        &[&logits[..], &paper].concat(),
+        &["cuda:paper", "it makes plans"],
+    );
+}

@@ -319,12 +319,7 @@ mod tests {
     use super::*;
 
     fn target() -> Target {
-        Target {
-            processors: 132,
-            shared: 227 << 10,
-            weights: tallow_core::types::DType::BF16,
-            bulk: true,
-        }
+        Target::hopper(tallow_core::types::DType::BF16)
     }
 
     #[test]

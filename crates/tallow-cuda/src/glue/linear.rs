@@ -1,9 +1,10 @@
 //! Linears with adapters and their gradients.
 //! Invariant: few rows go through `linear_few`, rounded weights through `linear_half`; many rows of exact f32
-//! through the library's product and one pass that adds everything else. No gradient of a weight is formed.
+//! through `linear_thin` or the library's product and one pass that adds everything else. No gradient of a weight is formed.
 //! Absent on purpose: weights that change. In bf16 they have no candidate and fall to their decomposition.
 use super::{
-    Arg, Job, Offer, Target, elementwise, linear_few, linear_half, matmul::matrix, source, word,
+    Arg, Job, Offer, Target, elementwise, linear_few, linear_half, linear_thin, matmul::matrix,
+    source, word,
 };
 use crate::{
     gemm::{Added, Matrix, Product},
@@ -278,6 +279,7 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     // Exact products are only offered where nothing faster was asked for.
     if all.is_empty() || t.weights == DType::F32 {
         all.extend(many_rows(&c, spec));
+        all.extend(linear_thin::forward(t, &c, spec));
     }
     all
 }

@@ -13,12 +13,7 @@ use tallow_core::{
 /// Entry point and text of the kernels for `specs`, as they are and with everything in bf16 that may be, and of those that
 /// only a recording asks for; each text once.
 pub fn sources(specs: &[KernelSpec], weights: DType) -> Vec<(&'static str, Arc<str>)> {
-    let target = Target {
-        processors: 132,
-        shared: 227 << 10,
-        weights,
-        bulk: true,
-    };
+    let target = Target::hopper(weights);
     let mut table = Offers::default();
     let mut found = BTreeMap::new();
     let specs = specs.iter().flat_map(|s| [rounded(&target, s), s.clone()]);

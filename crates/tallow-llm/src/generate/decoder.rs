@@ -15,6 +15,9 @@ use crate::adapter::Adapter;
 use crate::cache::Cache;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::sample::Sampling;
+
+use super::draw::Draw;
 
 /// Rows of a long piece of a prompt.
 const LARGE: usize = 128;
@@ -46,6 +49,8 @@ pub struct Decoder {
     found: Vec<u32>,
     /// Tokens that one row is replayed for before it is waited for.
     ahead: usize,
+    /// How a device behind a bus draws its tokens; `None`: it takes the likeliest.
+    draw: Option<Draw>,
 }
 
 /// A recording that takes some rows of tokens at once.
@@ -55,9 +60,9 @@ struct Step {
     pos: (Tensor, Vec<u32>),
     /// `[1]`: the row whose logits are wanted. A single row needs none.
     last: Option<Tensor>,
-    /// Its outputs: the logits `[1, vocab]` and, on a device behind a bus, the likeliest token `[1, 2]`.
+    /// Its outputs: the logits `[1, vocab]` and, on a device behind a bus, the token chosen `[1, 2]`.
     program: Program,
-    /// What was the likeliest token behind each position, `[1, capacity, 1, 2]`: a single row on a device behind
+    /// What was chosen behind each position, `[1, capacity, 1, 2]`: a single row on a device behind
     /// a bus, which leaves its choice and the next position where it will read them itself.
     chosen: Option<Tensor>,
 }
@@ -78,7 +83,28 @@ impl Decoder {
             logits: vec![0.0; model.config.vocab],
             found: Vec::with_capacity(MOST_AHEAD),
             ahead: 1,
+            draw: None,
         })
+    }
+
+    /// From now on a device behind a bus draws tokens as `sampling` says, if it can: with a temperature and without a
+    /// repetition penalty. Without a temperature it takes the likeliest.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn draw_by(&mut self, sampling: &Sampling) -> Result<()> {
+        let session = &self.model.session;
+        self.draw = match session.backend().far() {
+            true => Draw::new(session, sampling)?,
+            false => None,
+        };
+        self.steps.clear();
+        Ok(())
+    }
+
+    /// Does [`Decoder::feed_choosing`] draw?
+    pub(super) fn draws(&self) -> bool {
+        self.draw.is_some()
     }
 
     /// Tokens fed so far.
@@ -94,6 +120,9 @@ impl Decoder {
     /// Forgets the sequence; keeps memory and recordings.
     pub fn reset(&mut self) {
         self.position = 0;
+        if let Some(draw) = &mut self.draw {
+            draw.restart();
+        }
     }
 
     /// Appends tokens (at least one) and waits for the scores `[vocab]` of the token that follows them.
@@ -105,14 +134,14 @@ impl Decoder {
         self.scores()
     }
 
-    /// Appends tokens (at least one) and tells the likeliest token that follows them, and what is likeliest behind
-    /// that, at most `most` tokens: all but the last of them are appended, too. A device behind a bus chooses them itself
+    /// Appends tokens (at least one) and tells the likeliest token that follows them (or one that was drawn, see
+    /// [`Decoder::draw_by`]), and what follows behind that, at most `most` tokens: all but the last of them are appended, too. A device behind a bus chooses them itself
     /// and goes on without waiting for anybody, for some tokens at a time; none where it finds none, and
     /// elsewhere: see [`Decoder::scores`].
     ///
     /// # Errors
     /// As [`Decoder::feed`].
-    pub fn feed_likeliest(&mut self, ids: &[u32], most: usize) -> Result<&[u32]> {
+    pub fn feed_choosing(&mut self, ids: &[u32], most: usize) -> Result<&[u32]> {
         let from = self.position;
         self.advance(ids)?;
         self.found.clear();
@@ -150,6 +179,9 @@ impl Decoder {
             self.position = from;
             self.advance(ids)?;
         }
+        if let Some(draw) = &mut self.draw {
+            draw.count(self.found.len());
+        }
         self.position += self.found.len().max(1) - 1;
         Ok(&self.found)
     }
@@ -169,6 +201,9 @@ impl Decoder {
     /// Appends tokens without waiting.
     pub(super) fn advance(&mut self, ids: &[u32]) -> Result<()> {
         self.check(ids)?;
+        if let Some(draw) = &self.draw {
+            draw.write(&self.model.session)?;
+        }
         let mut rest = ids;
         while !rest.is_empty() {
             let rows = piece(rest.len(), self.capacity());
@@ -229,9 +264,16 @@ impl Decoder {
         }
         let logits = self.model.logits_with(&x, adapter)?;
         let mut outs = vec![&logits];
-        let top = session.backend().far().then(|| logits.top()).transpose()?;
+        let top = match (&self.draw, session.backend().far()) {
+            (_, false) => None,
+            (None, true) => Some(logits.top()?),
+            (Some(draw), true) => Some(draw.of(&logits)?),
+        };
         outs.extend(&top);
         let (mut updates, mut chosen) = (hidden.updates, None);
+        if let (1, Some(draw)) = (rows, &self.draw) {
+            updates.push(draw.next(session)?);
+        }
         if let (1, Some(top)) = (rows, &top) {
             let log = TensorType::f32([1, self.capacity(), 1, 2]);
             let log = session.zeros(log, Role::State)?;

@@ -131,6 +131,92 @@ fn texts_are_those_of_a_device_that_is_near() {
 }
 
 #[test]
+fn tokens_are_drawn_by_seed_and_number_however_many_come_at_a_time() {
+    let (device, model) = far();
+    let a = adapter_of(&model, 1.0);
+    let sampling = Sampling {
+        temperature: 0.9,
+        top_k: 30,
+        top_p: 0.95,
+        seed: 11,
+        ..Sampling::greedy()
+    };
+    let texts = |sampling: Sampling, n: usize| {
+        let sampled = GenerateOptions {
+            sampling,
+            ..options(n, "")
+        };
+        let mut generator = Generator::new(&model, Some(&a), sampled).unwrap();
+        // One after another with one generator: a text does not depend on those before it.
+        ["select", "question: how many", "select"].map(|p| text(&mut generator, p))
+    };
+    let before = device.reads.load(Ordering::SeqCst);
+    let all = texts(sampling, 60);
+    let added: usize = all.iter().map(|t| t.ids.len()).sum();
+    let reads = device.reads.load(Ordering::SeqCst) - before;
+    assert!(reads < added, "{reads} reads for {added} tokens");
+    assert_eq!(all[0], all[2]);
+    assert_eq!(texts(sampling, 60), all);
+    assert_ne!(
+        texts(
+            Sampling {
+                seed: 12,
+                ..sampling
+            },
+            60
+        )[0]
+        .ids,
+        all[0].ids
+    );
+    // Shorter texts are beginnings of longer ones.
+    for n in [1, 2, 7] {
+        for (short, long) in texts(sampling, n).iter().zip(&all) {
+            assert_eq!(short.ids, long.ids[..n.min(long.ids.len())]);
+        }
+    }
+    // What one at a time gives.
+    let mut decoder = Decoder::new(&model, Some(&a), 64).unwrap();
+    decoder.draw_by(&sampling).unwrap();
+    let tokenizer = Tokenizer::open(&tiny()).unwrap();
+    let mut fed = tokenizer.encode_prompt("select", &model.config).unwrap();
+    for id in &all[0].ids {
+        let next = decoder.feed_choosing(&fed, 1).unwrap().to_vec();
+        assert_eq!(next, [*id]);
+        fed = next;
+    }
+    // Each of them is one that the host would have kept.
+    let near = load(&tiny());
+    let b = adapter_of(&near, 1.0);
+    let mut decoder = Decoder::new(&near, Some(&b), 64).unwrap();
+    let mut fed = tokenizer.encode_prompt("select", &near.config).unwrap();
+    for id in &all[0].ids {
+        let scores = decoder.feed(&fed).unwrap();
+        let better = scores.iter().filter(|s| **s > scores[*id as usize]).count();
+        assert!(better < 30, "token {id} is number {better}");
+        fed = vec![*id];
+    }
+}
+
+#[test]
+fn a_penalty_is_left_to_the_host() {
+    let (_, model) = far();
+    let near = load(&tiny());
+    let (a, b) = (adapter_of(&model, 1.0), adapter_of(&near, 1.0));
+    let sampled = GenerateOptions {
+        sampling: Sampling {
+            temperature: 0.8,
+            repetition_penalty: 1.3,
+            seed: 3,
+            ..Sampling::greedy()
+        },
+        ..options(30, "")
+    };
+    let mut there = Generator::new(&model, Some(&a), sampled.clone()).unwrap();
+    let mut here = Generator::new(&near, Some(&b), sampled).unwrap();
+    assert_eq!(text(&mut there, "select"), text(&mut here, "select"));
+}
+
+#[test]
 fn tokens_come_several_at_a_time_and_no_further_than_there_is_room() {
     let (device, model) = far();
     let mut decoder = Decoder::new(&model, None, 1).unwrap();
@@ -140,7 +226,7 @@ fn tokens_come_several_at_a_time_and_no_further_than_there_is_room() {
     while decoder.position() < capacity {
         let before = device.reads.load(Ordering::SeqCst);
         let at = decoder.position();
-        let new = decoder.feed_likeliest(&ids, 1000).unwrap().to_vec();
+        let new = decoder.feed_choosing(&ids, 1000).unwrap().to_vec();
         assert_eq!(device.reads.load(Ordering::SeqCst), before + 1);
         assert_eq!(decoder.position(), at + new.len());
         (all, most) = (all + new.len(), most.max(new.len()));
@@ -148,11 +234,11 @@ fn tokens_come_several_at_a_time_and_no_further_than_there_is_room() {
     }
     assert_eq!(all, capacity);
     assert!(most > 1, "never more than one at a time");
-    assert!(decoder.feed_likeliest(&ids, 1).is_err());
+    assert!(decoder.feed_choosing(&ids, 1).is_err());
     // As many as are wanted.
     decoder.reset();
-    assert_eq!(decoder.feed_likeliest(&[1], 2).unwrap().len(), 2);
-    assert_eq!(decoder.feed_likeliest(&[1], 1).unwrap().len(), 1);
+    assert_eq!(decoder.feed_choosing(&[1], 2).unwrap().len(), 2);
+    assert_eq!(decoder.feed_choosing(&[1], 1).unwrap().len(), 1);
 }
 
 #[test]
@@ -167,7 +253,7 @@ fn scores_that_are_no_numbers_are_still_named() {
     let error = generator.generate(&tokenizer, "s").unwrap_err().to_string();
     assert!(error.starts_with("logits: token 0 has NaN"), "{error}");
     let mut decoder = Decoder::new(&model, Some(&a), 9).unwrap();
-    assert!(decoder.feed_likeliest(&[1], 5).unwrap().is_empty());
+    assert!(decoder.feed_choosing(&[1], 5).unwrap().is_empty());
     assert_eq!(decoder.position(), 1);
     assert!(decoder.scores().unwrap()[0].is_nan());
 }

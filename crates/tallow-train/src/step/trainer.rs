@@ -117,6 +117,11 @@ impl Trainer {
         })
     }
 
+    /// From now on plans compute cheap values again instead of keeping them. Results stay what they were.
+    pub(crate) fn spare(&mut self) {
+        self.model.session = self.model.session.sparing();
+    }
+
     /// The settings of the passes, which all share.
     fn config(&self) -> &TrainConfig {
         &self.members[0].config

@@ -204,6 +204,31 @@ fn a_packed_step_is_the_step_of_its_documents_alone() {
 }
 
 #[test]
+fn norms_and_gates_computed_again_take_less_memory_and_change_no_bit() {
+    let batch = batch(&rows(6));
+    let run = |sparing: bool| {
+        let mut model = model();
+        if sparing {
+            model.session = model.session.sparing();
+        }
+        let adapter = moved(&model);
+        let mut trainer = Trainer::new(&model, &adapter, &config()).unwrap();
+        let plan = trainer.plan([batch.b, batch.t]).unwrap().plan;
+        let steps = [(); 3].map(|()| {
+            let got = trainer.step(std::slice::from_ref(&batch), 1e-2).unwrap();
+            [got.loss.to_bits(), got.grad_norm.to_bits()]
+        });
+        let params = model.session.read(&adapter.params).unwrap();
+        let bits: Vec<u32> = params.iter().map(|p| p.to_bits()).collect();
+        ((plan.memory().arena, plan.steps.len()), (steps, bits))
+    };
+    let (((all, few), kept), ((less, more), again)) = (run(false), run(true));
+    assert!(less * 10 < all * 9, "{less} bytes for {all}");
+    assert!(more > few, "{more} steps, {few} before");
+    assert_eq!(again, kept);
+}
+
+#[test]
 fn layers_computed_again_take_less_memory_and_change_nothing() {
     let model = model();
     let batch = batch(&rows(6));

@@ -4,7 +4,7 @@ use super::Found;
 use crate::out;
 use anyhow::Result;
 use serde_json::{Value, json};
-use tallow::core::{kernel::Body, plan::Step};
+use tallow::core::{backend::Launched, kernel::Body, plan::Step};
 
 /// Losing candidates shown for a step; JSON has all.
 const LOSERS: usize = 4;
@@ -36,9 +36,11 @@ pub(super) fn json(f: &Found) -> Value {
             "seconds": f.times.as_ref().map(|t| t[i]),
         })
     };
+    let launched = |l: &Launched| json!({ "first_step": l.steps.start(), "last_step": l.steps.end(), "launches": l.launches });
     json!({
         "plan": f.title,
         "steps": plan.steps.iter().enumerate().map(step).collect::<Vec<_>>(),
+        "launches": f.launched.iter().map(launched).collect::<Vec<_>>(),
         "rewrites": f.compiled.notes,
         "decomposed": f.decomposed,
         "copies": plan.steps.iter().filter(|s| is_copy(s)).count(),
@@ -64,8 +66,18 @@ pub(super) fn lines(f: &Found) -> Result<()> {
     for note in &f.compiled.notes {
         out::line(format!("rewritten: {note}"))?;
     }
-    for (i, s) in f.compiled.plan.steps.iter().enumerate() {
-        step(f, i, s)?;
+    let plan = &f.compiled.plan;
+    for l in &f.launched {
+        let many = l.steps.clone().count();
+        if many > 1 {
+            out::line(format!(
+                "{many} steps as one: {}",
+                l.launches.join(", then ")
+            ))?;
+        }
+        for i in l.steps.clone() {
+            step(f, i, &plan.steps[i])?;
+        }
     }
     totals(f)?;
     fallbacks(f)
@@ -113,8 +125,9 @@ fn totals(f: &Found) -> Result<()> {
         None => String::new(),
     };
     out::line(format!(
-        "\n{} steps, {} touched, {:.1} MFLOP, estimated {}{took}",
+        "\n{} steps in {} launches, {} touched, {:.1} MFLOP, estimated {}{took}",
         plan.steps.len(),
+        f.launched.iter().map(|l| l.launches.len()).sum::<usize>(),
         out::bytes(bytes),
         flops / 1e6,
         out::seconds(cost),
