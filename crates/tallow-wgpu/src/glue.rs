@@ -23,6 +23,7 @@ mod outer;
 mod pointwise;
 mod reduce;
 mod rows;
+mod skinny;
 mod table;
 mod top;
 pub use listing::{Source, sources};
@@ -57,7 +58,7 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
     match &spec.body {
         Body::Composite(c) => match c {
             Composite::Linear(l) => linear::forward(t, l, spec),
-            Composite::LinearGrad(l) => one(linear::backward(t, l, spec)),
+            Composite::LinearGrad(l) => linear::backward(t, l, spec),
             Composite::CrossEntropy(_) => one(loss::cross_entropy(t, spec)),
             Composite::LogitsCrossEntropy(_) => one(loss::of_logits(t, spec)),
             Composite::Dropout(d) => one(pointwise::dropout(t, d, spec)),

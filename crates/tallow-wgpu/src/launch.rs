@@ -86,6 +86,29 @@ pub(crate) fn scratch(name: impl Into<Name>, at: usize, bytes: usize, d: DType) 
 }
 
 impl Arg {
+    /// The same under another name.
+    pub(crate) fn named(mut self, new: impl Into<Name>) -> Self {
+        match &mut self {
+            Arg::Read { name, .. }
+            | Arg::Part { name, .. }
+            | Arg::Write { name, .. }
+            | Arg::Scratch { name, .. }
+            | Arg::U32(name, _)
+            | Arg::F32(name, _)
+            | Arg::Absent(name) => *name = new.into(),
+        }
+        self
+    }
+    /// Has it elements of 16 bits?
+    pub(crate) fn is_half(&self) -> bool {
+        match self {
+            Arg::Read { ty, .. }
+            | Arg::Part { ty, .. }
+            | Arg::Write { ty, .. }
+            | Arg::Scratch { ty, .. } => ty.dtype().bytes() == 2,
+            Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => false,
+        }
+    }
     /// Is it a buffer to be bound?
     pub(crate) fn is_buffer(&self) -> bool {
         !matches!(self, Arg::U32(..) | Arg::F32(..) | Arg::Absent(_))

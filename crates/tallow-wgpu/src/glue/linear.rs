@@ -6,8 +6,9 @@
 use super::{
     Arg, Offer, Target,
     elementwise::generated,
-    linear_few::{self, FEW_ROWS, Way},
-    matmul::{Product, SUMS, Side, Tail},
+    linear_few,
+    matmul::{Product, SUMS, Side, Tail, Way},
+    skinny,
 };
 use crate::{
     gpu::ALIGN,
@@ -254,19 +255,30 @@ impl Call {
         let share = &self.shares[g];
         let one = |p: &Piece| {
             let ((rank, _), (a, _)) = (p.adapters[g]?, p.at.ab[g]?);
-            p.begins().then_some(Way {
-                rank,
-                operand: a,
+            p.begins().then(|| skinny::Way {
+                n: rank,
+                w: wide("w", a, SUMS),
                 strides: [k, 1],
                 columns: [0, k],
                 scale: 1.0,
             })
         };
-        let ways: Vec<Way> = self.pieces.iter().filter_map(one).collect();
-        match ways.is_empty() {
-            true => Some(vec![]),
-            false => Some(vec![linear_few::down(t, self, spec, share, &ways)?]),
+        let ways: Vec<skinny::Way> = self.pieces.iter().filter_map(one).collect();
+        self.way(t, spec, share, &ways)
+    }
+    fn way(
+        &self,
+        t: &Target,
+        spec: &KernelSpec,
+        share: &Share,
+        ways: &[skinny::Way],
+    ) -> Option<Vec<Kernel>> {
+        if ways.is_empty() {
+            return Some(vec![]);
         }
+        let sides = (self.input(spec, share, 0), self.hidden(share, 0));
+        let job = skinny::ways(t, spec, share.rows[1], sides, ways)?;
+        Some(vec![job])
     }
     /// `dh [m, Σr]` of `share` `g`, in one dispatch.
     fn back_to_adapters(&self, t: &Target, spec: &KernelSpec, g: usize) -> Option<Vec<Kernel>> {
@@ -274,9 +286,9 @@ impl Call {
         let (mut ways, mut n0) = (vec![], 0);
         for p in self.pieces.iter().filter(|p| p.begins()) {
             if let (Some((rank, scale)), Some((_, up))) = (p.adapters[g], p.at.ab[g]) {
-                ways.push(Way {
-                    rank,
-                    operand: up,
+                ways.push(skinny::Way {
+                    n: rank,
+                    w: wide("w", up, SUMS),
                     strides: [1, rank],
                     columns: [n0, p.whole],
                     scale: scale.get(),
@@ -284,10 +296,7 @@ impl Call {
             }
             n0 += p.whole;
         }
-        match ways.is_empty() {
-            true => Some(vec![]),
-            false => Some(vec![linear_few::down(t, self, spec, share, &ways)?]),
-        }
+        self.way(t, spec, share, &ways)
     }
 }
 
@@ -299,12 +308,9 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     let Some(c) = call(t, spec, &l.blocks, l.ins(), ranks, l.residual) else {
         return vec![];
     };
-    let (few, tiled) = (by_few(t, &c, spec), by_tiles(t, &c, spec));
-    let many = c.shares.iter().all(|s| s.rows[1] > FEW_ROWS);
-    let extra = |o: Offer, extra| Offer { extra, ..o };
-    // A tile of 64 rows is mostly empty with few of them.
-    let tiled = tiled.map(|o| extra(o, if many { 0.0 } else { 1e-3 }));
-    few.into_iter().chain(tiled).collect()
+    let few = by_few(t, &c, spec);
+    let ways = [Way::Skinny, Way::Tiled].map(|way| by_products(t, &c, spec, way));
+    few.into_iter().chain(ways.into_iter().flatten()).collect()
 }
 
 fn offer(c: &Call, name: [&'static str; 2], jobs: Vec<Kernel>) -> Offer {
@@ -325,10 +331,10 @@ fn by_few(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     Some(offer(c, ["linear_few", "lora_linear_few"], jobs))
 }
 
-/// `h` of every share, then the product of each block with its tail.
-fn by_tiles(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
+/// `h` of every share, then the product of each block with its tail. `None` if no product is made that `way`.
+fn by_products(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offer> {
     let k = spec.inputs[0].layout.shape.last();
-    let mut jobs = vec![];
+    let (mut jobs, mut extra, mut any) = (vec![], 0.0, way == Way::Tiled);
     for (g, share) in c.shares.iter().enumerate() {
         jobs.extend(c.down_to_adapters(t, spec, g, k)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
@@ -362,20 +368,38 @@ fn by_tiles(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
                 past: c.past(spec, share, n0),
                 add: false,
             };
-            jobs.push(product.alone(t, spec)?);
+            any |= product.is_narrow();
+            let (job, seconds) = product.by(t, spec, way)?;
+            jobs.push(job);
+            extra += seconds;
             n0 += p.n;
         }
     }
-    Some(offer(c, ["linear_tiled", "lora_linear_tiled"], jobs))
+    let names = match way {
+        Way::Skinny => ["linear_skinny", "lora_linear_skinny"],
+        Way::Tiled => ["linear_tiled", "lora_linear_tiled"],
+    };
+    any.then(|| Offer {
+        extra,
+        ..offer(c, names, jobs)
+    })
 }
 
 /// `dh_i = s dy_i B_i`, then `dx = Σ dy_i W_i + Σ dh_i A_i` and what is added, block by block.
-pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<Offer> {
+pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Vec<Offer> {
     let ranks = (l.ranks(), l.hidden());
-    let c = call(t, spec, &l.blocks, l.ins(), ranks, l.residual)?;
+    let Some(c) = call(t, spec, &l.blocks, l.ins(), ranks, l.residual) else {
+        return vec![];
+    };
+    let ways = [Way::Skinny, Way::Tiled].map(|way| back_by(t, &c, spec, way));
+    ways.into_iter().flatten().collect()
+}
+
+fn back_by(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offer> {
     let wants_dx = spec.outputs[0].is_some();
     let k = spec.inputs[1].layout.shape.last();
-    let mut jobs = vec![];
+    let (mut jobs, mut extra) = (vec![], 0.0);
+    let mut any = way == Way::Tiled;
     for (g, share) in c.shares.iter().enumerate() {
         jobs.extend(c.back_to_adapters(t, spec, g)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
@@ -412,17 +436,24 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
                 past: if i == 0 { c.past(spec, share, 0) } else { None },
                 add: i > 0,
             };
-            jobs.push(product.alone(t, spec)?);
+            any |= product.is_narrow();
+            let (job, seconds) = product.by(t, spec, way)?;
+            jobs.push(job);
+            extra += seconds;
             n0 += p.n;
         }
     }
-    if jobs.is_empty() {
+    if jobs.is_empty() || !any {
         return None;
     }
     let prepare = if wants_dx { c.prepare.clone() } else { vec![] };
-    let names = ["linear_grad_tiled", "lora_linear_grad_tiled"];
+    let names = match way {
+        Way::Skinny => ["linear_grad_skinny", "lora_linear_grad_skinny"],
+        Way::Tiled => ["linear_grad_tiled", "lora_linear_grad_tiled"],
+    };
     Some(Offer {
         prepare,
-        ..offer(&c, names, jobs)
+        extra,
+        ..offer(c, names, jobs)
     })
 }
