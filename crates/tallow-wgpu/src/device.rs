@@ -4,7 +4,7 @@
 use crate::{
     adapter::{self, Choice},
     error::Error,
-    glue,
+    fused, glue,
     gpu::{ALIGN, Gpu, lock},
     launch::{Kernel, Offer},
     recording::{Bound, Places, WgpuRecording, Window},
@@ -101,6 +101,9 @@ impl Wgpu {
             table: Mutex::default(),
         })
     }
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
     pub(crate) fn name(&self) -> &str {
         &self.info.name
     }
@@ -109,6 +112,20 @@ impl Wgpu {
     }
     pub(crate) fn offer(&self, id: KernelId) -> Offer {
         lock(&self.table).get(id).clone()
+    }
+    /// Dispatches of each step of a plan made on this GPU; none where those of another step do its work.
+    pub fn dispatches(&self, plan: &Plan) -> Vec<usize> {
+        let offers: Vec<Offer> = plan.steps.iter().map(|s| self.offer(s.kernel)).collect();
+        let groups = fused::groups(&self.target, plan, &offers);
+        let count = |i: usize| match groups.iter().find(|g| (g.first..=g.last).contains(&i)) {
+            None => {
+                let needed = |k: &&Kernel| !fused::lies_there(&plan.steps[i], k);
+                offers[i].jobs.iter().filter(needed).count()
+            }
+            Some(g) if g.last == i => g.jobs.len(),
+            Some(_) => 0,
+        };
+        (0..offers.len()).map(count).collect()
     }
     pub(crate) fn buffer(&self, bytes: usize) -> Result<Buffer> {
         let usage = wgpu::BufferUsages::STORAGE

@@ -14,6 +14,7 @@ use tallow_core::{
 
 mod attention;
 mod elementwise;
+mod heads;
 mod linear;
 mod linear_few;
 mod listing;
@@ -26,6 +27,8 @@ mod rows;
 mod skinny;
 mod table;
 mod top;
+pub(crate) use heads::{Heads, heads};
+pub(crate) use linear::{Around, Gate, Norm, with_neighbours};
 pub use listing::{Source, sources};
 
 /// All ways to run `spec`.

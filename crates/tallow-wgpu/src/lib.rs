@@ -7,6 +7,7 @@ mod adapter;
 mod cache;
 mod device;
 pub mod error;
+mod fused;
 mod glue;
 mod gpu;
 mod launch;

@@ -5,6 +5,7 @@
 use crate::{
     device::Wgpu,
     error::{Error, Result},
+    fused::{self, Group},
     gpu::{ALIGN, Gpu},
     launch::{Arg, Kernel, Offer},
     transfer::{self, Landing},
@@ -172,7 +173,7 @@ pub(crate) struct WgpuRecording {
     device: String,
     /// The dispatches of each step, with its estimate in seconds.
     steps: Vec<(Vec<Bound>, f64)>,
-    _keep: (Bindings, Buffer),
+    _keep: (Bindings, [Buffer; 2]),
 }
 
 /// Where each span of a step lies.
@@ -207,6 +208,26 @@ impl<'a> Spans<'a> {
     }
 }
 
+impl<'a> Spans<'a> {
+    /// Steps that run together, with scratch of the recording's own.
+    fn group(&self, plan: &Plan, g: &Group, own: &'a Buffer) -> tallow_core::Result<Places<'a>> {
+        let mut all = Places {
+            reads: vec![],
+            writes: vec![],
+            scratch: match g.scratch {
+                0 => None,
+                n => Some(crate::device::window(own, 0, n, "scratch")?),
+            },
+        };
+        for i in &g.order {
+            let one = self.step(&plan.steps[*i])?;
+            all.reads.extend(one.reads);
+            all.writes.extend(one.writes);
+        }
+        Ok(all)
+    }
+}
+
 impl WgpuRecording {
     pub(crate) fn new(wgpu: &Wgpu, plan: &Plan, bind: Bindings) -> tallow_core::Result<Self> {
         let arena = wgpu.buffer(plan.arena_bytes)?;
@@ -214,14 +235,24 @@ impl WgpuRecording {
             bind: &bind,
             arena: &arena,
         };
+        let offers: Vec<Offer> = plan.steps.iter().map(|s| wgpu.offer(s.kernel)).collect();
+        let groups = fused::groups(wgpu.target(), plan, &offers);
+        let bytes = groups.iter().map(|g| g.scratch).max().unwrap_or(0);
+        let own = wgpu.buffer(bytes)?;
         let mut steps = vec![];
-        for s in &plan.steps {
-            let offer: Offer = wgpu.offer(s.kernel);
-            let places = spans.step(s)?;
-            let needed = offer.jobs.iter().filter(|k| places.need(k));
-            let bound = needed.map(|k| Bound::new(&wgpu.gpu, k, &places));
-            let bound = bound.collect::<Result<Vec<_>>>();
-            steps.push((bound.map_err(|e| wgpu.error(e))?, s.cost));
+        let bind_all = |jobs: &[Kernel], places: &Places<'_>| {
+            let needed = jobs.iter().filter(|k| places.need(k));
+            let bound = needed.map(|k| Bound::new(&wgpu.gpu, k, places));
+            bound.collect::<Result<Vec<_>>>().map_err(|e| wgpu.error(e))
+        };
+        for (i, (s, offer)) in plan.steps.iter().zip(&offers).enumerate() {
+            let group = groups.iter().find(|g| (g.first..=g.last).contains(&i));
+            let bound = match group {
+                None => bind_all(&offer.jobs, &spans.step(s)?)?,
+                Some(g) if g.last == i => bind_all(&g.jobs, &spans.group(plan, g, &own)?)?,
+                Some(_) => vec![],
+            };
+            steps.push((bound, s.cost));
         }
         wgpu.gpu.check().map_err(|e| wgpu.error(e))?;
         wgpu.gpu.keep_kernels();
@@ -229,12 +260,13 @@ impl WgpuRecording {
             gpu: wgpu.gpu.clone(),
             device: wgpu.name().to_owned(),
             steps,
-            _keep: (bind, arena),
+            _keep: (bind, [arena, own]),
         })
     }
     /// Asks for all steps, in as few submissions as the budget allows.
     fn ask(&self) -> Result<()> {
-        let mut rest = &self.steps[..];
+        let start = std::time::Instant::now();
+        let (mut rest, mut submissions) = (&self.steps[..], 0);
         while !rest.is_empty() {
             let (mut cost, mut dispatches, mut n) = (0.0, 0, 0);
             while n < rest.len() && (n == 0 || (cost < BUDGET_S && dispatches < MOST)) {
@@ -251,8 +283,14 @@ impl WgpuRecording {
                     .for_each(|b| b.encode(&mut pass));
             }
             self.gpu.submit(encoder)?;
+            submissions += 1;
             rest = later;
         }
+        tracing::trace!(
+            "{} dispatches in {submissions} submissions, asked for in {} µs",
+            self.steps.iter().map(|s| s.0.len()).sum::<usize>(),
+            start.elapsed().as_micros()
+        );
         Ok(())
     }
     /// Seconds of each step by the GPU's own clock.

@@ -3,6 +3,8 @@
 //! Absent on purpose: speed.
 #[path = "conformance/kernels.rs"]
 mod kernels;
+#[path = "conformance/neighbours.rs"]
+mod neighbours;
 #[path = "conformance/products.rs"]
 mod products;
 

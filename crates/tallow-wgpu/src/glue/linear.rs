@@ -91,6 +91,40 @@ pub(super) struct Share {
     pub(super) hidden: (Arg, usize),
 }
 
+/// What of the steps around a linear its kernels do as well.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Around {
+    pub(crate) norm: Option<Norm>,
+    pub(crate) gate: Option<Gate>,
+}
+
+/// A norm in front: the operands that are its row and its weights, the row's stride, epsilon.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm {
+    pub(crate) x: usize,
+    pub(crate) w: usize,
+    pub(crate) row: usize,
+    pub(crate) eps: f32,
+}
+
+/// A gate behind: the result that it makes, and the stride of its rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Gate {
+    pub(crate) y: usize,
+    pub(crate) row: usize,
+}
+
+impl Around {
+    /// Buffers and numbers of the norm.
+    pub(super) fn norm_args(&self) -> Vec<Arg> {
+        let eps = |v| Arg::F32("eps".into(), v);
+        match self.norm {
+            Some(n) => vec![wide("nw", n.w, SUMS), eps(n.eps)],
+            None => vec![Arg::Absent("nw".into()), eps(0.0)],
+        }
+    }
+}
+
 /// What forward and backward have in common.
 pub(super) struct Call {
     pub(super) pieces: Vec<Piece>,
@@ -101,6 +135,7 @@ pub(super) struct Call {
     pub(super) past: Option<(usize, usize)>,
     prepare: Vec<(usize, Format)>,
     scratch: usize,
+    pub(super) around: Around,
 }
 
 /// Ranks of the shares, and which result is `h` or `dh` of each.
@@ -202,24 +237,27 @@ fn call(
         },
         prepare,
         scratch: bytes,
+        around: Around::default(),
     })
 }
 
 impl Call {
     /// Columns from `n0` on of the rows of `share` of operand 0.
     pub(super) fn input(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
+        let (x, row) = self.around.norm.map_or((0, self.rows[0]), |n| (n.x, n.row));
         Side {
-            arg: wide("x", 0, spec.inputs[0].dtype),
-            at: share.rows[0] * self.rows[0] + n0,
-            strides: [self.rows[0], 1],
+            arg: wide("x", x, spec.inputs[x].dtype),
+            at: share.rows[0] * row + n0,
+            strides: [row, 1],
         }
     }
     pub(super) fn output(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
-        let dtype = spec.outputs[0].as_ref().map_or(SUMS, |o| o.dtype);
+        let (y, row) = self.around.gate.map_or((0, self.rows[1]), |g| (g.y, g.row));
+        let dtype = spec.outputs[y].as_ref().map_or(SUMS, |o| o.dtype);
         Side {
-            arg: write("y", 0, dtype),
-            at: share.rows[0] * self.rows[1] + n0,
-            strides: [self.rows[1], 1],
+            arg: write("y", y, dtype),
+            at: share.rows[0] * row + n0,
+            strides: [row, 1],
         }
     }
     fn past(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Option<Side> {
@@ -277,6 +315,7 @@ impl Call {
             return Some(vec![]);
         }
         let sides = (self.input(spec, share, 0), self.hidden(share, 0));
+        let ways = (ways, self.around.norm_args());
         let job = skinny::ways(t, spec, share.rows[1], sides, ways)?;
         Some(vec![job])
     }
@@ -318,6 +357,20 @@ fn offer(c: &Call, name: [&'static str; 2], jobs: Vec<Kernel>) -> Offer {
         prepare: c.prepare.clone(),
         ..Offer::new(name[usize::from(c.adapted())], jobs).scratch(c.scratch)
     }
+}
+
+/// The kernels of a linear over few rows with what stands around it, and their scratch. `spec`: of the linear alone;
+/// `all`: its operands and results, then those of the steps that `around` numbers.
+pub(crate) fn with_neighbours(
+    t: &Target,
+    l: &Linear,
+    (spec, all): (&KernelSpec, &KernelSpec),
+    around: Around,
+) -> Option<(Vec<Kernel>, usize)> {
+    let ranks = (l.ranks(), l.hidden());
+    let c = call(t, spec, &l.blocks, l.ins(), ranks, l.residual)?;
+    let made = by_few(t, &Call { around, ..c }, all)?;
+    Some((made.jobs, made.scratch))
 }
 
 /// `h` of every share, then one dispatch for all blocks.

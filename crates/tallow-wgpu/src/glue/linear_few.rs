@@ -49,8 +49,10 @@ pub(super) fn forward(
         return None;
     }
     let (x, y) = (c.input(spec, share, 0), c.output(spec, share, 0));
-    let outputs: usize = c.pieces.iter().map(|p| p.n).sum();
+    let gate = c.around.gate.is_some();
+    let outputs = c.pieces.iter().map(|p| p.n).sum::<usize>() / if gate { 2 } else { 1 };
     let mut args = vec![x.arg, y.arg];
+    args.extend(c.around.norm_args());
     args.push(if share.rank > 0 {
         share.hidden.0.clone()
     } else {
@@ -99,7 +101,9 @@ pub(super) fn forward(
     let main = part(FILE, "few")
         .replace("DOTS", &pick(ends(), "dots_I(j, lane);"))
         .replace("ADDED", &pick(ends(), "mine += added_I(j, lane);"));
-    let body = format!("var<private> acc: array<f32, ROWS>;\n{text}{main}");
+    let body = format!(
+        "var<private> acc: array<f32, ROWS>;\nvar<private> squares: array<f32, ROWS>;\n{text}{main}"
+    );
     let draft = Draft {
         entry: "few",
         body: &body,
@@ -107,6 +111,7 @@ pub(super) fn forward(
             ("ROWS", format!("{m}u")),
             ("G", format!("{EACH}u")),
             ("OUTPUTS", format!("{outputs}u")),
+            ("GATE", gate.to_string()),
         ],
         threads: 256,
         grid: line(outputs.div_ceil(256 / EACH))?,

@@ -4,6 +4,7 @@
 //! Absent on purpose: matrices that are dense along neither the sum nor their columns.
 use super::{
     Arg, Target,
+    linear::Around,
     linear_few::pick,
     matmul::{Product, Side, nothing},
     rows::part,
@@ -80,7 +81,12 @@ fn along(cut: Cut, s: usize) -> String {
     );
     let fours = s / 4;
     for (r, f) in (0..cut.r * fours).map(|e| (e / fours, e % fours)) {
-        let _ = writeln!(text, "let x{r}_{f} = ld4_x(at{r} + i + {}u);", f * 4);
+        let _ = writeln!(text, "var x{r}_{f} = ld4_x(at{r} + i + {}u);", f * 4);
+        let _ = writeln!(
+            text,
+            "if (HAS_nw) {{ squares += dot(x{r}_{f}, x{r}_{f}); x{r}_{f} *= ld4_nw(i + {}u); }}",
+            f * 4
+        );
     }
     for c in 0..cut.c {
         let _ = writeln!(
@@ -118,7 +124,11 @@ fn across(cut: Cut) -> String {
 fn place(cut: Cut, i: &str, fours: bool) -> String {
     let mut text = format!("{{ let p = {i};\n");
     for r in 0..cut.r {
-        let _ = writeln!(text, "let x{r} = ld_x(at{r} + p);");
+        let _ = writeln!(text, "var x{r} = ld_x(at{r} + p);");
+        let _ = writeln!(
+            text,
+            "if (HAS_nw) {{ squares += x{r} * x{r}; x{r} *= ld_nw(p); }}"
+        );
     }
     let (step, lanes): (usize, &[&str]) = match fours {
         true => (4, &[".x", ".y", ".z", ".w"]),
@@ -153,13 +163,21 @@ struct Many<'a> {
     ways: &'a [Way],
     /// Rows and columns of `y` have changed places.
     swap: bool,
+    /// Buffers and numbers of a norm in front.
+    norm: Vec<Arg>,
 }
 
 impl Many<'_> {
     fn cut(&self) -> Cut {
         let k = self.ways.iter().map(|w| w.columns[1]).max();
         let ns: Vec<usize> = self.ways.iter().map(|w| w.n).collect();
-        Cut::new(self.m, &ns, k.unwrap_or(1))
+        let cut = Cut::new(self.m, &ns, k.unwrap_or(1));
+        // The squares of one row are summed.
+        let r = if self.normed() { 1 } else { cut.r };
+        Cut { r, ..cut }
+    }
+    fn normed(&self) -> bool {
+        self.norm.iter().any(Arg::is_buffer)
     }
     /// The kernel. `find`: WGSL for `x0`, `w0`, `y0` of batch `z`, of which there are `count`; `args`: what it names beside
     /// `z`, and what is added to the product.
@@ -182,7 +200,9 @@ impl Many<'_> {
         ]);
         let (mut text, mut out, mut blocks) = (String::new(), 0, vec![]);
         for (i, w) in self.ways.iter().enumerate() {
-            if w.n == 0 || !w.strides.contains(&1) {
+            // A row's squares are summed over the whole row.
+            let whole = w.columns == [0, self.ways[0].columns[1]] && !self.swap;
+            if w.n == 0 || !w.strides.contains(&1) || (self.normed() && !whole) {
                 return None;
             }
             args.push(w.w.clone().named(format!("w_{i}")));
@@ -192,6 +212,8 @@ impl Many<'_> {
             blocks.push(w.n.div_ceil(cut.c));
         }
         args.extend(rest);
+        args.extend(self.norm.iter().cloned());
+        args.push(word("xk", self.ways.first()?.columns[1])?);
         let find = format!("{find}\n");
         let dots = "dots_I(select(x0, w0, SWAP) + C0_I, select(w0, x0, SWAP), row, j * C, lane);";
         let ended = "end_I(y0, row + e / C, j * C + e % C, v);";
@@ -203,7 +225,7 @@ impl Many<'_> {
             .replace("ENDED", &pick(blocks.iter().copied(), ended))
             .replace("SHARE\n", &shares);
         let body = format!(
-            "var<private> acc: array<f32, R * C>;\n\
+            "var<private> acc: array<f32, R * C>;\nvar<private> squares: f32;\n\
              var<workgroup> parted: array<f32, R * C * (WG + T)>;\n{text}{main}"
         );
         let number = |n: usize| format!("{n}u");
@@ -263,7 +285,7 @@ pub(super) fn ways(
     spec: &KernelSpec,
     m: usize,
     (x, y): (Side, Side),
-    ways: &[Way],
+    (ways, norm): (&[Way], Vec<Arg>),
 ) -> Option<Kernel> {
     let starts = vec![word("x_first", x.at)?, word("y_first", y.at)?];
     let find = "let x0 = a.x_first; let w0 = 0u; let y0 = a.y_first;";
@@ -273,6 +295,7 @@ pub(super) fn ways(
         y,
         ways,
         swap: false,
+        norm,
     };
     let rest = starts.into_iter().chain(nothing()).collect();
     many.kernel(t, spec, (find, 1), (rest, 0, false))
@@ -309,6 +332,7 @@ pub(super) fn product(
         y: p.y.clone(),
         ways: &[way],
         swap,
+        norm: Around::default().norm_args(),
     };
     let rank = p.tail.as_ref().map_or(0, |t| t.rank);
     let rest = p.added()?.into_iter().chain(numbers.iter().cloned());

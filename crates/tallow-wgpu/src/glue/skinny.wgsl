@@ -1,6 +1,6 @@
 // y[row, o] = alpha sum_i x[row, i] w[o, i] + what a linear adds, for products with few rows or columns: G threads share
 // the sum of R x C results, so that a small result still makes many workgroups. `_I` stands for the number of a way: a w
-// of its own, with its own columns of x and y. Bound by reading x once and w once for R rows.
+// of its own, with its own columns of x and y. With nw (then R is 1), x is rms_norm(x) nw. Bound by reading x once and w once for R rows.
 // == skinny_way
 fn dots_I(x0: u32, w0: u32, row: u32, j0: u32, lane: u32) {
   ROWS
@@ -46,6 +46,7 @@ fn four_w_I(at: u32, left: u32) -> vec4<f32> {
   var v = 0.0;
   for (var s = 0u; s < R * C; s++) { v += parted[first + s * T]; }
   v = sum_of(T, v, id);
+  if (HAS_nw) { v *= inverseSqrt(sum_of(G, squares, id) / f32(a.xk) + a.eps); }
   if (p != 0u) { return; }
   ENDED
 }
