@@ -223,8 +223,13 @@ fn few_columns_get_a_kernel_of_their_own() {
 
 #[test]
 fn weights_larger_than_a_binding() {
-    let cases = composites().into_iter().filter(is_linear);
-    run(cases.collect(), Way::WeightsInPieces);
+    let tables = ["cross_entropy", "gather"];
+    let read = |c: &Case| is_linear(c) || tables.iter().any(|t| c.name.starts_with(t));
+    let cases = composites().into_iter().chain(structural());
+    run(
+        cases.chain(kernels::tables()).filter(read).collect(),
+        Way::WeightsInPieces,
+    );
 }
 
 /// Frozen weights are rounded: within two percent of the oracle in norm, and never exact by accident of another path.
