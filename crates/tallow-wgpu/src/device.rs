@@ -5,7 +5,7 @@ use crate::{
     adapter::{self, Choice},
     error::Error,
     fused, glue,
-    gpu::{ALIGN, Gpu, lock},
+    gpu::{ALIGN, Gpu, Memory, lock},
     launch::{Kernel, Offer},
     recording::{Bound, Places, WgpuRecording, Window},
     shader::Target,
@@ -131,7 +131,7 @@ impl Wgpu {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::COPY_SRC
             | wgpu::BufferUsages::COPY_DST;
-        let made = self.gpu.buffer(bytes, usage).map_err(|e| self.error(e))?;
+        let made = self.gpu.memory(bytes, usage).map_err(|e| self.error(e))?;
         Ok(Buffer {
             raw: NEXT.fetch_add(1, Ordering::Relaxed),
             bytes,
@@ -147,7 +147,7 @@ impl Wgpu {
             let mut pass = encoder.begin_compute_pass(&Default::default());
             bound.iter().for_each(|b| b.encode(&mut pass));
         }
-        self.gpu.submit(encoder).map(|_| ())
+        self.gpu.submit([encoder.finish()]).map(|_| ())
     }
 }
 
@@ -162,7 +162,7 @@ pub(crate) fn window<'a>(
         let got = at.saturating_add(len);
         return Err(tallow_core::Error::size(what, b.bytes, got, "bytes"));
     }
-    let buffer = b.keep.downcast_ref::<wgpu::Buffer>();
+    let buffer = b.keep.downcast_ref::<Memory>();
     let buffer = buffer.ok_or_else(|| tallow_core::Error::Device {
         device: "wgpu".to_owned(),
         what: format!("{what}: this memory belongs to another device"),
@@ -195,7 +195,7 @@ impl Backend for Wgpu {
     }
     fn upload(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()> {
         let w = window(dst, at, src.len(), "upload")?;
-        let to = (w.buffer, dst.bytes);
+        let to = (&**w.buffer, dst.bytes);
         transfer::upload(&self.gpu, &self.landing, to, at, src).map_err(|e| self.error(e))
     }
     fn download(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {

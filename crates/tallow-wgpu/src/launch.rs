@@ -2,6 +2,7 @@
 //! Invariant: an argument names an operand, a result or scratch by number; where they lie comes from the plan when a
 //! recording is made, so equal specs share all of this.
 //! Absent on purpose: which kernel runs which spec (`glue`), and how arguments look to a kernel (`shader`).
+use crate::glue::Gemm;
 use std::{borrow::Cow, sync::Arc};
 use tallow_core::{kernel::Format, types::DType};
 
@@ -139,6 +140,8 @@ pub(crate) struct Offer {
     pub(crate) scratch: usize,
     pub(crate) prepare: Vec<(usize, Format)>,
     pub(crate) jobs: Vec<Kernel>,
+    /// A product of Apple's in place of jobs.
+    pub(crate) gemm: Option<Gemm>,
     /// Added to the estimate, in seconds: what makes one offer for a spec dearer than another.
     pub(crate) extra: f64,
 }
@@ -150,6 +153,7 @@ impl Offer {
             scratch: 0,
             prepare: vec![],
             jobs,
+            gemm: None,
             extra: 0.0,
         }
     }

@@ -11,6 +11,8 @@ mod fused;
 mod glue;
 mod gpu;
 mod launch;
+#[cfg(target_os = "macos")]
+mod mps;
 mod recording;
 mod shader;
 mod transfer;

@@ -3,6 +3,8 @@
 //! Absent on purpose: speed.
 #[path = "conformance/kernels.rs"]
 mod kernels;
+#[path = "conformance/layer.rs"]
+mod layer;
 #[path = "conformance/neighbours.rs"]
 mod neighbours;
 #[path = "conformance/products.rs"]
@@ -223,7 +225,7 @@ fn few_columns_get_a_kernel_of_their_own() {
 
 #[test]
 fn weights_larger_than_a_binding() {
-    let tables = ["cross_entropy", "gather"];
+    let tables = ["cross_entropy", "gather", "Sum", "Max", "reduce"];
     let read = |c: &Case| is_linear(c) || tables.iter().any(|t| c.name.starts_with(t));
     let cases = composites().into_iter().chain(structural());
     run(

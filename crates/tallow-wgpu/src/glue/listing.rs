@@ -35,6 +35,7 @@ pub fn sources(specs: &[KernelSpec], subgroups: Option<u32>, weights: DType) -> 
         threads: 256,
         binding: 128 << 20,
         weights,
+        mps: false,
     };
     let (mut table, mut found) = (Offers::default(), BTreeMap::new());
     for spec in specs {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tallow_conformance::{Case, check_all};
 use tallow_core::{
     graph::Builder,
-    op::{Attention, AttentionGrad, Composite, CrossEntropy, Mask, Op, Role, Rope, Top},
+    op::{Attention, AttentionGrad, Composite, CrossEntropy, Mask, Op, ReduceOp, Role, Rope, Top},
     oracle::{Value, sample},
     session::Session,
     tensor::{Tensor, lift},
@@ -113,11 +113,21 @@ pub(crate) fn tables() -> Vec<Case> {
             ],
         }
     };
+    let reduce = |axis: usize| {
+        let ty = TensorType::f32([50, 33, 7]);
+        let mut b = Builder::default();
+        let x = b.input(Role::Data, ty.clone());
+        let out = b.push(Op::Reduce(ReduceOp::Sum, axis), &[x]).unwrap();
+        Case {
+            name: format!("reduce of pieces along {axis}"),
+            graph: b.finish(vec![out], vec![]),
+            inputs: vec![sample::random(&ty, 5, 3, 0)],
+        }
+    };
     let both = [DType::F32, DType::BF16];
-    both.map(cross)
-        .into_iter()
-        .chain(both.map(gather))
-        .collect()
+    let reduced = [1, 2].map(reduce).into_iter();
+    let gathered = both.map(gather).into_iter().chain(reduced);
+    both.map(cross).into_iter().chain(gathered).collect()
 }
 
 /// More logits than are held at a time.
