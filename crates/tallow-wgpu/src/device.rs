@@ -4,8 +4,8 @@
 use crate::{
     adapter::{self, Choice},
     error::Error,
-    glue,
-    gpu::{ALIGN, Gpu, lock},
+    fused, glue,
+    gpu::{ALIGN, Gpu, Memory, lock},
     launch::{Kernel, Offer},
     recording::{Bound, Places, WgpuRecording, Window},
     shader::Target,
@@ -101,6 +101,9 @@ impl Wgpu {
             table: Mutex::default(),
         })
     }
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
     pub(crate) fn name(&self) -> &str {
         &self.info.name
     }
@@ -110,11 +113,25 @@ impl Wgpu {
     pub(crate) fn offer(&self, id: KernelId) -> Offer {
         lock(&self.table).get(id).clone()
     }
+    /// Dispatches of each step of a plan made on this GPU; none where those of another step do its work.
+    pub fn dispatches(&self, plan: &Plan) -> Vec<usize> {
+        let offers: Vec<Offer> = plan.steps.iter().map(|s| self.offer(s.kernel)).collect();
+        let groups = fused::groups(&self.target, plan, &offers);
+        let count = |i: usize| match groups.iter().find(|g| (g.first..=g.last).contains(&i)) {
+            None => {
+                let needed = |k: &&Kernel| !fused::lies_there(&plan.steps[i], k);
+                offers[i].jobs.iter().filter(needed).count()
+            }
+            Some(g) if g.last == i => g.jobs.len(),
+            Some(_) => 0,
+        };
+        (0..offers.len()).map(count).collect()
+    }
     pub(crate) fn buffer(&self, bytes: usize) -> Result<Buffer> {
         let usage = wgpu::BufferUsages::STORAGE
             | wgpu::BufferUsages::COPY_SRC
             | wgpu::BufferUsages::COPY_DST;
-        let made = self.gpu.buffer(bytes, usage).map_err(|e| self.error(e))?;
+        let made = self.gpu.memory(bytes, usage).map_err(|e| self.error(e))?;
         Ok(Buffer {
             raw: NEXT.fetch_add(1, Ordering::Relaxed),
             bytes,
@@ -130,7 +147,7 @@ impl Wgpu {
             let mut pass = encoder.begin_compute_pass(&Default::default());
             bound.iter().for_each(|b| b.encode(&mut pass));
         }
-        self.gpu.submit(encoder).map(|_| ())
+        self.gpu.submit([encoder.finish()]).map(|_| ())
     }
 }
 
@@ -145,7 +162,7 @@ pub(crate) fn window<'a>(
         let got = at.saturating_add(len);
         return Err(tallow_core::Error::size(what, b.bytes, got, "bytes"));
     }
-    let buffer = b.keep.downcast_ref::<wgpu::Buffer>();
+    let buffer = b.keep.downcast_ref::<Memory>();
     let buffer = buffer.ok_or_else(|| tallow_core::Error::Device {
         device: "wgpu".to_owned(),
         what: format!("{what}: this memory belongs to another device"),
@@ -178,7 +195,7 @@ impl Backend for Wgpu {
     }
     fn upload(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()> {
         let w = window(dst, at, src.len(), "upload")?;
-        let to = (w.buffer, dst.bytes);
+        let to = (&**w.buffer, dst.bytes);
         transfer::upload(&self.gpu, &self.landing, to, at, src).map_err(|e| self.error(e))
     }
     fn download(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {

@@ -14,18 +14,24 @@ use tallow_core::{
 
 mod attention;
 mod elementwise;
+mod heads;
 mod linear;
 mod linear_few;
 mod listing;
 mod loss;
 mod matmul;
+mod mps;
 mod outer;
 mod pointwise;
 mod reduce;
 mod rows;
+mod skinny;
 mod table;
 mod top;
+pub(crate) use heads::{Heads, heads};
+pub(crate) use linear::{Around, Gate, Norm, with_neighbours};
 pub use listing::{Source, sources};
+pub(crate) use mps::Gemm;
 
 /// All ways to run `spec`.
 pub(crate) fn candidates(
@@ -56,8 +62,11 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
     let one = |o: Option<Offer>| o.into_iter().collect();
     match &spec.body {
         Body::Composite(c) => match c {
-            Composite::Linear(l) => linear::forward(t, l, spec),
-            Composite::LinearGrad(l) => one(linear::backward(t, l, spec)),
+            Composite::Linear(l) => {
+                let ours = linear::forward(t, l, spec).into_iter();
+                ours.chain(mps::offer(t, spec)).collect()
+            }
+            Composite::LinearGrad(l) => linear::backward(t, l, spec),
             Composite::CrossEntropy(_) => one(loss::cross_entropy(t, spec)),
             Composite::LogitsCrossEntropy(_) => one(loss::of_logits(t, spec)),
             Composite::Dropout(d) => one(pointwise::dropout(t, d, spec)),
@@ -78,7 +87,10 @@ fn offers(t: &Target, spec: &KernelSpec) -> Vec<Offer> {
             // No kernel: it runs as its decomposition.
             _ => vec![],
         },
-        Body::MatMul { ta, tb, alpha } => matmul::offers(t, *ta, *tb, alpha.get(), spec),
+        Body::MatMul { ta, tb, alpha } => {
+            let ours = matmul::offers(t, *ta, *tb, alpha.get(), spec).into_iter();
+            ours.chain(mps::offer(t, spec)).collect()
+        }
         Body::Reduce(r, axis) => one(reduce::offer(t, *r, *axis, spec)),
         Body::Gather => one(table::gather(t, spec)),
         Body::ScatterAdd => one(table::scatter_add(t, spec)),

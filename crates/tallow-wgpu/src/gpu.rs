@@ -36,6 +36,31 @@ pub(crate) struct Gpu {
     failure: Arc<Mutex<Option<Error>>>,
 }
 
+/// Memory of operands and results.
+pub(crate) struct Memory {
+    buffer: wgpu::Buffer,
+    #[cfg(target_os = "macos")]
+    raw: Option<crate::mps::Raw>,
+}
+
+impl std::ops::Deref for Memory {
+    type Target = wgpu::Buffer;
+    fn deref(&self) -> &wgpu::Buffer {
+        &self.buffer
+    }
+}
+
+#[cfg(target_os = "macos")]
+impl Memory {
+    pub(crate) fn new(buffer: wgpu::Buffer, raw: Option<crate::mps::Raw>) -> Self {
+        Memory { buffer, raw }
+    }
+    /// As Metal knows it.
+    pub(crate) fn raw(&self) -> Option<&crate::mps::Raw> {
+        self.raw.as_ref()
+    }
+}
+
 /// How the arguments of a kernel are bound.
 #[derive(Clone)]
 pub(crate) struct Layout {
@@ -108,22 +133,41 @@ impl Gpu {
                 .min(self.limits.max_compute_workgroup_size_x),
             binding: self.limits.max_storage_buffer_binding_size,
             weights,
+            #[cfg(target_os = "macos")]
+            mps: crate::mps::has(&self.info) && !plain,
+            #[cfg(not(target_os = "macos"))]
+            mps: false,
         }
     }
     /// What went wrong since the GPU was opened, if anything did.
     pub(crate) fn check(&self) -> Result<()> {
         lock(&self.failure).clone().map_or(Ok(()), Err)
     }
+    /// Zeroed memory of at least `bytes` that kernels and, on a Mac, Apple's own products can use.
+    #[cfg(not(target_os = "macos"))]
+    pub(crate) fn memory(&self, bytes: usize, usage: wgpu::BufferUsages) -> Result<Memory> {
+        self.buffer(bytes, usage).map(|buffer| Memory { buffer })
+    }
+    /// Zeroed memory of at least `bytes` that kernels and, on a Mac, Apple's own products can use.
+    #[cfg(target_os = "macos")]
+    pub(crate) fn memory(&self, bytes: usize, usage: wgpu::BufferUsages) -> Result<Memory> {
+        self.check()?;
+        let size = self.size(bytes)?;
+        match crate::mps::memory(self, size, usage) {
+            None => Ok(Memory::new(self.buffer(bytes, usage)?, None)),
+            Some(made) => {
+                let made = made?;
+                let mut encoder = self.encoder();
+                encoder.clear_buffer(&made, 0, None);
+                self.submit(vec![encoder.finish()])?;
+                Ok(made)
+            }
+        }
+    }
     /// Zeroed memory of at least `bytes`.
     pub(crate) fn buffer(&self, bytes: usize, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         self.check()?;
-        let size = bytes.max(1).next_multiple_of(ALIGN) as u64;
-        if size > self.limits.max_buffer_size {
-            return Err(Error::TooLarge {
-                bytes: size,
-                most: self.limits.max_buffer_size,
-            });
-        }
+        let size = self.size(bytes)?;
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let made = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: None,
@@ -136,9 +180,23 @@ impl Gpu {
             Some(_) => Err(Error::OutOfMemory { bytes: size }),
         }
     }
-    /// Asks for what `encoder` holds. Waits for the oldest submission if very many are under way.
-    pub(crate) fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<wgpu::SubmissionIndex> {
-        let index = self.queue.submit([encoder.finish()]);
+    /// Bytes of a buffer for `bytes`, if one may be that large.
+    fn size(&self, bytes: usize) -> Result<u64> {
+        let (bytes, most) = (
+            bytes.max(1).next_multiple_of(ALIGN) as u64,
+            self.limits.max_buffer_size,
+        );
+        match bytes > most {
+            true => Err(Error::TooLarge { bytes, most }),
+            false => Ok(bytes),
+        }
+    }
+    /// Asks for what `commands` hold, in order. Waits for the oldest submission if very many are under way.
+    pub(crate) fn submit(
+        &self,
+        commands: impl IntoIterator<Item = wgpu::CommandBuffer>,
+    ) -> Result<wgpu::SubmissionIndex> {
+        let index = self.queue.submit(commands);
         let mut under_way = lock(&self.under_way);
         under_way.push_back(index.clone());
         if under_way.len() > IN_FLIGHT {

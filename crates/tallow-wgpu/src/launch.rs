@@ -2,6 +2,7 @@
 //! Invariant: an argument names an operand, a result or scratch by number; where they lie comes from the plan when a
 //! recording is made, so equal specs share all of this.
 //! Absent on purpose: which kernel runs which spec (`glue`), and how arguments look to a kernel (`shader`).
+use crate::glue::Gemm;
 use std::{borrow::Cow, sync::Arc};
 use tallow_core::{kernel::Format, types::DType};
 
@@ -86,6 +87,29 @@ pub(crate) fn scratch(name: impl Into<Name>, at: usize, bytes: usize, d: DType) 
 }
 
 impl Arg {
+    /// The same under another name.
+    pub(crate) fn named(mut self, new: impl Into<Name>) -> Self {
+        match &mut self {
+            Arg::Read { name, .. }
+            | Arg::Part { name, .. }
+            | Arg::Write { name, .. }
+            | Arg::Scratch { name, .. }
+            | Arg::U32(name, _)
+            | Arg::F32(name, _)
+            | Arg::Absent(name) => *name = new.into(),
+        }
+        self
+    }
+    /// Has it elements of 16 bits?
+    pub(crate) fn is_half(&self) -> bool {
+        match self {
+            Arg::Read { ty, .. }
+            | Arg::Part { ty, .. }
+            | Arg::Write { ty, .. }
+            | Arg::Scratch { ty, .. } => ty.dtype().bytes() == 2,
+            Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => false,
+        }
+    }
     /// Is it a buffer to be bound?
     pub(crate) fn is_buffer(&self) -> bool {
         !matches!(self, Arg::U32(..) | Arg::F32(..) | Arg::Absent(_))
@@ -116,6 +140,8 @@ pub(crate) struct Offer {
     pub(crate) scratch: usize,
     pub(crate) prepare: Vec<(usize, Format)>,
     pub(crate) jobs: Vec<Kernel>,
+    /// A product of Apple's in place of jobs.
+    pub(crate) gemm: Option<Gemm>,
     /// Added to the estimate, in seconds: what makes one offer for a spec dearer than another.
     pub(crate) extra: f64,
 }
@@ -127,6 +153,7 @@ impl Offer {
             scratch: 0,
             prepare: vec![],
             jobs,
+            gemm: None,
             extra: 0.0,
         }
     }

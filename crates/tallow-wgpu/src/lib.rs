@@ -7,9 +7,12 @@ mod adapter;
 mod cache;
 mod device;
 pub mod error;
+mod fused;
 mod glue;
 mod gpu;
 mod launch;
+#[cfg(target_os = "macos")]
+mod mps;
 mod recording;
 mod shader;
 mod transfer;

@@ -5,11 +5,13 @@
 use crate::{
     device::Wgpu,
     error::{Error, Result},
-    gpu::{ALIGN, Gpu},
+    fused::{self, Group},
+    glue::Gemm,
+    gpu::{ALIGN, Gpu, Memory},
     launch::{Arg, Kernel, Offer},
     transfer::{self, Landing},
 };
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use tallow_core::{
     backend::{Bindings, Buffer, Recording},
     plan::{Place, Plan, Span, Step},
@@ -23,7 +25,7 @@ const MOST: usize = 4096;
 /// Where an operand, a result or scratch lies.
 #[derive(Clone, Copy)]
 pub(crate) struct Window<'a> {
-    pub(crate) buffer: &'a wgpu::Buffer,
+    pub(crate) buffer: &'a Memory,
     pub(crate) offset: usize,
     pub(crate) bytes: usize,
 }
@@ -43,7 +45,7 @@ impl<'a> Places<'a> {
         };
         let (r, w) = (self.reads.get(operand), self.writes.get(result));
         match (r, w) {
-            (Some(r), Some(Some(w))) => r.buffer != w.buffer || r.offset != w.offset,
+            (Some(r), Some(Some(w))) => **r.buffer != **w.buffer || r.offset != w.offset,
             _ => true,
         }
     }
@@ -167,12 +169,33 @@ fn uniform(gpu: &Gpu, numbers: &[u8]) -> Result<wgpu::Buffer> {
     Ok(b)
 }
 
+/// Part of a step, with its buffers.
+enum Work {
+    Dispatch(Bound),
+    #[cfg(target_os = "macos")]
+    Gemm(crate::mps::BoundGemm),
+}
+
+impl Work {
+    /// Is it encoded into a compute pass?
+    fn is_dispatch(&self) -> bool {
+        match self {
+            Work::Dispatch(_) => true,
+            #[cfg(target_os = "macos")]
+            Work::Gemm(_) => false,
+        }
+    }
+}
+
 pub(crate) struct WgpuRecording {
     gpu: Arc<Gpu>,
     device: String,
-    /// The dispatches of each step, with its estimate in seconds.
-    steps: Vec<(Vec<Bound>, f64)>,
-    _keep: (Bindings, Buffer),
+    works: Vec<Work>,
+    /// Which of them belong to each step.
+    steps: Vec<Range<usize>>,
+    /// Which of them are handed in together.
+    submissions: Vec<Range<usize>>,
+    _keep: (Bindings, [Buffer; 2]),
 }
 
 /// Where each span of a step lies.
@@ -207,6 +230,76 @@ impl<'a> Spans<'a> {
     }
 }
 
+impl<'a> Spans<'a> {
+    /// Steps that run together, with scratch of the recording's own.
+    fn group(&self, plan: &Plan, g: &Group, own: &'a Buffer) -> tallow_core::Result<Places<'a>> {
+        let mut all = Places {
+            reads: vec![],
+            writes: vec![],
+            scratch: match g.scratch {
+                0 => None,
+                n => Some(crate::device::window(own, 0, n, "scratch")?),
+            },
+        };
+        for i in &g.order {
+            let one = self.step(&plan.steps[*i])?;
+            all.reads.extend(one.reads);
+            all.writes.extend(one.writes);
+        }
+        Ok(all)
+    }
+}
+
+/// What a step does: dispatches, or a product of Apple's.
+fn bind_all(gpu: &Gpu, o: &Offer, jobs: &[Kernel], places: &Places<'_>) -> Result<Vec<Work>> {
+    if let Some(g) = &o.gemm {
+        return gemm(gpu, g, places).map(|w| vec![w]);
+    }
+    let needed = jobs.iter().filter(|k| places.need(k));
+    let bound = needed.map(|k| Bound::new(gpu, k, places).map(Work::Dispatch));
+    bound.collect()
+}
+
+#[cfg(target_os = "macos")]
+fn gemm(gpu: &Gpu, g: &Gemm, places: &Places<'_>) -> Result<Work> {
+    crate::mps::BoundGemm::new(gpu, g, places).map(Work::Gemm)
+}
+
+#[cfg(not(target_os = "macos"))]
+fn gemm(_: &Gpu, _: &Gemm, _: &Places<'_>) -> Result<Work> {
+    Err(Error::Refused {
+        doing: "binding a product of MPS",
+        why: "it was offered on a system without it (bug in tallow)".to_owned(),
+    })
+}
+
+/// Encodes dispatches.
+fn encode(works: &[Work], pass: &mut wgpu::ComputePass<'_>) {
+    for w in works {
+        match w {
+            Work::Dispatch(b) => b.encode(pass),
+            #[cfg(target_os = "macos")]
+            Work::Gemm(_) => {}
+        }
+    }
+}
+
+/// Steps cut where a submission has taken enough of the estimated time, or of dispatches.
+fn submissions<'a>(steps: impl Iterator<Item = (&'a Range<usize>, f64)>) -> Vec<Range<usize>> {
+    let (mut all, mut cost): (Vec<Range<usize>>, f64) = (vec![], 0.0);
+    for (step, seconds) in steps {
+        match all.last_mut() {
+            Some(last) if cost < BUDGET_S && last.len() < MOST => last.end = step.end,
+            _ => {
+                all.push(step.clone());
+                cost = 0.0;
+            }
+        }
+        cost += seconds;
+    }
+    all
+}
+
 impl WgpuRecording {
     pub(crate) fn new(wgpu: &Wgpu, plan: &Plan, bind: Bindings) -> tallow_core::Result<Self> {
         let arena = wgpu.buffer(plan.arena_bytes)?;
@@ -214,45 +307,65 @@ impl WgpuRecording {
             bind: &bind,
             arena: &arena,
         };
-        let mut steps = vec![];
-        for s in &plan.steps {
-            let offer: Offer = wgpu.offer(s.kernel);
-            let places = spans.step(s)?;
-            let needed = offer.jobs.iter().filter(|k| places.need(k));
-            let bound = needed.map(|k| Bound::new(&wgpu.gpu, k, &places));
-            let bound = bound.collect::<Result<Vec<_>>>();
-            steps.push((bound.map_err(|e| wgpu.error(e))?, s.cost));
+        let offers: Vec<Offer> = plan.steps.iter().map(|s| wgpu.offer(s.kernel)).collect();
+        let groups = fused::groups(wgpu.target(), plan, &offers);
+        let bytes = groups.iter().map(|g| g.scratch).max().unwrap_or(0);
+        let own = wgpu.buffer(bytes)?;
+        let (mut works, mut steps) = (vec![], vec![]);
+        for (i, (s, offer)) in plan.steps.iter().zip(&offers).enumerate() {
+            let group = groups.iter().find(|g| (g.first..=g.last).contains(&i));
+            let first = works.len();
+            let made = match group {
+                None => bind_all(&wgpu.gpu, offer, &offer.jobs, &spans.step(s)?),
+                Some(g) if g.last == i => {
+                    bind_all(&wgpu.gpu, offer, &g.jobs, &spans.group(plan, g, &own)?)
+                }
+                Some(_) => Ok(vec![]),
+            };
+            works.extend(made.map_err(|e| wgpu.error(e))?);
+            steps.push(first..works.len());
         }
         wgpu.gpu.check().map_err(|e| wgpu.error(e))?;
         wgpu.gpu.keep_kernels();
+        let costs = plan.steps.iter().map(|s| s.cost);
         Ok(WgpuRecording {
             gpu: wgpu.gpu.clone(),
             device: wgpu.name().to_owned(),
+            works,
+            submissions: submissions(steps.iter().zip(costs)),
             steps,
-            _keep: (bind, arena),
+            _keep: (bind, [arena, own]),
         })
+    }
+    /// What hands in these works, in order.
+    fn commands(&self, range: Range<usize>) -> Result<Vec<wgpu::CommandBuffer>> {
+        let mut all = vec![];
+        let runs = self.works[range].chunk_by(|a, b| a.is_dispatch() && b.is_dispatch());
+        for run in runs {
+            all.push(match &run[0] {
+                Work::Dispatch(_) => {
+                    let mut encoder = self.gpu.encoder();
+                    encode(run, &mut encoder.begin_compute_pass(&Default::default()));
+                    encoder.finish()
+                }
+                #[cfg(target_os = "macos")]
+                Work::Gemm(g) => g.encode(&self.gpu)?,
+            });
+        }
+        Ok(all)
     }
     /// Asks for all steps, in as few submissions as the budget allows.
     fn ask(&self) -> Result<()> {
-        let mut rest = &self.steps[..];
-        while !rest.is_empty() {
-            let (mut cost, mut dispatches, mut n) = (0.0, 0, 0);
-            while n < rest.len() && (n == 0 || (cost < BUDGET_S && dispatches < MOST)) {
-                cost += rest[n].1;
-                dispatches += rest[n].0.len();
-                n += 1;
-            }
-            let (now, later) = rest.split_at(n);
-            let mut encoder = self.gpu.encoder();
-            {
-                let mut pass = encoder.begin_compute_pass(&Default::default());
-                now.iter()
-                    .flat_map(|(b, _)| b)
-                    .for_each(|b| b.encode(&mut pass));
-            }
-            self.gpu.submit(encoder)?;
-            rest = later;
+        let start = std::time::Instant::now();
+        for range in &self.submissions {
+            self.gpu.submit(self.commands(range.clone())?)?;
         }
+        tracing::trace!(
+            "{} dispatches in {} submissions, asked for in {} µs",
+            self.works.len(),
+            self.submissions.len(),
+            start.elapsed().as_micros()
+        );
         Ok(())
     }
     /// Seconds of each step by the GPU's own clock.
@@ -268,7 +381,7 @@ impl WgpuRecording {
             let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
             let ticks = self.gpu.buffer(bytes, usage)?;
             let mut encoder = self.gpu.encoder();
-            for (i, (bounds, _)) in steps.iter().enumerate() {
+            for (i, range) in steps.iter().enumerate() {
                 let writes = wgpu::ComputePassTimestampWrites {
                     query_set: &set,
                     beginning_of_pass_write_index: Some(i as u32 * 2),
@@ -278,10 +391,10 @@ impl WgpuRecording {
                     label: None,
                     timestamp_writes: Some(writes),
                 });
-                bounds.iter().for_each(|b| b.encode(&mut pass));
+                encode(&self.works[range.clone()], &mut pass);
             }
             encoder.resolve_query_set(&set, 0..count, &ticks, 0);
-            self.gpu.submit(encoder)?;
+            self.gpu.submit([encoder.finish()])?;
             let mut words = vec![0; bytes];
             transfer::download(&self.gpu, &Landing::default(), &ticks, 0, &mut words)?;
             let tick = |c: &[u8]| c.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
@@ -294,14 +407,9 @@ impl WgpuRecording {
     /// Seconds of each step, each waited for. Includes what a submission costs.
     fn waited(&self) -> Result<Vec<f64>> {
         self.gpu.wait_for(None)?;
-        let one = |(bounds, _): &(Vec<Bound>, f64)| {
+        let one = |range: &Range<usize>| {
             let start = std::time::Instant::now();
-            let mut encoder = self.gpu.encoder();
-            {
-                let mut pass = encoder.begin_compute_pass(&Default::default());
-                bounds.iter().for_each(|b| b.encode(&mut pass));
-            }
-            let index = self.gpu.submit(encoder)?;
+            let index = self.gpu.submit(self.commands(range.clone())?)?;
             self.gpu.wait_for(Some(index))?;
             Ok(start.elapsed().as_secs_f64())
         };
@@ -315,11 +423,43 @@ impl Recording for WgpuRecording {
     }
     fn replay_timed(&mut self) -> tallow_core::Result<Vec<f64>> {
         let clock = self.gpu.features.contains(wgpu::Features::TIMESTAMP_QUERY);
-        // In software the GPU's clock counts compiling too.
-        let timed = match clock && !crate::adapter::is_software(&self.gpu.info) {
+        // In software the GPU's clock counts compiling too; and a product of Apple's is in no pass.
+        let software = crate::adapter::is_software(&self.gpu.info);
+        let all = self.works.iter().all(Work::is_dispatch);
+        let timed = match clock && !software && all {
             true => self.by_clock(),
             false => self.waited(),
         };
         timed.map_err(|e| e.on(&self.device))
+    }
+}
+
+/// What Apple's products still read or write is no business of wgpu's, so it must not go before they are done.
+#[cfg(target_os = "macos")]
+impl Drop for WgpuRecording {
+    fn drop(&mut self) {
+        if !self.works.iter().all(Work::is_dispatch)
+            && let Err(e) = self.gpu.wait_for(None)
+        {
+            tracing::warn!("{}: {e}", self.device);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_work_is_handed_in_piece_by_piece() {
+        let steps = [0..2, 2..2, 2..5, 5..6];
+        let ends = |costs: [f64; 4]| -> Vec<usize> {
+            let all = submissions(steps.iter().zip(costs));
+            assert!(all.windows(2).all(|w| w[0].end == w[1].start) && all[0].start == 0);
+            all.iter().map(|r| r.end).collect()
+        };
+        assert_eq!(ends([0.0; 4]), [6]);
+        assert_eq!(ends([0.06, 0.0, 0.06, 0.0]), [2, 5, 6]);
+        assert_eq!(ends([0.03; 4]), [2, 6]);
     }
 }

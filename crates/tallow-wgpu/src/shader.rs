@@ -41,6 +41,8 @@ pub(crate) struct Target {
     pub(crate) binding: u64,
     /// What frozen weights are multiplied as.
     pub(crate) weights: DType,
+    /// Are Apple's own products there?
+    pub(crate) mps: bool,
 }
 
 /// A kernel before its text is complete.
@@ -295,6 +297,7 @@ mod tests {
             threads: 256,
             binding: 1 << 27,
             weights: DType::F32,
+            mps: false,
         }
     }
 

@@ -36,7 +36,7 @@ pub(crate) fn upload(
             gpu.queue.write_buffer(dst, to as u64, piece);
             if src.len() > PIECE {
                 // Sends it off, so that staging does not pile up.
-                gpu.submit(gpu.encoder())?;
+                gpu.submit([gpu.encoder().finish()])?;
             }
         }
         return gpu.check();
@@ -94,7 +94,7 @@ fn fetch(
     let bytes = (range.end - range.start) as u64;
     let mut encoder = gpu.encoder();
     encoder.copy_buffer_to_buffer(src, range.start as u64, landing, 0, bytes);
-    let index = gpu.submit(encoder)?;
+    let index = gpu.submit([encoder.finish()])?;
     let (tell, told) = mpsc::channel();
     landing.map_async(wgpu::MapMode::Read, 0..bytes, move |r| {
         // Nobody listens only if waiting failed, which is told.

@@ -3,6 +3,12 @@
 //! Absent on purpose: speed.
 #[path = "conformance/kernels.rs"]
 mod kernels;
+#[path = "conformance/layer.rs"]
+mod layer;
+#[path = "conformance/neighbours.rs"]
+mod neighbours;
+#[path = "conformance/products.rs"]
+mod products;
 
 use std::sync::{Arc, OnceLock};
 use tallow_conformance::{
@@ -11,7 +17,7 @@ use tallow_conformance::{
 use tallow_core::{
     backend::{Backend, Chooser},
     graph::{Builder, NodeId},
-    kernel::{Candidate, KernelSpec},
+    kernel::{Body, Candidate, KernelSpec, Operand},
     op::{Block, Linear, Role},
     oracle::sample,
     scalar::ScalarOp,
@@ -78,12 +84,12 @@ fn run(cases: Vec<Case>, way: Way) {
     }
 }
 
-/// The dearest candidate: what is offered but seldom chosen is tested too.
-struct Dearest;
-impl Chooser for Dearest {
+/// The candidate whose name has this in it, or the last: what is offered but seldom chosen is tested too.
+struct Named(&'static str);
+impl Chooser for Named {
     fn choose(&self, _: &KernelSpec, c: &[Candidate]) -> tallow_core::Result<(usize, String)> {
-        let dearest = (0..c.len()).max_by(|a, b| c[*a].cost.total_cmp(&c[*b].cost));
-        Ok((dearest.unwrap_or(0), "dearest".into()))
+        let found = c.iter().position(|c| c.name.contains(self.0));
+        Ok((found.unwrap_or(c.len() - 1), "named".into()))
     }
 }
 
@@ -167,22 +173,65 @@ fn is_linear(c: &Case) -> bool {
     ["linear", "lora_linear", "lora_linear_grad", "linear_grad"].contains(&op)
 }
 
+/// `cases` by the kernels of this name, where they are offered.
+fn run_by(name: &'static str, way: Way, cases: Vec<Case>) {
+    if let Some(gpu) = gpu(way) {
+        check_all(&Session::with_chooser(gpu, Box::new(Named(name))), cases);
+    }
+}
+
 #[test]
 fn products_that_are_offered_but_not_chosen() {
+    let linears = || composites().into_iter().filter(is_linear);
+    let large = large_products().into_iter();
+    run_by("tiled", Way::Usual, linears().chain(large).collect());
+    let skinny = products::skinny().into_iter();
+    run_by("skinny", Way::Usual, linears().chain(skinny).collect());
+    let outer = |c: &Case| c.name.starts_with("outer") || c.name.contains("true false");
+    let structural = structural().into_iter().chain(products::skinny());
+    run_by("outer", Way::Usual, structural.filter(outer).collect());
+}
+
+#[test]
+fn skinny_products_without_subgroups_and_immediates() {
+    run_by("skinny", Way::Plain, products::skinny());
+}
+
+#[test]
+fn few_columns_get_a_kernel_of_their_own() {
     let Some(gpu) = gpu(Way::Usual) else { return };
-    let session = Session::with_chooser(gpu, Box::new(Dearest));
-    let cases = composites().into_iter().filter(is_linear);
-    let products = structural()
-        .into_iter()
-        .filter(|c| c.name.starts_with("outer") || c.name.starts_with("matmul"));
-    let all = cases.chain(products).chain(large_products());
-    check_all(&session, all.collect());
+    let dense = |shape: [usize; 2]| Operand::dense(&TensorType::f32(shape));
+    let names = |ta: bool, tb: bool, shapes: [[usize; 2]; 3]| {
+        let spec = KernelSpec {
+            body: Body::MatMul {
+                ta,
+                tb,
+                alpha: 1.0.into(),
+            },
+            inputs: vec![dense(shapes[0]), dense(shapes[1])],
+            outputs: vec![Some(dense(shapes[2]))],
+        };
+        let mut all = gpu.candidates(&spec).expect("offers");
+        all.sort_by(|a, b| a.cost.total_cmp(&b.cost));
+        all.into_iter().map(|c| c.name).collect::<Vec<_>>()
+    };
+    let seed = names(false, false, [[128, 512], [512, 8], [128, 8]]);
+    assert_eq!(seed, ["matmul_skinny", "matmul_tiled_64"]);
+    let gradient = names(true, false, [[512, 8], [512, 896], [8, 896]]);
+    assert_eq!(gradient[0], "matmul_tn_outer");
+    let square = names(false, true, [[512, 512], [512, 512], [512, 512]]);
+    assert_eq!(square[0], "matmul_tiled_128");
 }
 
 #[test]
 fn weights_larger_than_a_binding() {
-    let cases = composites().into_iter().filter(is_linear);
-    run(cases.collect(), Way::WeightsInPieces);
+    let tables = ["cross_entropy", "gather", "Sum", "Max", "reduce"];
+    let read = |c: &Case| is_linear(c) || tables.iter().any(|t| c.name.starts_with(t));
+    let cases = composites().into_iter().chain(structural());
+    run(
+        cases.chain(kernels::tables()).filter(read).collect(),
+        Way::WeightsInPieces,
+    );
 }
 
 /// Frozen weights are rounded: within two percent of the oracle in norm, and never exact by accident of another path.

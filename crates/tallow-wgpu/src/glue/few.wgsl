@@ -1,23 +1,35 @@
-// Linears over few rows, and the way into an adapter. `_I` stands for the number of a block; parts named so are put in
+// Linears over few rows. `_I` stands for the number of a block; parts named so are put in
 // once for each, and picked by column. Dense along the sum. Bound by reading the weights once.
 // == few_block
-// Partial sums of column `j` for every row.
+// Partial sums of column `j` for every row, and of squares where a norm stands in front.
 fn dots_I(j: u32, lane: u32) {
   let w0 = j * WC_I;
   // Eight at once: of 16-bit weights they are what one load brings.
   let whole = a.k & ~7u;
   for (var i = lane * 8u; i < whole; i += G * 8u) {
-    let w = ld4_w_I(w0 + i);
-    let v = ld4_w_I(w0 + i + 4u);
+    var w = ld4_w_I(w0 + i);
+    var v = ld4_w_I(w0 + i + 4u);
+    if (HAS_nw) {
+      w *= ld4_nw(i);
+      v *= ld4_nw(i + 4u);
+    }
     for (var r = 0u; r < ROWS; r++) {
       let x = a.x0 + r * a.xr + i;
-      acc[r] += dot(w, ld4_x(x)) + dot(v, ld4_x(x + 4u));
+      let p = ld4_x(x);
+      let q = ld4_x(x + 4u);
+      acc[r] += dot(w, p) + dot(v, q);
+      if (HAS_nw) { squares[r] += dot(p, p) + dot(q, q); }
     }
   }
   let i = whole + lane;
   if (i < a.k) {
-    let w = ld_w_I(w0 + i);
-    for (var r = 0u; r < ROWS; r++) { acc[r] += w * ld_x(a.x0 + r * a.xr + i); }
+    var w = ld_w_I(w0 + i);
+    if (HAS_nw) { w *= ld_nw(i); }
+    for (var r = 0u; r < ROWS; r++) {
+      let x = ld_x(a.x0 + r * a.xr + i);
+      acc[r] += w * x;
+      if (HAS_nw) { squares[r] += x * x; }
+    }
   }
 }
 // What is added to column `j` of `row`.
@@ -30,46 +42,32 @@ fn added_I(j: u32, row: u32) -> f32 {
 }
 // == few
 // y[row, o] = sum_i x[row, i] w[o, i] + scale sum_r h[row, r] b[o, r] + bias[o] + past[row, o] for ROWS rows and all
-// blocks: G threads share the sum of one column over all rows.
+// blocks: G threads share the sum of one column over all rows. With nw, x is rms_norm(x) nw. GATE: the second half of
+// the columns is multiplied by silu of the first.
 @compute @workgroup_size(WG) fn few(id: Id) {
-  let o = group(id) * (WG / G) + id.t / G;
+  let column = group(id) * (WG / G) + id.t / G;
   let lane = id.t % G;
-  DOTS
-  var mine = 0.0;
-  for (var r = 0u; r < ROWS; r++) {
-    let s = sum_of(G, acc[r], id);
-    if (lane == r) { mine = s; }
+  var made = 0.0;
+  for (var half = 0u; half <= u32(GATE); half++) {
+    let o = column + half * OUTPUTS;
+    for (var r = 0u; r < ROWS; r++) {
+      acc[r] = 0.0;
+      squares[r] = 0.0;
+    }
+    DOTS
+    var mine = 0.0;
+    for (var r = 0u; r < ROWS; r++) {
+      var s = sum_of(G, acc[r], id);
+      if (HAS_nw) { s *= inverseSqrt(sum_of(G, squares[r], id) / f32(a.k) + a.eps); }
+      if (lane == r) { mine = s; }
+    }
+    // Thread `lane` ends row `lane`.
+    if (lane < ROWS && column < OUTPUTS) {
+      ADDED
+    }
+    if (half == 0u) { made = mine; } else { made = mine * made / (1.0 + exp_of(min(-made, 80.0))); }
   }
-  // Thread `lane` ends row `lane`.
-  if (lane >= ROWS || o >= OUTPUTS) { return; }
-  ADDED
-  if (HAS_past) { mine += ld_past(a.past0 + lane * a.pastr + o); }
-  st_y(a.y0 + lane * a.yr + o, mine);
-}
-// == down_block
-fn dot_I(x0: u32, r: u32, lane: u32) -> f32 {
-  var v = 0.0;
-  if (WI_I == 1u) {
-    let whole = K_I & ~3u;
-    for (var i = lane * 4u; i < whole; i += G * 4u) { v += dot(ld4_x(x0 + i), ld4_w_I(r * WC_I + i)); }
-    for (var i = whole + lane; i < K_I; i += G) { v += ld_x(x0 + i) * ld_w_I(r * WC_I + i); }
-  } else {
-    for (var i = lane; i < K_I; i += G) { v += ld_x(x0 + i) * ld_w_I(r * WC_I + i * WI_I); }
-  }
-  return SCALE_I * v;
-}
-// == down
-// h[row, r] = scale sum_i x[row, i] w[r, i] for all blocks: G threads for each of m x RANK results.
-@compute @workgroup_size(WG) fn down(id: Id) {
-  let pair = group(id) * (WG / G) + id.t / G;
-  let row = pair / RANK;
-  let o = pair % RANK;
-  let lane = id.t % G;
-  let x0 = a.x0 + row * a.xr;
-  var v = 0.0;
-  if (row < a.m) {
-    DOT
-  }
-  v = sum_of(G, v, id);
-  if (lane == 0u && row < a.m) { st_h(row * a.hr + o, v); }
+  if (lane >= ROWS || column >= OUTPUTS) { return; }
+  if (HAS_past) { made += ld_past(a.past0 + lane * a.pastr + column); }
+  st_y(a.y0 + lane * a.yr + column, made);
 }

@@ -6,8 +6,9 @@
 use super::{
     Arg, Offer, Target,
     elementwise::generated,
-    linear_few::{self, FEW_ROWS, Way},
-    matmul::{Product, SUMS, Side, Tail},
+    linear_few,
+    matmul::{Product, SUMS, Side, Tail, Way},
+    skinny,
 };
 use crate::{
     gpu::ALIGN,
@@ -90,6 +91,40 @@ pub(super) struct Share {
     pub(super) hidden: (Arg, usize),
 }
 
+/// What of the steps around a linear its kernels do as well.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Around {
+    pub(crate) norm: Option<Norm>,
+    pub(crate) gate: Option<Gate>,
+}
+
+/// A norm in front: the operands that are its row and its weights, the row's stride, epsilon.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm {
+    pub(crate) x: usize,
+    pub(crate) w: usize,
+    pub(crate) row: usize,
+    pub(crate) eps: f32,
+}
+
+/// A gate behind: the result that it makes, and the stride of its rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Gate {
+    pub(crate) y: usize,
+    pub(crate) row: usize,
+}
+
+impl Around {
+    /// Buffers and numbers of the norm.
+    pub(super) fn norm_args(&self) -> Vec<Arg> {
+        let eps = |v| Arg::F32("eps".into(), v);
+        match self.norm {
+            Some(n) => vec![wide("nw", n.w, SUMS), eps(n.eps)],
+            None => vec![Arg::Absent("nw".into()), eps(0.0)],
+        }
+    }
+}
+
 /// What forward and backward have in common.
 pub(super) struct Call {
     pub(super) pieces: Vec<Piece>,
@@ -100,6 +135,7 @@ pub(super) struct Call {
     pub(super) past: Option<(usize, usize)>,
     prepare: Vec<(usize, Format)>,
     scratch: usize,
+    pub(super) around: Around,
 }
 
 /// Ranks of the shares, and which result is `h` or `dh` of each.
@@ -201,24 +237,27 @@ fn call(
         },
         prepare,
         scratch: bytes,
+        around: Around::default(),
     })
 }
 
 impl Call {
     /// Columns from `n0` on of the rows of `share` of operand 0.
     pub(super) fn input(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
+        let (x, row) = self.around.norm.map_or((0, self.rows[0]), |n| (n.x, n.row));
         Side {
-            arg: wide("x", 0, spec.inputs[0].dtype),
-            at: share.rows[0] * self.rows[0] + n0,
-            strides: [self.rows[0], 1],
+            arg: wide("x", x, spec.inputs[x].dtype),
+            at: share.rows[0] * row + n0,
+            strides: [row, 1],
         }
     }
     pub(super) fn output(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Side {
-        let dtype = spec.outputs[0].as_ref().map_or(SUMS, |o| o.dtype);
+        let (y, row) = self.around.gate.map_or((0, self.rows[1]), |g| (g.y, g.row));
+        let dtype = spec.outputs[y].as_ref().map_or(SUMS, |o| o.dtype);
         Side {
-            arg: write("y", 0, dtype),
-            at: share.rows[0] * self.rows[1] + n0,
-            strides: [self.rows[1], 1],
+            arg: write("y", y, dtype),
+            at: share.rows[0] * row + n0,
+            strides: [row, 1],
         }
     }
     fn past(&self, spec: &KernelSpec, share: &Share, n0: usize) -> Option<Side> {
@@ -254,19 +293,31 @@ impl Call {
         let share = &self.shares[g];
         let one = |p: &Piece| {
             let ((rank, _), (a, _)) = (p.adapters[g]?, p.at.ab[g]?);
-            p.begins().then_some(Way {
-                rank,
-                operand: a,
+            p.begins().then(|| skinny::Way {
+                n: rank,
+                w: wide("w", a, SUMS),
                 strides: [k, 1],
                 columns: [0, k],
                 scale: 1.0,
             })
         };
-        let ways: Vec<Way> = self.pieces.iter().filter_map(one).collect();
-        match ways.is_empty() {
-            true => Some(vec![]),
-            false => Some(vec![linear_few::down(t, self, spec, share, &ways)?]),
+        let ways: Vec<skinny::Way> = self.pieces.iter().filter_map(one).collect();
+        self.way(t, spec, share, &ways)
+    }
+    fn way(
+        &self,
+        t: &Target,
+        spec: &KernelSpec,
+        share: &Share,
+        ways: &[skinny::Way],
+    ) -> Option<Vec<Kernel>> {
+        if ways.is_empty() {
+            return Some(vec![]);
         }
+        let sides = (self.input(spec, share, 0), self.hidden(share, 0));
+        let ways = (ways, self.around.norm_args());
+        let job = skinny::ways(t, spec, share.rows[1], sides, ways)?;
+        Some(vec![job])
     }
     /// `dh [m, Σr]` of `share` `g`, in one dispatch.
     fn back_to_adapters(&self, t: &Target, spec: &KernelSpec, g: usize) -> Option<Vec<Kernel>> {
@@ -274,9 +325,9 @@ impl Call {
         let (mut ways, mut n0) = (vec![], 0);
         for p in self.pieces.iter().filter(|p| p.begins()) {
             if let (Some((rank, scale)), Some((_, up))) = (p.adapters[g], p.at.ab[g]) {
-                ways.push(Way {
-                    rank,
-                    operand: up,
+                ways.push(skinny::Way {
+                    n: rank,
+                    w: wide("w", up, SUMS),
                     strides: [1, rank],
                     columns: [n0, p.whole],
                     scale: scale.get(),
@@ -284,10 +335,7 @@ impl Call {
             }
             n0 += p.whole;
         }
-        match ways.is_empty() {
-            true => Some(vec![]),
-            false => Some(vec![linear_few::down(t, self, spec, share, &ways)?]),
-        }
+        self.way(t, spec, share, &ways)
     }
 }
 
@@ -299,12 +347,9 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     let Some(c) = call(t, spec, &l.blocks, l.ins(), ranks, l.residual) else {
         return vec![];
     };
-    let (few, tiled) = (by_few(t, &c, spec), by_tiles(t, &c, spec));
-    let many = c.shares.iter().all(|s| s.rows[1] > FEW_ROWS);
-    let extra = |o: Offer, extra| Offer { extra, ..o };
-    // A tile of 64 rows is mostly empty with few of them.
-    let tiled = tiled.map(|o| extra(o, if many { 0.0 } else { 1e-3 }));
-    few.into_iter().chain(tiled).collect()
+    let few = by_few(t, &c, spec);
+    let ways = [Way::Skinny, Way::Tiled].map(|way| by_products(t, &c, spec, way));
+    few.into_iter().chain(ways.into_iter().flatten()).collect()
 }
 
 fn offer(c: &Call, name: [&'static str; 2], jobs: Vec<Kernel>) -> Offer {
@@ -312,6 +357,20 @@ fn offer(c: &Call, name: [&'static str; 2], jobs: Vec<Kernel>) -> Offer {
         prepare: c.prepare.clone(),
         ..Offer::new(name[usize::from(c.adapted())], jobs).scratch(c.scratch)
     }
+}
+
+/// The kernels of a linear over few rows with what stands around it, and their scratch. `spec`: of the linear alone;
+/// `all`: its operands and results, then those of the steps that `around` numbers.
+pub(crate) fn with_neighbours(
+    t: &Target,
+    l: &Linear,
+    (spec, all): (&KernelSpec, &KernelSpec),
+    around: Around,
+) -> Option<(Vec<Kernel>, usize)> {
+    let ranks = (l.ranks(), l.hidden());
+    let c = call(t, spec, &l.blocks, l.ins(), ranks, l.residual)?;
+    let made = by_few(t, &Call { around, ..c }, all)?;
+    Some((made.jobs, made.scratch))
 }
 
 /// `h` of every share, then one dispatch for all blocks.
@@ -325,10 +384,10 @@ fn by_few(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     Some(offer(c, ["linear_few", "lora_linear_few"], jobs))
 }
 
-/// `h` of every share, then the product of each block with its tail.
-fn by_tiles(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
+/// `h` of every share, then the product of each block with its tail. `None` if no product is made that `way`.
+fn by_products(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offer> {
     let k = spec.inputs[0].layout.shape.last();
-    let mut jobs = vec![];
+    let (mut jobs, mut extra, mut any) = (vec![], 0.0, way == Way::Tiled);
     for (g, share) in c.shares.iter().enumerate() {
         jobs.extend(c.down_to_adapters(t, spec, g, k)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
@@ -362,20 +421,38 @@ fn by_tiles(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
                 past: c.past(spec, share, n0),
                 add: false,
             };
-            jobs.push(product.alone(t, spec)?);
+            any |= product.is_narrow();
+            let (job, seconds) = product.by(t, spec, way)?;
+            jobs.push(job);
+            extra += seconds;
             n0 += p.n;
         }
     }
-    Some(offer(c, ["linear_tiled", "lora_linear_tiled"], jobs))
+    let names = match way {
+        Way::Skinny => ["linear_skinny", "lora_linear_skinny"],
+        Way::Tiled => ["linear_tiled", "lora_linear_tiled"],
+    };
+    any.then(|| Offer {
+        extra,
+        ..offer(c, names, jobs)
+    })
 }
 
 /// `dh_i = s dy_i B_i`, then `dx = Σ dy_i W_i + Σ dh_i A_i` and what is added, block by block.
-pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<Offer> {
+pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Vec<Offer> {
     let ranks = (l.ranks(), l.hidden());
-    let c = call(t, spec, &l.blocks, l.ins(), ranks, l.residual)?;
+    let Some(c) = call(t, spec, &l.blocks, l.ins(), ranks, l.residual) else {
+        return vec![];
+    };
+    let ways = [Way::Skinny, Way::Tiled].map(|way| back_by(t, &c, spec, way));
+    ways.into_iter().flatten().collect()
+}
+
+fn back_by(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offer> {
     let wants_dx = spec.outputs[0].is_some();
     let k = spec.inputs[1].layout.shape.last();
-    let mut jobs = vec![];
+    let (mut jobs, mut extra) = (vec![], 0.0);
+    let mut any = way == Way::Tiled;
     for (g, share) in c.shares.iter().enumerate() {
         jobs.extend(c.back_to_adapters(t, spec, g)?);
         let (m, mut n0, mut r0) = (share.rows[1], 0, 0);
@@ -412,17 +489,24 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Option<
                 past: if i == 0 { c.past(spec, share, 0) } else { None },
                 add: i > 0,
             };
-            jobs.push(product.alone(t, spec)?);
+            any |= product.is_narrow();
+            let (job, seconds) = product.by(t, spec, way)?;
+            jobs.push(job);
+            extra += seconds;
             n0 += p.n;
         }
     }
-    if jobs.is_empty() {
+    if jobs.is_empty() || !any {
         return None;
     }
     let prepare = if wants_dx { c.prepare.clone() } else { vec![] };
-    let names = ["linear_grad_tiled", "lora_linear_grad_tiled"];
+    let names = match way {
+        Way::Skinny => ["linear_grad_skinny", "lora_linear_grad_skinny"],
+        Way::Tiled => ["linear_grad_tiled", "lora_linear_grad_tiled"],
+    };
     Some(Offer {
         prepare,
-        ..offer(&c, names, jobs)
+        extra,
+        ..offer(c, names, jobs)
     })
 }

@@ -1,4 +1,4 @@
-//! Linears over few rows, and the way into the adapters of a share of rows: one dispatch for all blocks.
+//! Linears over few rows: one dispatch for all blocks.
 //! Invariant: a column's weight is read once for all rows.
 //! Absent on purpose: many rows; their products are tiled.
 use super::{
@@ -9,7 +9,7 @@ use super::{
     word,
 };
 use crate::{
-    launch::{Kernel, read, wide},
+    launch::{Kernel, read},
     shader::{Draft, kernel, line},
 };
 use std::fmt::Write;
@@ -22,7 +22,7 @@ pub(super) const FEW_ROWS: usize = 8;
 const EACH: usize = 32;
 
 /// WGSL that picks a block by column `o`: `code` sees `j`, the column inside it, and `_I`.
-fn pick(ends: impl Iterator<Item = usize>, code: &str) -> String {
+pub(super) fn pick(ends: impl Iterator<Item = usize>, code: &str) -> String {
     let (mut text, mut start) = (String::new(), 0);
     for (i, n) in ends.enumerate() {
         let end = start + n;
@@ -49,8 +49,10 @@ pub(super) fn forward(
         return None;
     }
     let (x, y) = (c.input(spec, share, 0), c.output(spec, share, 0));
-    let outputs: usize = c.pieces.iter().map(|p| p.n).sum();
+    let gate = c.around.gate.is_some();
+    let outputs = c.pieces.iter().map(|p| p.n).sum::<usize>() / if gate { 2 } else { 1 };
     let mut args = vec![x.arg, y.arg];
+    args.extend(c.around.norm_args());
     args.push(if share.rank > 0 {
         share.hidden.0.clone()
     } else {
@@ -99,7 +101,9 @@ pub(super) fn forward(
     let main = part(FILE, "few")
         .replace("DOTS", &pick(ends(), "dots_I(j, lane);"))
         .replace("ADDED", &pick(ends(), "mine += added_I(j, lane);"));
-    let body = format!("var<private> acc: array<f32, ROWS>;\n{text}{main}");
+    let body = format!(
+        "var<private> acc: array<f32, ROWS>;\nvar<private> squares: array<f32, ROWS>;\n{text}{main}"
+    );
     let draft = Draft {
         entry: "few",
         body: &body,
@@ -107,66 +111,10 @@ pub(super) fn forward(
             ("ROWS", format!("{m}u")),
             ("G", format!("{EACH}u")),
             ("OUTPUTS", format!("{outputs}u")),
+            ("GATE", gate.to_string()),
         ],
         threads: 256,
         grid: line(outputs.div_ceil(256 / EACH))?,
-        args,
-    };
-    kernel(t, spec, draft)
-}
-
-/// One way into an adapter: the operand that is multiplied, its strides, its extent along the sum, and a factor.
-pub(super) struct Way {
-    pub(super) rank: usize,
-    pub(super) operand: usize,
-    pub(super) strides: [usize; 2],
-    /// First column of operand 0, and how many.
-    pub(super) columns: [usize; 2],
-    pub(super) scale: f32,
-}
-
-/// `h` or `dh` of a share: `h [m, Σr] = scale x wᵀ`, way by way.
-pub(super) fn down(
-    t: &Target,
-    c: &Call,
-    spec: &KernelSpec,
-    share: &Share,
-    ways: &[Way],
-) -> Option<Kernel> {
-    let (x, m) = (c.input(spec, share, 0), share.rows[1]);
-    // Fewer results: more threads for each.
-    let each = match m * share.rank {
-        0..=256 => 256,
-        257..=4096 => 32,
-        _ => 8,
-    };
-    let mut args = vec![x.arg, share.hidden.0.clone()];
-    let mut text = String::new();
-    for (i, w) in ways.iter().enumerate() {
-        args.push(wide(format!("w_{i}"), w.operand, SUMS));
-        let [c0, k] = w.columns;
-        let [row, along] = w.strides;
-        let _ = writeln!(
-            text,
-            "const WC_{i} = {row}u; const WI_{i} = {along}u; const K_{i} = {k}u; const C0_{i} = {c0}u; \
-             const SCALE_{i} = f32({:?});",
-            w.scale
-        );
-        text += &part(FILE, "down_block").replace("_I", &format!("_{i}"));
-    }
-    args.extend([word("m", m)?, word("x0", x.at)?, word("xr", x.strides[0])?]);
-    args.push(word("hr", share.hidden.1)?);
-    let ends = ways.iter().map(|w| w.rank);
-    let main = part(FILE, "down").replace("DOT", &pick(ends, "v = dot_I(x0 + C0_I, j, lane);"));
-    let draft = Draft {
-        entry: "down",
-        body: &(text + &main),
-        consts: &[
-            ("G", format!("{each}u")),
-            ("RANK", format!("{}u", share.rank)),
-        ],
-        threads: 256,
-        grid: line((m * share.rank).div_ceil(256 / each))?,
         args,
     };
     kernel(t, spec, draft)

@@ -4,6 +4,7 @@
 use super::{
     THREADS,
     matmul::{Product, Side},
+    table::{rows_bound, rows_of},
     word,
 };
 use crate::{
@@ -135,6 +136,9 @@ struct Call<'a> {
     x_row: usize,
     w: [usize; 2],
     pitch: usize,
+    /// Rows of the weight that are bound at once, and those of a part.
+    step: usize,
+    each: usize,
     logits: Room,
     parts: Room,
 }
@@ -144,73 +148,101 @@ impl Call<'_> {
     fn part(v: usize) -> usize {
         v.div_ceil(32).next_multiple_of(64).max(1024).min(v)
     }
-    fn weight(&self) -> Arg {
-        wide("w", 1, self.spec.inputs[1].dtype)
+    /// Rows `[first, count]` of the weight.
+    fn weight(&self, rows: [usize; 2]) -> Arg {
+        let w = &self.spec.inputs[1];
+        rows_of("w", 1, w, rows, Ty::Wide(w.dtype))
+    }
+    /// The weight's pieces that are bound at once: first row and number of rows. All but the last are whole parts.
+    fn pieces(&self) -> impl Iterator<Item = [usize; 2]> {
+        let v = self.v;
+        (0..v)
+            .step_by(self.step)
+            .map(move |first| [first, self.step.min(v - first)])
     }
     /// `l = x wᵀ` for `m` rows from `first` on.
-    fn logits(&self, first: usize, m: usize) -> Option<Kernel> {
-        let x = wide("x", 0, DType::F32);
-        let sides = [
-            side(x, first * self.x_row, [self.x_row, 1]),
-            side(self.weight(), 0, self.w),
-            side(
-                self.logits.arg("y", Ty::Plain(DType::F32)),
-                0,
-                [self.pitch, 1],
-            ),
-        ];
-        product([m, self.v, self.c], sides).alone(self.t, self.spec)
+    fn logits(&self, first: usize, m: usize) -> Option<Vec<Kernel>> {
+        let one = |[v0, n]: [usize; 2]| {
+            let x = wide("x", 0, DType::F32);
+            let l = self.logits.arg("y", Ty::Plain(DType::F32));
+            let sides = [
+                side(x, first * self.x_row, [self.x_row, 1]),
+                side(self.weight([v0, n]), 0, self.w),
+                side(l, v0, [self.pitch, 1]),
+            ];
+            product([m, n, self.c], sides).alone(self.t, self.spec)
+        };
+        self.pieces().map(one).collect()
     }
     /// `dx = dl w` for these rows: a part of the sum for each workgroup, then their sum.
     fn back(&self, first: usize, m: usize, dx: &Operand) -> Option<Vec<Kernel>> {
-        let (part, [wr, wc]) = (Self::part(self.v), self.w);
-        let (whole, rest) = (self.v / part, self.v % part);
+        let (part, [wr, wc]) = (self.each, self.w);
         let f32s = Ty::Plain(DType::F32);
-        let sides = |from: usize| {
-            [
-                side(
-                    self.logits.arg("x", Ty::Wide(DType::F32)),
-                    from * part,
-                    [self.pitch, 1],
-                ),
-                side(self.weight(), from * part * wr, [wc, wr]),
-                side(self.parts.arg("y", f32s), from * m * self.c, [self.c, 1]),
-            ]
-        };
         let (part_w, part_y) = (word("part_w", part * wr)?, word("part_y", m * self.c)?);
-        let find = "let x0 = z * a.part; let w0 = z * a.part_w; let y0 = z * a.part_y;";
-        let numbers = [word("part", part)?, part_w, part_y];
-        let all = product([m, self.c, part], sides(0));
-        let mut jobs = vec![all.tiled(self.t, self.spec, (find, whole), &numbers)?];
-        if rest > 0 {
-            let last = product([m, self.c, rest], sides(whole));
-            jobs.push(last.alone(self.t, self.spec)?);
+        let find =
+            "let x0 = a.l0 + z * a.part; let w0 = z * a.part_w; let y0 = a.y_first + z * a.part_y;";
+        let mut jobs = vec![];
+        for [v0, rows] in self.pieces() {
+            let (whole, rest) = (rows / part, rows % part);
+            // Part `from` of this piece.
+            let sides = |from: usize| {
+                let l = self.logits.arg("x", Ty::Wide(DType::F32));
+                let y = (v0 / part + from) * m * self.c;
+                [
+                    side(l, v0 + from * part, [self.pitch, 1]),
+                    side(self.weight([v0, rows]), from * part * wr, [wc, wr]),
+                    side(self.parts.arg("y", f32s), y, [self.c, 1]),
+                ]
+            };
+            if whole > 0 {
+                let all = sides(0);
+                let starts = [word("l0", all[0].at)?, word("y_first", all[2].at)?];
+                let step = [word("part", part)?, part_w.clone(), part_y.clone()];
+                let numbers = [&starts[..], &step[..]].concat();
+                let all = product([m, self.c, part], all);
+                jobs.push(all.tiled(self.t, self.spec, (find, whole), &numbers)?);
+            }
+            if rest > 0 {
+                let last = product([m, self.c, rest], sides(whole));
+                jobs.push(last.alone(self.t, self.spec)?);
+            }
         }
-        let row = dx.layout.row_stride()?;
+        for piece in self.pieces() {
+            jobs.push(self.join((first, m), piece, dx)?);
+        }
+        Some(jobs)
+    }
+    /// The sum of all parts, less the targets' rows as far as they are in this piece of the weight.
+    fn join(
+        &self,
+        (first, m): (usize, usize),
+        [v0, rows]: [usize; 2],
+        dx: &Operand,
+    ) -> Option<Kernel> {
         let n = m * self.c;
         let draft = Draft {
             entry: "join_loss",
             body: JOIN,
-            consts: &[],
+            consts: &[("FIRST", (v0 == 0).to_string())],
             threads: THREADS,
             grid: line(n.div_ceil(THREADS as usize))?,
             args: vec![
-                self.parts.arg("part", f32s),
-                self.weight(),
+                self.parts.arg("part", Ty::Plain(DType::F32)),
+                self.weight([v0, rows]),
                 read("goal", 2, DType::U32),
                 write("y", 1, DType::F32),
                 word("n", n)?,
                 word("c", self.c)?,
-                word("v", self.v)?,
-                word("count", whole + usize::from(rest > 0))?,
+                word("piece0", v0)?,
+                word("piece", rows)?,
+                word("count", self.v.div_ceil(self.each))?,
                 word("first", first)?,
-                word("wr", wr)?,
-                word("wc", wc)?,
-                word("ys", row)?,
+                word("wr", self.w[0])?,
+                word("wc", self.w[1])?,
+                word("ys", dx.layout.row_stride()?)?,
             ],
         };
-        jobs.push(kernel(self.t, self.spec, draft)?);
-        Some(jobs)
+        kernel(self.t, self.spec, draft)
     }
 }
 
@@ -226,7 +258,11 @@ pub(super) fn cross_entropy(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let most = CHUNK_BYTES.min(t.binding as usize / 2);
     let fit = (most / (pitch * 4)).max(1);
     let chunk = if fit > 64 { fit / 64 * 64 } else { fit }.min(n).max(1);
-    let count = v.div_ceil(Call::part(v));
+    // Parts that are summed on the way back lie in one piece of the weight.
+    let bound = rows_bound(t, w).unwrap_or(v).min(v).max(1);
+    let each = Call::part(v).min(bound);
+    let step = if bound < v { bound / each * each } else { v };
+    let count = v.div_ceil(each);
     let logits = Room {
         at: 0,
         bytes: chunk * pitch * 4,
@@ -243,6 +279,8 @@ pub(super) fn cross_entropy(t: &Target, spec: &KernelSpec) -> Option<Offer> {
         x_row: x.layout.row_stride()?,
         w: [w.layout.strides[0], w.layout.strides[1]],
         pitch,
+        step,
+        each,
         logits,
         parts,
     };
@@ -256,7 +294,7 @@ pub(super) fn cross_entropy(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let mut jobs = vec![];
     for first in (0..n).step_by(chunk) {
         let m = chunk.min(n - first);
-        jobs.push(call.logits(first, m)?);
+        jobs.extend(call.logits(first, m)?);
         let buffers = vec![
             logits.arg("l", Ty::Plain(DType::F32)),
             read("goal", 2, DType::U32),

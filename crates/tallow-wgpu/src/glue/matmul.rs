@@ -1,7 +1,7 @@
 //! Products: one tiled kernel for matrices of any strides and float types, with all that a linear adds to it.
 //! Invariant: a product of f32 matrices is exact f32 arithmetic.
 //! Absent on purpose: sums cut into pieces. A result is made by one workgroup.
-use super::{Offer, Target, elementwise::index, one_float, outer, word};
+use super::{Offer, Target, elementwise::index, one_float, outer, skinny, word};
 use crate::{
     launch::{Arg, Kernel, wide, write},
     shader::{Draft, kernel},
@@ -26,6 +26,14 @@ impl Tile {
     /// Is a result `[m, n]` large enough to keep a GPU busy with tiles of this size?
     fn suits(self, m: usize, n: usize) -> bool {
         self == SMALL || (m / self.extent()) * (n / self.extent()) >= 16
+    }
+    /// Seconds of a product `[m, n]` over `k` beyond its bytes and arithmetic.
+    fn seconds(self, [m, n, k]: [usize; 3]) -> f64 {
+        let up = |n: usize| n.next_multiple_of(self.extent()) as f64;
+        // A small tile reads shared memory twice as often.
+        let rate = 5e11 * self.0 as f64;
+        let chain = k.div_ceil(16) as f64 * 1e-6;
+        chain + 2.0 * (up(m) * up(n) * k as f64) / rate
     }
     /// The file with its loops over squares written out, so that sums stay in registers.
     fn text(self, find: &str) -> String {
@@ -94,6 +102,31 @@ fn absent(name: &'static str) -> Arg {
     Arg::Absent(name.into())
 }
 
+fn zero(name: &'static str) -> Arg {
+    Arg::U32(name.into(), 0)
+}
+
+fn no_tail() -> impl Iterator<Item = Arg> {
+    let numbers = ["h0", "hr", "bc", "bi", "b0"].map(zero);
+    let buffers = [absent("h"), absent("b")];
+    let scale = Arg::F32("scale".into(), 0.0);
+    buffers.into_iter().chain(numbers).chain([scale])
+}
+
+fn no_past() -> [Arg; 3] {
+    [absent("past"), zero("past0"), zero("pastr")]
+}
+
+/// As [`Product::added`], for a product that adds nothing.
+pub(super) fn nothing() -> impl Iterator<Item = Arg> {
+    no_tail()
+        .chain([absent("bias"), zero("bias0")])
+        .chain(no_past())
+}
+
+/// WGSL for where the matrices of [`Product::starts`] begin.
+const STARTS: &str = "let x0 = a.x_first; let w0 = a.w_first; let y0 = a.y_first;";
+
 impl Product {
     /// Buffers and numbers, but where the matrices begin.
     fn args(&self) -> Option<Vec<Arg>> {
@@ -105,6 +138,20 @@ impl Product {
             word("wc", self.w.strides[0])?,
         ]);
         args.push(word("yr", self.y.strides[0])?);
+        args.extend(self.added()?);
+        args.extend([
+            word("xi", self.x.strides[1])?,
+            word("wi", self.w.strides[1])?,
+        ]);
+        args.extend([
+            word("yc", self.y.strides[1])?,
+            Arg::F32("alpha".into(), self.alpha),
+        ]);
+        Some(args)
+    }
+    /// Buffers and numbers of what is added to the product.
+    pub(super) fn added(&self) -> Option<Vec<Arg>> {
+        let mut args = vec![];
         match &self.tail {
             Some(t) => {
                 args.extend([t.h.arg.clone(), t.b.arg.clone()]);
@@ -116,12 +163,7 @@ impl Product {
                 ]);
                 args.push(Arg::F32("scale".into(), t.scale));
             }
-            None => {
-                args.extend([absent("h"), absent("b")]);
-                let zero = |name: &'static str| Arg::U32(name.into(), 0);
-                args.extend(["h0", "hr", "bc", "bi", "b0"].map(zero));
-                args.push(Arg::F32("scale".into(), 0.0));
-            }
+            None => args.extend(no_tail()),
         }
         let none = || (absent("bias"), 0);
         let (bias, bias0) = self.bias.clone().unwrap_or_else(none);
@@ -131,19 +173,8 @@ impl Product {
                 args.extend([p.arg.clone(), word("past0", p.at)?]);
                 args.push(word("pastr", p.strides[0])?);
             }
-            None => {
-                args.push(absent("past"));
-                args.extend([word("past0", 0)?, word("pastr", 0)?]);
-            }
+            None => args.extend(no_past()),
         }
-        args.extend([
-            word("xi", self.x.strides[1])?,
-            word("wi", self.w.strides[1])?,
-        ]);
-        args.extend([
-            word("yc", self.y.strides[1])?,
-            Arg::F32("alpha".into(), self.alpha),
-        ]);
         Some(args)
     }
     /// The tiled kernel. `find`: WGSL for `x0`, `w0`, `y0` of batch `z`, of which there are `count`; `numbers`: what
@@ -192,38 +223,51 @@ impl Product {
         };
         kernel(t, spec, draft)
     }
-    /// The tiled kernel for one product, whose matrices begin where their sides say.
-    pub(super) fn alone(&self, t: &Target, spec: &KernelSpec) -> Option<Kernel> {
-        // Numbers, not text: products that differ in them alone share a pipeline.
-        let starts = [
+    /// Where its matrices begin. Numbers, not text: products that differ in them alone share a pipeline.
+    fn starts(&self) -> Option<[Arg; 3]> {
+        Some([
             word("x_first", self.x.at)?,
             word("w_first", self.w.at)?,
             word("y_first", self.y.at)?,
-        ];
-        let find = "let x0 = a.x_first; let w0 = a.w_first; let y0 = a.y_first;";
-        self.tiled(t, spec, (find, 1), &starts)
+        ])
     }
+    /// The tiled kernel for one product, whose matrices begin where their sides say.
+    pub(super) fn alone(&self, t: &Target, spec: &KernelSpec) -> Option<Kernel> {
+        self.tiled(t, spec, (STARTS, 1), &self.starts()?)
+    }
+    /// By the kernel `way`, where it takes this product; else tiled. With the seconds of [`Offer::extra`].
+    pub(super) fn by(&self, t: &Target, spec: &KernelSpec, way: Way) -> Option<(Kernel, f64)> {
+        let skinny = match way {
+            Way::Skinny => skinny::product(t, spec, self, (STARTS, 1), &self.starts()?),
+            Way::Tiled => None,
+        };
+        if let Some(job) = skinny {
+            return Some((job, skinny::seconds(self.sizes)));
+        }
+        let [m, n, _] = self.sizes;
+        let tile = if LARGE.suits(m, n) { LARGE } else { SMALL };
+        Some((self.alone(t, spec)?, tile.seconds(self.sizes)))
+    }
+    /// Does the kernel for few rows or columns take it?
+    pub(super) fn is_narrow(&self) -> bool {
+        self.sizes[0].min(self.sizes[1]) <= skinny::NARROW
+    }
+}
+
+/// Kernels of a product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Tiled,
+    Skinny,
 }
 
 pub(super) fn offers(t: &Target, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Vec<Offer> {
     let outer = outer::offer(t, ta, tb, alpha, spec);
-    let general = |tile| general(t, (ta, tb, alpha), spec, tile);
-    let tiles = [LARGE, SMALL].map(general);
-    let (outer_fits, large_fits) = (outer.is_some(), tiles[0].is_some());
-    let mut all: Vec<Offer> = outer
-        .into_iter()
-        .chain(tiles.into_iter().flatten())
-        .collect();
-    for (i, o) in all.iter_mut().enumerate() {
-        // Most of a tile is empty beside an outer product, and few workgroups share a long sum; a small tile reads
-        // shared memory twice as often.
-        o.extra = if i > 0 && (outer_fits || large_fits) {
-            1e-4
-        } else {
-            0.0
-        };
-    }
-    all
+    let general = general(ta, tb, alpha, spec);
+    let skinny = general.as_ref().and_then(|g| g.skinny(t, spec));
+    let tile = |tile| general.as_ref().and_then(|g| g.tiled(t, spec, tile));
+    let all = [outer, skinny, tile(LARGE), tile(SMALL)];
+    all.into_iter().flatten().collect()
 }
 
 /// Extents and strides of the two innermost axes, exchanged if `turned`.
@@ -236,12 +280,15 @@ fn inner(o: &Operand, turned: bool) -> ([usize; 2], [usize; 2]) {
     }
 }
 
-fn general(
-    t: &Target,
-    (ta, tb, alpha): (bool, bool, f32),
-    spec: &KernelSpec,
-    tile: Tile,
-) -> Option<Offer> {
+/// A batch of products.
+struct Batch {
+    product: Product,
+    /// WGSL for where those of batch `z` begin, and how many there are.
+    find: String,
+    count: usize,
+}
+
+fn general(ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Option<Batch> {
     let (p, q, out) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
     let types = [one_float([p])?, one_float([q])?, one_float([out])?];
     for o in [p, q, out] {
@@ -270,16 +317,38 @@ fn general(
         past: None,
         add: false,
     };
-    if !tile.suits(m, n) {
-        return None;
+    Some(Batch {
+        product,
+        find,
+        count: shape.iter().product(),
+    })
+}
+
+impl Batch {
+    fn tiled(&self, t: &Target, spec: &KernelSpec, tile: Tile) -> Option<Offer> {
+        let [m, n, _] = self.product.sizes;
+        if !tile.suits(m, n) {
+            return None;
+        }
+        let find = (&self.find[..], self.count);
+        let job = self.product.tiled_by(t, spec, find, (&[], tile))?;
+        let name = match tile {
+            SMALL => "matmul_tiled_64",
+            _ => "matmul_tiled_128",
+        };
+        Some(Offer {
+            extra: tile.seconds(self.product.sizes),
+            ..Offer::new(name, vec![job])
+        })
     }
-    let job = product.tiled_by(t, spec, (&find, shape.iter().product()), (&[], tile))?;
-    let name = if tile == SMALL {
-        "matmul_tiled_64"
-    } else {
-        "matmul_tiled_128"
-    };
-    Some(Offer::new(name, vec![job]))
+    fn skinny(&self, t: &Target, spec: &KernelSpec) -> Option<Offer> {
+        let find = (&self.find[..], self.count);
+        let job = skinny::product(t, spec, &self.product, find, &[])?;
+        Some(Offer {
+            extra: skinny::seconds(self.product.sizes),
+            ..Offer::new("matmul_skinny", vec![job])
+        })
+    }
 }
 
 /// Matrices of any float type may be read; sums are f32, and so is what holds them.

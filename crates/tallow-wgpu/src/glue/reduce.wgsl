@@ -11,7 +11,7 @@ fn join(p: f32, q: f32) -> f32 {
   var v = select(0.0, -HUGE, MAX);
   for (var k = id.t; k < COUNT; k += WG) { v = join(v, ld_x(ox + k * ALONG)); }
   if (MAX) { v = max_all(v, id); } else { v = sum_all(v, id); }
-  if (id.t == 0u) { st_y(oy, v); }
+  if (id.t == 0u) { st_y(a.first + oy, v); }
 }
 @compute @workgroup_size(WG) fn across(id: Id) {
   let r = group(id) * WG + id.t;
@@ -19,5 +19,5 @@ fn join(p: f32, q: f32) -> f32 {
   FIND
   var v = ld_x(ox);
   for (var k = 1u; k < COUNT; k++) { v = join(v, ld_x(ox + k * ALONG)); }
-  st_y(oy, v);
+  st_y(a.first + oy, v);
 }

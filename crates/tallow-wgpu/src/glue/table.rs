@@ -3,7 +3,8 @@
 //! Absent on purpose: sums by atomics.
 use super::{THREADS, attention::head_strides, word};
 use crate::{
-    launch::{Offer, read, write},
+    gpu::ALIGN,
+    launch::{Arg, Offer, Ty, read, write},
     shader::{Draft, Target, kernel, line, number},
 };
 use tallow_core::{
@@ -32,26 +33,73 @@ pub(super) fn gather(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     if !ids.is_dense() || number(table.dtype) != number(out.dtype) {
         return None;
     }
-    let n = out.layout.shape.numel();
-    let args = vec![
-        read("rows", 0, table.dtype),
-        read("ids", 1, DType::U32),
-        write("y", 0, out.dtype),
-        word("n", n)?,
-        word("c", out.layout.shape.last())?,
-        word("v", table.layout.shape.0[0])?,
-        word("xs", table.layout.row_stride()?)?,
-        word("ys", out.layout.row_stride()?)?,
-    ];
-    let draft = Draft {
-        entry: "gather",
-        body: GATHER,
-        consts: &zero(out.dtype),
-        threads: THREADS,
-        grid: line(n.div_ceil(THREADS as usize))?,
-        args,
-    };
-    Some(Offer::new("gather_rows", vec![kernel(t, spec, draft)?]))
+    let (n, v) = (out.layout.shape.numel(), table.layout.shape.0[0]);
+    let row = table.layout.row_stride()?;
+    let mut jobs = vec![];
+    for (first, rows) in pieces(t, table, v) {
+        let args = vec![
+            rows_of("table", 0, table, [first, rows], Ty::Plain(table.dtype)),
+            read("ids", 1, DType::U32),
+            write("y", 0, out.dtype),
+            word("n", n)?,
+            word("c", out.layout.shape.last())?,
+            word("v", v)?,
+            word("first", first)?,
+            word("rows", rows)?,
+            word("xs", row)?,
+            word("ys", out.layout.row_stride()?)?,
+        ];
+        let draft = Draft {
+            entry: "gather",
+            body: GATHER,
+            consts: &zero(out.dtype),
+            threads: THREADS,
+            grid: line(n.div_ceil(THREADS as usize))?,
+            args,
+        };
+        jobs.push(kernel(t, spec, draft)?);
+    }
+    Some(Offer::new("gather_rows", jobs))
+}
+
+/// First row and number of rows of each piece of a table `[v, c]` that can be bound at once; one piece where it lies so
+/// that no cut helps.
+fn pieces(t: &Target, table: &Operand, v: usize) -> Vec<(usize, usize)> {
+    let most = rows_bound(t, table).unwrap_or(v).max(1);
+    let firsts = (0..v.max(1)).step_by(most);
+    firsts.map(|first| (first, most.min(v - first))).collect()
+}
+
+/// Most rows of a matrix that can be bound at once; `None` where its rows are not dense, or one is too long.
+pub(super) fn rows_bound(t: &Target, table: &Operand) -> Option<usize> {
+    let row = table.layout.row_stride()?;
+    // A window begins at a multiple of `ALIGN` bytes before its first element.
+    let room = (t.binding as usize).saturating_sub(2 * ALIGN);
+    let rows = room / (row.max(table.layout.shape.last()) * table.dtype.bytes()).max(1);
+    (rows > 0).then_some(rows)
+}
+
+/// Rows `[first, count]` of a matrix.
+pub(super) fn rows_of(
+    name: &'static str,
+    operand: usize,
+    o: &Operand,
+    [first, count]: [usize; 2],
+    ty: Ty,
+) -> Arg {
+    let name = name.into();
+    let (n, row) = (o.layout.shape.0[0], o.layout.row_stride().unwrap_or(0));
+    if count == n {
+        return Arg::Read { name, operand, ty };
+    }
+    let size = o.dtype.bytes();
+    Arg::Part {
+        name,
+        operand,
+        at: first * row * size,
+        bytes: ((count - 1) * row + o.layout.shape.last()) * size,
+        ty,
+    }
 }
 
 pub(super) fn scatter_add(t: &Target, spec: &KernelSpec) -> Option<Offer> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tallow_conformance::{Case, check_all};
 use tallow_core::{
     graph::Builder,
-    op::{Attention, AttentionGrad, Composite, CrossEntropy, Mask, Role, Rope, Top},
+    op::{Attention, AttentionGrad, Composite, CrossEntropy, Mask, Op, ReduceOp, Role, Rope, Top},
     oracle::{Value, sample},
     session::Session,
     tensor::{Tensor, lift},
@@ -90,6 +90,44 @@ fn the_top_of_values_that_are_no_numbers() {
         assert_eq!([got[1], got[3]], [f32::INFINITY, f32::NEG_INFINITY]);
         assert_eq!([got[7], got[9], got[11]], [2.5, 0.0, 1e-40]);
     }
+}
+
+/// Tables of some pieces at a binding of 4 KiB.
+pub(crate) fn tables() -> Vec<Case> {
+    let weight = |d: DType| TensorType::new([130, 40], d);
+    let cross = |d: DType| {
+        let tys = [TensorType::f32([33, 40]), weight(d), TensorType::u32([33])];
+        case(CrossEntropy, &tys)
+    };
+    let gather = |d: DType| {
+        let tys = [weight(d), TensorType::u32([77])];
+        let mut b = Builder::default();
+        let ins = tys.clone().map(|t| b.input(Role::Data, t));
+        let out = b.push(Op::Gather(DType::F32), &ins).unwrap();
+        Case {
+            name: format!("gather of pieces of {d}"),
+            graph: b.finish(vec![out], vec![]),
+            inputs: vec![
+                sample::random(&tys[0], 5, 3, 0),
+                sample::random(&tys[1], 131, 3, 1),
+            ],
+        }
+    };
+    let reduce = |axis: usize| {
+        let ty = TensorType::f32([50, 33, 7]);
+        let mut b = Builder::default();
+        let x = b.input(Role::Data, ty.clone());
+        let out = b.push(Op::Reduce(ReduceOp::Sum, axis), &[x]).unwrap();
+        Case {
+            name: format!("reduce of pieces along {axis}"),
+            graph: b.finish(vec![out], vec![]),
+            inputs: vec![sample::random(&ty, 5, 3, 0)],
+        }
+    };
+    let both = [DType::F32, DType::BF16];
+    let reduced = [1, 2].map(reduce).into_iter();
+    let gathered = both.map(gather).into_iter().chain(reduced);
+    both.map(cross).into_iter().chain(gathered).collect()
 }
 
 /// More logits than are held at a time.
