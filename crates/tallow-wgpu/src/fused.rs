@@ -153,6 +153,9 @@ impl Finder<'_> {
         let Body::Composite(Composite::RmsNorm(n)) = &step.spec.body else {
             return None;
         };
+        let Body::Composite(Composite::Linear(_)) = &next.spec.body else {
+            return None;
+        };
         let made = step.writes[0].as_ref()?;
         let read = &next.reads[0];
         let whole = (made.root, made.offset) == (read.root, read.offset);

@@ -49,9 +49,11 @@ pub(crate) fn candidates(
     table.candidates(spec, || offers(target, spec), candidate)
 }
 
+/// What a laptop's GPU does in its stride.
+const FLOPS_PER_S: f64 = 1e12;
+
 /// Seconds of one run: a start for each dispatch, then arithmetic or bytes at modest rates of a laptop's GPU.
 fn estimate(spec: &KernelSpec, offer: &Offer) -> f64 {
-    const FLOPS_PER_S: f64 = 1e12;
     const BYTES_PER_S: f64 = 1e11;
     const START_S: f64 = 3e-6;
     let work = (spec.flops() / FLOPS_PER_S).max(spec.bytes() as f64 / BYTES_PER_S);

@@ -1,7 +1,7 @@
 //! Products: one tiled kernel for matrices of any strides and float types, with all that a linear adds to it.
 //! Invariant: a product of f32 matrices is exact f32 arithmetic.
 //! Absent on purpose: sums cut into pieces. A result is made by one workgroup.
-use super::{Offer, Target, elementwise::index, one_float, outer, skinny, word};
+use super::{FLOPS_PER_S, Offer, Target, elementwise::index, one_float, outer, skinny, word};
 use crate::{
     launch::{Arg, Kernel, wide, write},
     shader::{Draft, kernel},
@@ -33,7 +33,8 @@ impl Tile {
         // A small tile reads shared memory twice as often.
         let rate = 5e11 * self.0 as f64;
         let chain = k.div_ceil(16) as f64 * 1e-6;
-        chain + 2.0 * (up(m) * up(n) * k as f64) / rate
+        let whole = 2.0 * (up(m) * up(n) * k as f64) / rate;
+        chain + whole - 2.0 * (m * n * k) as f64 / FLOPS_PER_S
     }
     /// The file with its loops over squares written out, so that sums stay in registers.
     fn text(self, find: &str) -> String {
