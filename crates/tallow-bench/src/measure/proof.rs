@@ -8,7 +8,7 @@ use crate::work::Looped;
 /// Loops of each length behind one measurement of growth,
 const GROWTHS: usize = 5;
 /// and of those on the same operands, which only a memory of results could shorten.
-const GROWTHS_QUEUED: usize = 2;
+const GROWTHS_QUEUED: usize = 3;
 /// Repetitions of a checked loop that are run again.
 const RERUN: usize = 8;
 
