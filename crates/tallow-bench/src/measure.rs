@@ -351,10 +351,15 @@ impl Bench<'_> {
     /// New operands have driven everything else out of the caches: of several repetitions the first would be another work
     /// than the rest, and four times as many less than four times as long. So one is run before, and not timed.
     fn warm(&mut self, n: usize, seed: u64) -> Result<(), Doubt> {
-        if n > 1 {
-            let first = link(3.0, seed as usize);
-            self.who.work.waited(self.clock, 1, first)?;
+        match n > 1 {
+            true => self.warm_up(seed),
+            false => Ok(()),
         }
+    }
+
+    fn warm_up(&mut self, seed: u64) -> Result<(), Doubt> {
+        let first = link(3.0, seed as usize);
+        self.who.work.waited(self.clock, 1, first)?;
         Ok(())
     }
 
@@ -371,6 +376,11 @@ impl Bench<'_> {
     fn queued(&mut self, n: usize, seed: u64) -> Result<Queued, Doubt> {
         self.who.work.renew(seed)?;
         self.warm(n, seed)?;
+        self.queue_of(n, seed)
+    }
+
+    /// The starts alone.
+    fn queue_of(&mut self, n: usize, seed: u64) -> Result<Queued, Doubt> {
         let first = link(2.0, seed as usize);
         let done = self.who.work.queued(self.clock, n, first)?;
         self.settled(done.last, done.seconds / n as f64)?;

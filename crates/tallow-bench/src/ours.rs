@@ -174,11 +174,12 @@ pub type TwinFn = Box<dyn Fn() -> Result<Ours>>;
 /// How far two sets of kernels may be apart, relative to the largest element of a result.
 pub const TWIN: f64 = 2e-3;
 
-/// How far the results of somebody who rounds everything to bf16 may be apart, relative to the largest element.
-pub const HALF: f64 = 2e-2;
+/// How far the results of somebody who rounds everything to bf16 may be apart, relative to the largest element. Twice what
+/// PyTorch shows over six layers; without its adapter a result is further off by far.
+pub const HALF: f64 = 3e-2;
 
 /// The same of kernels that round the operands of products with bf16 weights, and nothing else.
-const PAIRS: f64 = 1e-2;
+const PAIRS: f64 = 1.5e-2;
 
 /// So many elements have a mean to be measured from.
 const MANY: usize = 8;

@@ -96,7 +96,7 @@ impl std::fmt::Display for Reason {
             ),
             Reason::Growth { column, growth } => write!(
                 f,
-                "{column}: four times as many dependent repetitions took {growth:.2} times as long"
+                "{column}: four times as many repetitions took {growth:.2} times as long"
             ),
             Reason::Check { what, worst } => {
                 write!(

@@ -8,7 +8,7 @@ use crate::work::Looped;
 /// Loops of each length behind one measurement of growth,
 const GROWTHS: usize = 5;
 /// and of those on the same operands, which only a memory of results could shorten.
-const GROWTHS_QUEUED: usize = 2;
+const GROWTHS_QUEUED: usize = 3;
 /// Repetitions of a checked loop that are run again.
 const RERUN: usize = 8;
 
@@ -21,7 +21,12 @@ impl Bench<'_> {
         let waited = |b: &mut Self, k: usize| Ok(b.waited(n * times[k], 7)?.seconds);
         self.track.growth = self.grown("waited", GROWTHS, waited)?;
         if !self.who.lazy {
-            let queued = |b: &mut Self, k: usize| Ok(b.queued(n * times[k], 8)?.seconds);
+            let queued = |b: &mut Self, k: usize| {
+                b.who.work.renew(8)?;
+                // Also before a single start, or that would be cold and four of them not.
+                b.warm_up(8)?;
+                Ok(b.queue_of(n * times[k], 8)?.seconds)
+            };
             self.grown("queued", GROWTHS_QUEUED, queued)?;
         }
         if self.track.chains.is_some() {

@@ -61,11 +61,20 @@ fn group(g: &Group) -> String {
         draw::bars(g)
     );
     out += "<table><tr><th>engine</th><th>built</th><th>queued</th><th>waited</th><th>p10 – p90</th><th>in plan</th>\
-        <th>floor</th><th>× floor</th><th>check</th></tr>\n";
+        <th>floor</th><th>× floor</th>";
+    let lazy = table::lazy(g);
+    if lazy {
+        out += "<th>not executed</th>";
+    }
+    out += "<th>check</th></tr>\n";
     for (i, row) in g.rows.iter().enumerate() {
-        out += &line(g, i, row);
+        out += &line(g, i, row, lazy);
     }
     out += "</table>\n";
+    if lazy {
+        let what = table::NOT_EXECUTED;
+        out += &format!("<p class=\"facts\">Not executed: {what}.</p>\n");
+    }
     if let Some(why) = table::no_plan(g) {
         out += &format!("<p class=\"facts\">No time in a plan: {}.</p>\n", text(why));
     }
@@ -88,13 +97,14 @@ fn group(g: &Group) -> String {
     out + "</details></section>\n"
 }
 
-fn line(g: &Group, i: usize, row: &Row) -> String {
+fn line(g: &Group, i: usize, row: &Row, lazy: bool) -> String {
     let f = match &row.verdict {
         Verdict::Valid(f) => f,
         Verdict::Invalid(reason) => {
             return format!(
-                "<tr><td>{}</td><td class=\"bad\" colspan=\"8\">INVALID: {}</td></tr>\n",
+                "<tr><td>{}</td><td class=\"bad\" colspan=\"{}\">INVALID: {}</td></tr>\n",
                 text(&row.engine),
+                if lazy { 9 } else { 8 },
                 text(&reason.to_string())
             );
         }
@@ -102,7 +112,7 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
     let median = |s: &Option<crate::stats::Summary>| {
         s.as_ref().map_or("–".to_owned(), |s| seconds(s.median))
     };
-    let mut cells = [
+    let mut cells = vec![
         seconds(f.built.median),
         median(&f.queued),
         seconds(f.waited.median),
@@ -110,11 +120,11 @@ fn line(g: &Group, i: usize, row: &Row) -> String {
         median(&f.in_plan),
         seconds(row.floor.seconds),
         format!("{:.2}", f.waited.median / row.floor.seconds),
-        table::check(&f.check),
     ];
-    if let Some(s) = &f.not_executed {
-        cells[1] = format!("{} (not executed)", seconds(s.median));
+    if lazy {
+        cells.push(median(&f.not_executed));
     }
+    cells.push(table::check(&f.check));
     let mut more = vec![];
     if let Some(tokens) = g.tokens {
         more.push(format!("{:.0} tokens/s", tokens as f64 / f.waited.median));

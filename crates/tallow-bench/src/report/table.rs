@@ -71,19 +71,24 @@ pub fn group(g: &Group) -> Vec<String> {
     let mut lines = vec![String::new(), format!("{}: {}", g.suite, g.name)];
     let wide = g.rows.iter().map(|r| r.engine.chars().count()).max();
     let wide = wide.unwrap_or(0).max(8);
+    let lazy = lazy(g);
     if g.rows.iter().any(|r| r.figures().is_some()) {
         let [built, queued, waited, spread, plan, floor, times, check] = HEAD;
+        let not_executed = if lazy { " NOT EXECUTED" } else { "" };
         lines.push(format!(
-            "  {:wide$} {built:>9} {queued:>9} {waited:>9} {spread:>23} {plan:>9} {floor:>9} {times:>7}  {check}",
+            "  {:wide$} {built:>9} {queued:>9} {waited:>9} {spread:>23} {plan:>9} {floor:>9} {times:>7}{not_executed}  {check}",
             "",
         ));
     }
     for (i, row) in g.rows.iter().enumerate() {
-        lines.push(format!("  {:wide$} {}", row.engine, cells(row)));
+        lines.push(format!("  {:wide$} {}", row.engine, cells(row, lazy)));
         let more = more(g, i, row);
         if !more.is_empty() {
             lines.push(format!("  {:wide$} {}", "", more.join("; ")));
         }
+    }
+    if lazy {
+        lines.push(format!("  NOT EXECUTED: {NOT_EXECUTED}"));
     }
     lines.extend(no_plan(g).map(|why| format!("  no time in a plan: {why}")));
     lines.extend(g.revised.iter().map(|r| format!("  {r}")));
@@ -98,7 +103,16 @@ pub(super) fn no_plan(g: &Group) -> Option<&str> {
     g.rows.first()?.figures()?.no_plan.as_deref()
 }
 
-fn cells(row: &Row) -> String {
+/// Is there a row of a lazy engine?
+pub(super) fn lazy(g: &Group) -> bool {
+    let mut all = g.rows.iter().filter_map(Row::figures);
+    all.any(|f| f.not_executed.is_some())
+}
+
+/// What the column of that name is.
+pub(super) const NOT_EXECUTED: &str = "as people time a lazy engine: many calls, and the last result evaluated; the others were never computed";
+
+fn cells(row: &Row, lazy: bool) -> String {
     let f = match &row.verdict {
         Verdict::Invalid(reason) => return format!("INVALID: {reason}"),
         Verdict::Valid(f) => f,
@@ -106,8 +120,12 @@ fn cells(row: &Row) -> String {
     let of = |s: &Summary| seconds(s.median);
     let some = |s: &Option<Summary>| s.as_ref().map_or("-".to_owned(), of);
     let spread = format!("({} - {})", seconds(f.waited.p10), seconds(f.waited.p90));
+    let not_executed = match lazy {
+        true => format!(" {:>12}", some(&f.not_executed)),
+        false => String::new(),
+    };
     format!(
-        "{:>9} {:>9} {:>9} {spread:>23} {:>9} {:>9} {:>7.2}  {}",
+        "{:>9} {:>9} {:>9} {spread:>23} {:>9} {:>9} {:>7.2}{not_executed}  {}",
         of(&f.built),
         some(&f.queued),
         of(&f.waited),
@@ -139,7 +157,7 @@ pub(super) fn memory(m: &Memory) -> String {
     format!("{intermediates} of intermediates, {own} with state{grew}")
 }
 
-/// Tokens a second, the ratio to the first row, and what a lazy engine did not do.
+/// Tokens a second, the ratio to the first row, and memory.
 fn more(g: &Group, i: usize, row: &Row) -> Vec<String> {
     let mut all = vec![];
     let Some(f) = row.figures() else {
@@ -161,11 +179,5 @@ fn more(g: &Group, i: usize, row: &Row) -> Vec<String> {
         all.push(format!("in plan {middle:.3} ({low:.3} - {high:.3})"));
     }
     all.extend(row.memory.as_ref().map(memory));
-    if let Some(s) = &f.not_executed {
-        all.push(format!(
-            "timed as people time it: {} (NOT EXECUTED: only the last result was computed)",
-            seconds(s.median)
-        ));
-    }
     all
 }

@@ -107,9 +107,10 @@ class Job:
         if self.kind == "train":
             return list(self.step(self.x, self.targets))
         if self.kind == "cached":
-            # Each run from the same cache, so that none has to wait for the one before.
+            # Each run from the same cache, so that none has to wait for the one before. The cache writes into the arrays that it is
+            # given, so it is given others over the same numbers.
             for c, (keys, values) in zip(self.cache, self.kept):
-                c.keys, c.values, c.offset = keys, values, self.b
+                c.keys, c.values, c.offset = mx.stop_gradient(keys), mx.stop_gradient(values), self.b
             return [self.model(self.x, cache=self.cache)[:, -1].astype(mx.float32)]
         logits = self.model(self.x).astype(mx.float32)
         return [nn.losses.cross_entropy(logits, self.targets, reduction="none")]

@@ -74,7 +74,11 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
 }
 
 fn lines(shape: &str, threads: usize, cx: &Context, all: &[(&Offer, &Row)]) -> Result<()> {
-    out::line(format!("{shape}, {} weights, {threads} threads", cx.dtype))?;
+    out::line(format!(
+        "{shape}, {} weights, {threads} {}",
+        cx.dtype,
+        if threads == 1 { "thread" } else { "threads" }
+    ))?;
     let wide = all.iter().map(|(o, _)| o.name.len()).max().unwrap_or(0);
     let [a, b, c, d, e] = ["predicted", "waited", "in plan", "floor", "x floor"];
     out::line(format!(
