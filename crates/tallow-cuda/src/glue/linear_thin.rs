@@ -12,9 +12,9 @@ use tallow_core::{kernel::KernelSpec, types::DType};
 const THIN: &str = include_str!("linear_thin.cu");
 /// Outputs up to which it is offered.
 const MOST_OUTPUTS: usize = 64;
-/// Outputs of a block, and most rows.
+/// Outputs of a block, and most rows: with more, their sums do not fit registers.
 const TILE: usize = 8;
-const MOST_ROWS: usize = 8;
+const MOST_ROWS: usize = 4;
 /// Threads of a block.
 const THREADS: u32 = 128;
 /// Added to its estimate, so that it is taken where it was measured, and the library's product elsewhere.

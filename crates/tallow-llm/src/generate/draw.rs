@@ -121,7 +121,7 @@ impl Draw {
         let unit = Tensor::apply(Op::Random { id: ID, shape }, &[&self.key])?;
         let noise = unit.maximum(&Tensor::scalar(LEAST))?;
         let noise = noise.log()?.neg()?.log()?.neg()?;
-        let never = Tensor::scalar(f32::NEG_INFINITY);
+        let never = Tensor::scalar(f32::MIN);
         // NaN is below nothing, so it is seen.
         let scores = scaled.less(&edge)?.select(&never, &scaled.add(&noise)?)?;
         Ok(scores.top()?)

@@ -78,6 +78,9 @@ pub(super) fn lines(f: &Found) -> Result<()> {
         for i in l.steps.clone() {
             step(f, i, &plan.steps[i])?;
         }
+        if many == 1 && l.launches != [plan.steps[*l.steps.start()].kernel_name] {
+            out::line(format!("      starts {}", l.launches.join(", then ")))?;
+        }
     }
     totals(f)?;
     fallbacks(f)
