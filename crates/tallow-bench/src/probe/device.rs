@@ -13,8 +13,10 @@ use crate::work::Clock;
 
 /// The smallest working set, in bytes. Below it a rate is that of starting kernels.
 const SMALLEST: usize = 256 << 10;
-/// Least bytes moved between two waits.
+/// Bytes moved between two waits: as many,
 const QUEUED_BYTES: usize = 1 << 30;
+/// but not for longer than this, in seconds, as far as smaller sets have shown. Software that plays a device is slow.
+const QUEUED_S: f64 = 0.02;
 /// Most replays between two waits.
 const QUEUED: usize = 64;
 /// Extents of the square products, until one takes longer than [`LONG_S`].
@@ -28,9 +30,10 @@ impl Probe {
     /// What the device reports.
     pub fn device(clock: &dyn Clock, session: &Session, dtype: DType) -> Result<Self> {
         let mut probe = Self::default();
-        let mut bytes = SMALLEST;
+        let (mut bytes, mut bytes_per_s) = (SMALLEST, f64::INFINITY);
         while bytes <= LARGEST {
-            let bytes_per_s = moving(clock, session, bytes)?;
+            let most = (bytes_per_s * QUEUED_S).min(QUEUED_BYTES as f64) as usize;
+            bytes_per_s = moving(clock, session, bytes, most)?;
             probe.bandwidth.push(Bandwidth {
                 threads: 1,
                 bytes,
@@ -62,9 +65,9 @@ fn queued(session: &Session, program: &mut Program, times: usize) -> Result<()> 
     Ok(session.backend().wait()?)
 }
 
-/// Bytes a second of a copy or a sum with a working set of so many bytes, whichever is faster.
-fn moving(clock: &dyn Clock, session: &Session, bytes: usize) -> Result<f64> {
-    let times = (QUEUED_BYTES / bytes).clamp(1, QUEUED);
+/// Bytes a second of a copy or a sum with a working set of so many bytes, whichever is faster; about `most` bytes between waits.
+fn moving(clock: &dyn Clock, session: &Session, bytes: usize, most: usize) -> Result<f64> {
+    let times = (most / bytes).clamp(1, QUEUED);
     let mut most = 0.0f64;
     for sum in [false, true] {
         // A copy reads one half and writes the other.
