@@ -97,6 +97,8 @@ pub struct Context {
     pub dtype: DType,
     /// Fewer shapes.
     pub quick: bool,
+    /// Rows and tokens a row of a training step (of a sweep: of each adapter), where not the suite's own.
+    pub batch: Option<[usize; 2]>,
     /// Models of the suites that need one: what they are called and where they lie.
     pub models: Vec<(String, PathBuf)>,
     /// A command that keeps every core busy, as [`crate::load::spin`] does; for the suite that wants it.

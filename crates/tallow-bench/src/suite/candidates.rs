@@ -118,6 +118,7 @@ mod tests {
             threads: 1,
             dtype: tallow::DType::F32,
             quick: true,
+            batch: None,
             models: vec![],
             spinner: None,
         };

@@ -395,7 +395,8 @@ fn subject(
 /// Rows and tokens a row of a training step.
 #[must_use]
 pub fn batch(cx: &Context) -> [usize; 2] {
-    if cx.quick { [2, 32] } else { [4, 128] }
+    cx.batch
+        .unwrap_or(if cx.quick { [2, 32] } else { [4, 128] })
 }
 
 /// A training step of every model of the run.

@@ -17,7 +17,11 @@ const SHAPES: [[usize; 2]; 5] = [[1, 16], [1, 32], [1, 64], [1, 128], [4, 128]];
 /// # Errors
 /// None now.
 pub fn tasks(cx: &Context) -> Result<Vec<Task>> {
-    let shapes = if cx.quick { &SHAPES[..2] } else { &SHAPES };
+    let shapes = match &cx.batch {
+        Some(given) => std::slice::from_ref(given),
+        None if cx.quick => &SHAPES[..2],
+        None => &SHAPES,
+    };
     let mut all = vec![];
     for (model, dir) in &cx.models {
         for [b, t] in shapes {

@@ -58,6 +58,9 @@ pub(crate) struct Args {
     /// A model of this size with random weights: small, 0.5b, 1b or 8b; may be given several times.
     #[arg(long, value_name = "SIZE", value_parser = shape)]
     shape: Vec<ModelShape>,
+    /// Rows and tokens a row of a training step, as in 8x512; in sweep, of each adapter [default: 4x128 and several].
+    #[arg(long, value_name = "ROWSxTOKENS", value_parser = batch)]
+    batch: Option<[usize; 2]>,
     /// Other engines to measure beside tallow, separated by commas.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     against: Vec<String>,
@@ -85,6 +88,14 @@ enum What {
 
 fn suite(text: &str) -> Result<Suite, String> {
     text.parse().map_err(|e: tallow_bench::Error| e.to_string())
+}
+
+fn batch(text: &str) -> Result<[usize; 2], String> {
+    let two = text.split_once('x').map(|(b, t)| (b.parse(), t.parse()));
+    match two {
+        Some((Ok(b @ 1..=65_536), Ok(t @ 1..=65_536))) => Ok([b, t]),
+        _ => Err("rows and tokens wanted, each from 1 to 65536, as in 8x512".to_owned()),
+    }
 }
 
 fn shape(text: &str) -> Result<ModelShape, String> {
@@ -216,6 +227,7 @@ fn context(args: &Args, global: &Global, models: Vec<(String, PathBuf)>) -> Resu
         threads,
         dtype: dtype(args),
         quick: args.quick,
+        batch: args.batch,
         models,
         spinner: spinner()?,
     })

@@ -139,6 +139,9 @@ fn nonsense_is_refused() {
         &["seed, layers, tax, train, decode, sweep or busy"],
     );
     refused(&["bench", "--only", "abacus"], &["abacus", "--only"]);
+    for wrong in ["8", "0x16", "8x", "8x16x2"] {
+        refused(&["bench", "train", "--batch", wrong], &["--batch", "8x512"]);
+    }
     refused(&["bench", "--against", "abacus"], &["abacus", "--against"]);
     refused(&["bench", "--shape", "70b", "train"], &["70b", "8b"]);
     refused(&["bench", "compare", "a.json"], &["AFTER"]);

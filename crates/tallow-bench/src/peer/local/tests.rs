@@ -19,6 +19,7 @@ fn context(dtype: DType) -> Context {
         threads: 2,
         dtype,
         quick: true,
+        batch: None,
         models: vec![],
         spinner: None,
     }

@@ -39,6 +39,7 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
         threads,
         dtype,
         quick: true,
+        batch: None,
         models: vec![],
         spinner: None,
     };
