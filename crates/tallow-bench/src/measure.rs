@@ -344,20 +344,13 @@ impl Bench<'_> {
     /// `n` repetitions, each waited for and fed from the one before.
     fn waited(&mut self, n: usize, seed: u64) -> Result<Looped, Doubt> {
         self.who.work.renew(seed)?;
-        self.warm(n, seed)?;
+        self.warm(seed)?;
         self.loop_of(n, seed)
     }
 
-    /// New operands have driven everything else out of the caches: of several repetitions the first would be another work
-    /// than the rest, and four times as many less than four times as long. So one is run before, and not timed.
-    fn warm(&mut self, n: usize, seed: u64) -> Result<(), Doubt> {
-        match n > 1 {
-            true => self.warm_up(seed),
-            false => Ok(()),
-        }
-    }
-
-    fn warm_up(&mut self, seed: u64) -> Result<(), Doubt> {
+    /// New operands have driven everything else out of the caches, and another contender had the processor: the first repetition
+    /// would be another work than the rest, and one alone another than many. So one is run before, and not timed.
+    fn warm(&mut self, seed: u64) -> Result<(), Doubt> {
         let first = link(3.0, seed as usize);
         self.who.work.waited(self.clock, 1, first)?;
         Ok(())
@@ -375,7 +368,7 @@ impl Bench<'_> {
     /// `n` repetitions started, one wait.
     fn queued(&mut self, n: usize, seed: u64) -> Result<Queued, Doubt> {
         self.who.work.renew(seed)?;
-        self.warm(n, seed)?;
+        self.warm(seed)?;
         self.queue_of(n, seed)
     }
 
@@ -436,11 +429,9 @@ impl Bench<'_> {
         let times = (self.track.n / *reps).clamp(1, 64);
         let chain = &mut chains[k];
         chain.renew(seed)?;
-        if self.track.n > 1 {
-            // As before a loop.
-            chain.start()?;
-            chain.wait()?;
-        }
+        // As before a loop.
+        chain.start()?;
+        chain.wait()?;
         let start = self.clock.now();
         for _ in 0..times {
             chain.start()?;

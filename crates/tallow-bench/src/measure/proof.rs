@@ -24,7 +24,7 @@ impl Bench<'_> {
             let queued = |b: &mut Self, k: usize| {
                 b.who.work.renew(8)?;
                 // Also before a single start, or that would be cold and four of them not.
-                b.warm_up(8)?;
+                b.warm(8)?;
                 Ok(b.queue_of(n * times[k], 8)?.seconds)
             };
             self.grown("queued", GROWTHS_QUEUED, queued)?;
