@@ -8,6 +8,7 @@ mod layer;
 use layer::{Sizes, layers};
 use std::{sync::Arc, time::Instant};
 use tallow_core::{
+    backend::Backend,
     op::Role,
     session::Session,
     tensor::{Tensor, lift},
@@ -50,7 +51,8 @@ fn token(gpu: &Arc<Wgpu>, sizes: Sizes, count: usize) -> (usize, f64) {
     let session = Session::new(gpu.clone());
     let graph = layers(sizes, count).expect("layers").graph;
     let plan = session.compile(&graph).expect("compiles");
-    let dispatches = gpu.dispatches(&plan.plan).iter().sum();
+    let launched = gpu.launched(&plan.plan);
+    let dispatches = launched.iter().map(|l| l.launches.len()).sum();
     let zeros = |(_, role, ty): (_, Role, tallow_core::types::TensorType)| {
         session.zeros(ty, role).expect("memory")
     };

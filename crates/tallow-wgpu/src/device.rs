@@ -17,7 +17,7 @@ use std::sync::{
 };
 use tallow_core::{
     Result,
-    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Recording},
+    backend::{ArenaRules, Backend, Bindings, Buffer, DeviceInfo, Launched, Recording},
     kernel::{Candidate, Format, KernelId, KernelSpec, Offers, Operand},
     op::Composite,
     plan::Plan,
@@ -113,19 +113,9 @@ impl Wgpu {
     pub(crate) fn offer(&self, id: KernelId) -> Offer {
         lock(&self.table).get(id).clone()
     }
-    /// Dispatches of each step of a plan made on this GPU; none where those of another step do its work.
-    pub fn dispatches(&self, plan: &Plan) -> Vec<usize> {
-        let offers: Vec<Offer> = plan.steps.iter().map(|s| self.offer(s.kernel)).collect();
-        let groups = fused::groups(&self.target, plan, &offers);
-        let count = |i: usize| match groups.iter().find(|g| (g.first..=g.last).contains(&i)) {
-            None => {
-                let needed = |k: &&Kernel| !fused::lies_there(&plan.steps[i], k);
-                offers[i].jobs.iter().filter(needed).count()
-            }
-            Some(g) if g.last == i => g.jobs.len(),
-            Some(_) => 0,
-        };
-        (0..offers.len()).map(count).collect()
+    /// The offers that a plan made on this GPU chose, step by step.
+    pub(crate) fn offers(&self, plan: &Plan) -> Vec<Offer> {
+        plan.steps.iter().map(|s| self.offer(s.kernel)).collect()
     }
     pub(crate) fn buffer(&self, bytes: usize) -> Result<Buffer> {
         let usage = wgpu::BufferUsages::STORAGE
@@ -236,6 +226,9 @@ impl Backend for Wgpu {
             scratch: None,
         };
         self.run(&jobs, &places).map_err(|e| self.error(e))
+    }
+    fn launched(&self, plan: &Plan) -> Vec<Launched> {
+        fused::launched(&self.target, plan, &self.offers(plan))
     }
     fn record(&self, plan: Arc<Plan>, bind: Bindings) -> Result<Box<dyn Recording>> {
         Ok(Box::new(WgpuRecording::new(self, &plan, bind)?))

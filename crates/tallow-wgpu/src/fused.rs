@@ -8,6 +8,7 @@ use crate::{
     shader::Target,
 };
 use tallow_core::{
+    backend::Launched,
     kernel::{Body, KernelSpec, Operand},
     op::{Composite, Linear},
     plan::{Place, Plan, Span, Step},
@@ -42,8 +43,35 @@ pub(crate) fn groups(t: &Target, plan: &Plan, offers: &[Offer]) -> Vec<Group> {
     all
 }
 
+/// What a recording of `plan`, whose kernels are `offers`, dispatches.
+pub(crate) fn launched(t: &Target, plan: &Plan, offers: &[Offer]) -> Vec<Launched> {
+    let (groups, mut all, mut i) = (groups(t, plan, offers), vec![], 0);
+    while i < offers.len() {
+        let (last, launches) = match groups.iter().find(|g| g.first == i) {
+            Some(g) => (g.last, g.jobs.iter().map(name).collect()),
+            None if offers[i].gemm.is_some() => (i, vec![offers[i].name.to_owned()]),
+            None => {
+                let jobs = offers[i].jobs.iter();
+                let needed = jobs.filter(|k| !lies_there(&plan.steps[i], k));
+                (i, needed.map(name).collect())
+            }
+        };
+        all.push(Launched {
+            steps: i..=last,
+            launches,
+        });
+        i = last + 1;
+    }
+    all
+}
+
+fn name(k: &Kernel) -> String {
+    let [x, y, z] = k.grid.map(u64::from);
+    format!("{} ({} workgroups)", k.entry, x * y * z)
+}
+
 /// Is `k` not needed, because its result already lies in place?
-pub(crate) fn lies_there(step: &Step, k: &Kernel) -> bool {
+fn lies_there(step: &Step, k: &Kernel) -> bool {
     k.unless_same.is_some_and(|(operand, result)| {
         let (r, w) = (&step.reads[operand], step.writes[result].as_ref());
         w.is_some_and(|w| (r.place, r.offset) == (w.place, w.offset))

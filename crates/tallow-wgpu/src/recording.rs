@@ -307,7 +307,7 @@ impl WgpuRecording {
             bind: &bind,
             arena: &arena,
         };
-        let offers: Vec<Offer> = plan.steps.iter().map(|s| wgpu.offer(s.kernel)).collect();
+        let offers = wgpu.offers(plan);
         let groups = fused::groups(wgpu.target(), plan, &offers);
         let bytes = groups.iter().map(|g| g.scratch).max().unwrap_or(0);
         let own = wgpu.buffer(bytes)?;

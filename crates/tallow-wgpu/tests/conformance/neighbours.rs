@@ -7,7 +7,7 @@ use super::{
     layer::{Sizes, layers as of_layers},
 };
 use tallow_conformance::{Case, check_all};
-use tallow_core::{Result, session::Session};
+use tallow_core::{Result, backend::Backend, session::Session};
 
 /// One row and several, vectors of four and not.
 fn layers(rank: usize) -> Vec<Case> {
@@ -52,10 +52,10 @@ fn dispatches_of_a_layer_are_counted() {
     for (rank, want) in [(0, 7), (5, 11)] {
         for case in layers(rank) {
             let made = session.compile(&case.graph).expect("compiles");
-            let each = gpu.dispatches(&made.plan);
+            let each = gpu.launched(&made.plan);
             let steps: Vec<_> = made.plan.steps.iter().map(|s| s.kernel_name).collect();
             assert_eq!(
-                each.iter().sum::<usize>(),
+                each.iter().map(|l| l.launches.len()).sum::<usize>(),
                 want,
                 "{}: {steps:?} {each:?}",
                 case.name
