@@ -1,8 +1,7 @@
 //! tallow-bench: the honest clock. Works are measured so that a time that could not have happened is an error.
 //!
-//! Read in this order: `work` what can be measured; `measure` how, and when a row is not believed; `calm` whether
-//! the machine is ours; `probe` what the
-//! machine reaches; `floors` rows and floors held against each other; `ours` tallow as a work; `suite` which works.
+//! Read in this order: `work` what can be measured; `measure` how, and when a row is not believed; `calm` whether the
+//! machine is ours; `probe` what it reaches; `floors` rows and floors held against each other; `ours` tallow as a work; `suite` which works.
 //! Invariant: a figure without a passed check does not exist. Absent on purpose: kernels, and tuning for benchmarks.
 // One call of a peer's interface is unsafe; without peers nothing is.
 #![cfg_attr(not(feature = "peers"), forbid(unsafe_code))]

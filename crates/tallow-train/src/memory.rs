@@ -83,12 +83,12 @@ pub(crate) fn check(trainer: &mut Trainer, feeds: &[Feed]) -> Result<Memory> {
     else {
         return Ok(Memory::default());
     };
+    let mut memory = trainer.plan(shape)?.plan.memory();
     let Some(free) = free_on(trainer.session()) else {
-        return Ok(trainer.plan(shape)?.plan.memory());
+        return Ok(memory);
     };
     // Frozen weights are in memory already, or mapped.
     let need = |m: &Memory| m.total() - m.frozen;
-    let mut memory = trainer.plan(shape)?.plan.memory();
     if need(&memory) > free {
         trainer.spare();
         memory = trainer.plan(shape)?.plan.memory();
