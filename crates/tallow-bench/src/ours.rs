@@ -165,7 +165,7 @@ pub enum Reference {
     /// A part of it, where the whole takes too long: for a seed and the operands, some elements of the first result.
     Sampled(SampleFn),
     /// The same work by other kernels, where even a part takes too long: within [`TWIN`] of the largest element.
-    Twin(TwinFn),
+    Twin(Judge, TwinFn),
 }
 
 /// Makes the other one.
@@ -175,8 +175,11 @@ pub type TwinFn = Box<dyn Fn() -> Result<Ours>>;
 pub const TWIN: f64 = 2e-3;
 
 /// How far the results of somebody who rounds everything to bf16 may be apart, relative to the largest element. Twice what
-/// PyTorch shows over six layers; without its adapter a result is further off by far.
+/// PyTorch shows over [`LAYERS`]; without its adapter a result is further off by far.
 pub const HALF: f64 = 3e-2;
+
+/// Over more layers than this roundings add up: one is as likely up as down, so as the root of their number.
+const LAYERS: f64 = 6.0;
 
 /// The same of kernels that round the operands of products with bf16 weights, and nothing else.
 const PAIRS: f64 = 1.5e-2;
@@ -227,6 +230,8 @@ struct Graphed {
     link: Cell<f32>,
     /// How far what is rounded to bf16 on the way may be apart, relative to the largest element.
     half: Cell<Option<f64>>,
+    /// Times that, for a deep model.
+    depth: Cell<f64>,
     /// Which results and states somebody else has, where not all.
     some: RefCell<Option<Vec<usize>>>,
 }
@@ -261,6 +266,7 @@ impl Ours {
             seed: Cell::new(0),
             link: Cell::new(0.0),
             half: Cell::new(None),
+            depth: Cell::new(1.0),
             some: RefCell::new(None),
         };
         Ok(Ours {
@@ -273,6 +279,14 @@ impl Ours {
     #[must_use]
     pub fn in_half(self) -> Self {
         self.graph.half.set(Some(PAIRS));
+        self
+    }
+
+    /// The same work, of so many layers that round one behind the other.
+    #[must_use]
+    pub fn over(self, layers: usize) -> Self {
+        let depth = (layers as f64 / LAYERS).sqrt().max(1.0);
+        self.graph.depth.set(depth);
         self
     }
 
@@ -294,9 +308,9 @@ impl Ours {
         self.finish().unwrap_or(f32::NAN)
     }
 
-    /// Judged as somebody who rounds everything to bf16.
-    #[cfg(test)]
-    pub(crate) fn all_in_half(self) -> Self {
+    /// The same work of a device that keeps what is between its kernels in bf16 as well.
+    #[must_use]
+    pub fn all_in_half(self) -> Self {
         self.graph.half.set(Some(HALF));
         self
     }
@@ -373,13 +387,14 @@ impl Graphed {
         let of = got.iter().map(Vec::len).sum();
         let mut errors = Errors::default();
         let mut by = Judge::Oracle;
+        let half = self.half.get().map(|part| part * self.depth.get());
         match &self.subject.reference {
             Reference::Whole | Reference::Deep => {
                 let low = lower(&self.outs, &self.subject.updates)?;
                 let values = self.values(&low.leaves, carried)?;
                 let want = eval_bounded(&low.graph, &values)?;
                 for (got, want) in got.iter().zip(self.some_of(&want)) {
-                    if let Some(part) = self.half.get() {
+                    if let Some(part) = half {
                         errors.rounded(got, want, part);
                         continue;
                     }
@@ -405,7 +420,7 @@ impl Graphed {
                 let got: Vec<f64> = s.at.iter().map(|i| got[0][*i]).collect();
                 let judged = s.want.iter().map(|want| {
                     let mut by_this = Errors::default();
-                    match self.half.get() {
+                    match half {
                         Some(part) => by_this.rounded(&got, want, part),
                         None => by_this.add(&got, want),
                     }
@@ -415,14 +430,14 @@ impl Graphed {
                     errors = best;
                 }
             }
-            Reference::Twin(make) => {
-                by = Judge::Portable;
+            Reference::Twin(judge, make) => {
+                by = *judge;
                 let mut twin = make()?;
                 twin.renew(self.seed.get())?;
                 twin.feed(self.link.get())?;
                 twin.start()?;
                 for (got, want) in got.iter().zip(self.some_of(&twin.results()?)) {
-                    errors.near(got, want, self.half.get().unwrap_or(TWIN));
+                    errors.near(got, want, half.unwrap_or(TWIN));
                     errors.compared += got.len();
                 }
             }

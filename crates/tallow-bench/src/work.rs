@@ -58,6 +58,8 @@ pub enum Judge {
     Oracle,
     /// The portable kernels on one thread, for models that are too large for the interpreter.
     Portable,
+    /// The processor's own kernels, for such a model on another device.
+    Processor,
 }
 
 impl Check {

@@ -143,10 +143,12 @@ pub fn check(c: &Check) -> String {
         true => format!(", {} of {} elements", c.compared, c.of),
         false => String::new(),
     };
-    match c.by {
-        Judge::Oracle => format!("ok, {:.0} % of rounding{of}", c.worst * 100.0),
-        Judge::Portable => format!("ok, {:.0} % (portable kernels){of}", c.worst * 100.0),
-    }
+    let by = match c.by {
+        Judge::Oracle => " of rounding",
+        Judge::Portable => " (portable kernels)",
+        Judge::Processor => " (the processor's kernels)",
+    };
+    format!("ok, {:.0} %{by}{of}", c.worst * 100.0)
 }
 
 /// "54.0 MiB of intermediates, 56.5 MiB with state; the process grew by 54.8 MiB".

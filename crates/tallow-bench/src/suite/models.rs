@@ -1,7 +1,7 @@
 //! Whole models as works: a forward pass, a prompt, a decoded token, a training step; and the suites `train` and `decode`.
 //! Invariant: what runs is what `tallow generate` and `tallow train` run: the same graphs, caches and updates.
-//! Models up to [`ORACLE_MOST`] weights are judged by the f64 oracle; larger ones by the portable kernels on one thread,
-//! which share no arithmetic with the others, and the check says so.
+//! Models up to [`ORACLE_MOST`] weights are judged by the f64 oracle; larger ones by kernels that share no arithmetic with
+//! those under the clock, and the check says so: on the processor by the portable ones on one thread, on any other device by the processor's.
 
 use std::path::Path;
 
@@ -18,6 +18,7 @@ use super::{Context, Suite, Task};
 use crate::ours::{Again, Fill, Join, Operands, Ours, Reference, Subject};
 use crate::peer::{Job, ModelJob};
 use crate::probe::Cost;
+use crate::work::Judge;
 use crate::{Error, Result};
 
 /// Most weights of a model that the oracle can be asked about.
@@ -219,14 +220,20 @@ pub fn work(
     };
     if base > ORACLE_MOST {
         let (dir, adapted) = (dir.to_owned(), adapted.cloned());
-        subject.reference = Reference::Twin(Box::new(move || {
-            let portable = portable(dtype)?;
-            Ok(self::work(&portable, &dir, dtype, doing, adapted.as_ref())?.0)
-        }));
+        let judge = match session.backend().far() {
+            true => Judge::Processor,
+            false => Judge::Portable,
+        };
+        let twin = move || {
+            let other = kernels_of(judge, dtype)?;
+            Ok(self::work(&other, &dir, dtype, doing, adapted.as_ref())?.0)
+        };
+        subject.reference = Reference::Twin(judge, Box::new(twin));
     }
     let cost = cost(&model, dtype, doing, &size);
-    let ours = Ours::new(o, subject)?;
+    let ours = Ours::new(o, subject)?.over(model.config.layers);
     Ok(match dtype {
+        DType::BF16 if session.backend().far() => (ours.all_in_half(), cost),
         DType::BF16 => (ours.in_half(), cost),
         _ => (ours, cost),
     })
@@ -279,11 +286,15 @@ fn cost(model: &Model, dtype: DType, doing: Doing, size: &Size) -> Cost {
     }
 }
 
-fn portable(dtype: DType) -> Result<Session> {
+fn kernels_of(judge: Judge, dtype: DType) -> Result<Session> {
+    let (threads, isa) = match judge {
+        Judge::Processor => (None, None),
+        _ => (Some(1), Some(Isa::Portable)),
+    };
     let cpu = Cpu::open(&CpuOptions {
-        threads: Some(1),
+        threads,
         weights: dtype,
-        isa: Some(Isa::Portable),
+        isa,
     })?;
     Ok(Session::new(std::sync::Arc::new(cpu)))
 }

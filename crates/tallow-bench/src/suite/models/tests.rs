@@ -3,7 +3,7 @@
 use super::*;
 use crate::ours::judge::{judged, judged_half};
 use crate::shapes::{ModelShape, SMALL};
-use crate::work::Work as _;
+use crate::work::{Judge, Work as _};
 
 /// Small enough for a debug build.
 const TOY: ModelShape = ModelShape {
@@ -105,7 +105,14 @@ fn several_adapters_and_dora_agree_with_the_oracle() {
 
 #[test]
 fn a_dropped_adapter_is_noticed() {
-    let dir = toy(DType::F32);
+    for layers in [2, 24] {
+        dropped_adapter(layers);
+    }
+}
+
+fn dropped_adapter(layers: usize) {
+    let dir = tempfile::tempdir().unwrap();
+    ModelShape { layers, ..TOY }.write(dir.path()).unwrap();
     let session = tallow::open("cpu").unwrap();
     for doing in [Doing::Forward([1, 9]), Doing::Prefill, Doing::Decode] {
         let make = |adapted: Option<&Adapted>| {
@@ -161,7 +168,13 @@ fn a_step_without_its_optimizer_is_noticed_in_what_others_give() {
 }
 
 #[test]
-fn the_portable_kernels_judge_what_the_oracle_cannot() {
+fn other_kernels_judge_what_the_oracle_cannot() {
+    for judge in [Judge::Portable, Judge::Processor] {
+        judged_by_others(judge);
+    }
+}
+
+fn judged_by_others(judge: Judge) {
     let dir = toy(DType::BF16);
     let session = tallow::open_with(&tallow::OpenOptions {
         device: "cpu".into(),
@@ -176,7 +189,7 @@ fn the_portable_kernels_judge_what_the_oracle_cannot() {
             let dir = dir.path().to_owned();
             move || {
                 let made = work(
-                    &portable(DType::BF16)?,
+                    &kernels_of(judge, DType::BF16)?,
                     &dir,
                     DType::BF16,
                     doing,
@@ -187,16 +200,13 @@ fn the_portable_kernels_judge_what_the_oracle_cannot() {
         };
         let made = work(&session, dir.path(), DType::BF16, doing, Some(&seven));
         let mut made = made.unwrap().0;
-        made.judge_by(Reference::Twin(Box::new(twin(seven.clone()))));
+        made.judge_by(Reference::Twin(judge, Box::new(twin(seven.clone()))));
         let y = run(&mut made);
         let check = made.check(y).unwrap();
-        assert!(
-            check.pass() && check.by == crate::work::Judge::Portable,
-            "{doing}: {check:?}"
-        );
+        assert!(check.pass() && check.by == judge, "{doing}: {check:?}");
         // An adapter of other numbers is noticed.
         if !matches!(doing, Doing::Train(_) | Doing::TrainAgain(_)) {
-            made.judge_by(Reference::Twin(Box::new(twin(Adapted::seven(3)))));
+            made.judge_by(Reference::Twin(judge, Box::new(twin(Adapted::seven(3)))));
             let y = run(&mut made);
             assert!(!made.check(y).unwrap().pass(), "{doing}");
         }
