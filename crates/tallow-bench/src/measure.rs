@@ -162,6 +162,10 @@ impl Row {
 const MOST: usize = 20_000;
 /// Most repetitions in a plan, times four for growth.
 const MOST_IN_PLAN: usize = 16;
+/// and where most of a repetition is waiting for it. A plan as long as the others would be little more than its submission;
+const MOST_FAR: usize = 64;
+/// so it is replayed at least so often before it is waited for.
+const REPLAYS_FAR: usize = 4;
 /// A plan shorter than this holds more repetitions.
 const PLAN_S: f64 = 300e-6;
 
@@ -181,6 +185,8 @@ struct Track {
     one: Vec<f64>,
     check: Option<Check>,
     growth: f64,
+    /// Replays of a plan before a wait.
+    replays: usize,
     /// The plan with `n` repetitions, and one with four times as many.
     chains: Option<(usize, [Box<dyn Chain>; 2])>,
     no_plan: Option<&'static str>,
@@ -199,6 +205,7 @@ impl Track {
             one: vec![],
             check: None,
             growth: f64::NAN,
+            replays: 1,
             chains: None,
             no_plan: None,
             wrong: None,
@@ -409,8 +416,18 @@ impl Bench<'_> {
             self.track.n = n.min(self.track.n * 8);
             one = self.waited(self.track.n, 0)?.seconds / self.track.n as f64;
         }
+        // What is put off takes no time in a queue.
+        let queued = match self.who.lazy {
+            true => one,
+            false => self.queued(self.track.n, 0)?.seconds / self.track.n as f64,
+        };
+        let (one, most, replays) = match one > 2.0 * queued {
+            true => (queued, MOST_FAR, REPLAYS_FAR),
+            false => (one, MOST_IN_PLAN, 1),
+        };
         let reps = (PLAN_S / one.max(1e-9)).ceil();
-        let reps = reps.clamp(2.0, MOST_IN_PLAN as f64) as usize;
+        let reps = reps.clamp(2.0, most as f64) as usize;
+        self.track.replays = (self.track.n / reps).clamp(replays, 64);
         let work = &mut self.who.work;
         let track = &mut self.track;
         match (work.chain(reps)?, work.chain(4 * reps)?) {
@@ -426,7 +443,7 @@ impl Bench<'_> {
         let Some((reps, chains)) = &mut self.track.chains else {
             return Ok(None);
         };
-        let times = (self.track.n / *reps).clamp(1, 64);
+        let times = self.track.replays;
         let chain = &mut chains[k];
         chain.renew(seed)?;
         // As before a loop.
