@@ -162,12 +162,14 @@ impl Row {
 const MOST: usize = 20_000;
 /// Most repetitions in a plan, times four for growth.
 const MOST_IN_PLAN: usize = 16;
-/// and where most of a repetition is waiting for it. A plan as long as the others would be little more than its submission;
+/// and where most of a repetition is waiting for it: a plan as long as the others would be little more than its submission,
 const MOST_FAR: usize = 64;
 /// so it is replayed at least so often before it is waited for.
 const REPLAYS_FAR: usize = 4;
-/// A plan shorter than this holds more repetitions.
+/// A plan shorter than this holds more repetitions,
 const PLAN_S: f64 = 300e-6;
+/// and one of the second kind if it is shorter than this.
+const PLAN_FAR_S: f64 = 1e-3;
 
 /// Least starts in a queue of a lazy engine: what is put off costs nothing.
 const LAZY: usize = 64;
@@ -421,12 +423,12 @@ impl Bench<'_> {
             true => one,
             false => self.queued(self.track.n, 0)?.seconds / self.track.n as f64,
         };
-        let (one, most, replays) = match one > 2.0 * queued {
-            true => (queued, MOST_FAR, REPLAYS_FAR),
-            false => (one, MOST_IN_PLAN, 1),
+        let far = one > 2.0 * queued;
+        let (reps, most, replays) = match far {
+            true => (PLAN_FAR_S / queued.max(1e-9), MOST_FAR, REPLAYS_FAR),
+            false => (PLAN_S / one.max(1e-9), MOST_IN_PLAN, 1),
         };
-        let reps = (PLAN_S / one.max(1e-9)).ceil();
-        let reps = reps.clamp(2.0, most as f64) as usize;
+        let reps = reps.ceil().clamp(2.0, most as f64) as usize;
         self.track.replays = (self.track.n / reps).clamp(replays, 64);
         let work = &mut self.who.work;
         let track = &mut self.track;
