@@ -125,20 +125,33 @@ impl Ahead {
         at: usize,
         dst: &mut [u8],
     ) -> Result<bool> {
-        let state = &mut *lock(&self.0);
-        let fresh = |n: &&Newest| n.copied && n.change == gpu.changes();
-        let newest = state.newest.as_ref().filter(fresh);
-        let (Some(newest), Some(wish), Some(landing)) = (newest, &mut state.wish, &state.landing)
-        else {
+        let Some((landing, skip)) = self.take(gpu, src, at, dst.len()) else {
             return Ok(false);
         };
-        let inside = wish.range.start <= at && at + dst.len() <= wish.range.end;
-        if newest.asker != wish.asker || wish.src != *src || !inside {
-            return Ok(false);
-        }
-        land(gpu, landing, at - wish.range.start, dst)?;
-        wish.read = true;
+        // Nobody who asks for a replay waits behind this.
+        land(gpu, &landing, skip, dst)?;
+        lock(&self.0).landing.get_or_insert(landing);
         Ok(true)
+    }
+    /// The landing of the newest replay, if it holds `len` bytes of `src` from `at` on, and where in it they begin.
+    fn take(
+        &self,
+        gpu: &Gpu,
+        src: &wgpu::Buffer,
+        at: usize,
+        len: usize,
+    ) -> Option<(wgpu::Buffer, usize)> {
+        let state = &mut *lock(&self.0);
+        let fresh = |n: &&Newest| n.copied && n.change == gpu.changes();
+        let newest = state.newest.as_ref().filter(fresh)?;
+        let wish = state.wish.as_mut()?;
+        let inside = wish.range.start <= at && at + len <= wish.range.end;
+        if newest.asker != wish.asker || wish.src != *src || !inside {
+            return None;
+        }
+        let landing = state.landing.take()?;
+        wish.read = true;
+        Some((landing, at - wish.range.start))
     }
     /// Bytes of `src` from `at` on were read in a submission of their own.
     pub(crate) fn missed(&self, gpu: &Gpu, src: &wgpu::Buffer, at: usize, len: usize) {

@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     gpu::{ALIGN, Gpu, lock},
 };
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Mutex, mpsc};
 
 /// The GPU copies whole words.
 pub(crate) const WORD: usize = 4;
@@ -105,21 +105,24 @@ fn fetch(
 /// Waits for `landing`, then gives its bytes after the first `skip`.
 pub(crate) fn land(gpu: &Gpu, landing: &wgpu::Buffer, skip: usize, dst: &mut [u8]) -> Result<()> {
     let bytes = (skip + dst.len()).next_multiple_of(WORD) as u64;
-    let result = Arc::new(OnceLock::new());
-    let tell = result.clone();
+    let (tell, told) = mpsc::channel();
     landing.map_async(wgpu::MapMode::Read, 0..bytes, move |r| {
-        let _ = tell.set(r);
+        // Nobody listens only if waiting failed, which is told.
+        let _ = tell.send(r);
     });
-    gpu.wait_until(|| result.get().is_some())?;
+    let mut early = None;
+    gpu.wait_until(|| {
+        early = told.try_recv().ok();
+        early.is_some()
+    })?;
     let refused = |why: String| Error::Refused {
         doing: "reading from the GPU",
         why,
     };
-    match result.get() {
-        Some(Ok(())) => {}
-        Some(Err(e)) => return Err(refused(e.to_string())),
-        None => return Err(refused("the GPU never told that it was done".to_owned())),
-    }
+    // Another thread that polls may be the one that tells.
+    let mapped = early.map_or_else(|| told.recv(), Ok);
+    let mapped = mapped.map_err(|e| refused(e.to_string()))?;
+    mapped.map_err(|e| refused(e.to_string()))?;
     {
         let view = landing
             .get_mapped_range(0..bytes)
