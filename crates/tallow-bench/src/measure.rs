@@ -28,6 +28,10 @@ pub struct Settings {
     pub loop_s: f64,
     /// How often growth may be measured before it counts as wrong: another program may disturb it.
     pub tries: usize,
+    /// Seconds for the rounds of one contender, and for one measurement of its growth, after which no more are begun than it takes
+    /// at least; `None`: there is time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enough_s: Option<f64>,
 }
 
 impl Settings {
@@ -36,13 +40,20 @@ impl Settings {
         rounds: 21,
         loop_s: 3e-3,
         tries: 4,
+        enough_s: None,
     };
     /// For a first look.
     pub const QUICK: Self = Self {
         rounds: 7,
         loop_s: 1e-3,
         tries: 4,
+        enough_s: Some(30.0),
     };
+    /// Has it gone on for long enough by now, with so many contenders?
+    fn enough(&self, clock: &dyn Clock, since: f64, contenders: usize) -> bool {
+        self.enough_s
+            .is_some_and(|s| clock.now() - since > s * contenders as f64)
+    }
 }
 
 /// One engine at the start.
@@ -158,6 +169,8 @@ impl Row {
     }
 }
 
+/// Fewest rounds kept, however long they take.
+const LEAST_ROUNDS: usize = 3;
 /// Most repetitions of a loop.
 const MOST: usize = 20_000;
 /// Most repetitions in a plan, times four for growth.
@@ -257,8 +270,12 @@ pub fn measure(
     turns.each(0, |bench| bench.calibrate())?;
     let mut rounds = Rounds::default();
     let (mut kept, mut turn) = (0, 0);
+    let since = clock.now();
     // The first warms up.
     while kept <= settings.rounds {
+        if kept > LEAST_ROUNDS && settings.enough(clock, since, turns.contenders.len()) {
+            break;
+        }
         let before = calm.is(true);
         turns.each(turn, |bench| bench.round(turn, kept > 0))?;
         turn += 1;
