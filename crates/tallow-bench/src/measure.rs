@@ -28,6 +28,10 @@ pub struct Settings {
     pub loop_s: f64,
     /// How often growth may be measured before it counts as wrong: another program may disturb it.
     pub tries: usize,
+    /// Seconds for the rounds of one contender, and for one measurement of its growth, after which no more are begun than it takes
+    /// at least; `None`: there is time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enough_s: Option<f64>,
 }
 
 impl Settings {
@@ -36,13 +40,20 @@ impl Settings {
         rounds: 21,
         loop_s: 3e-3,
         tries: 4,
+        enough_s: None,
     };
     /// For a first look.
     pub const QUICK: Self = Self {
         rounds: 7,
         loop_s: 1e-3,
         tries: 4,
+        enough_s: Some(30.0),
     };
+    /// Has it gone on for long enough by now, with so many contenders?
+    fn enough(&self, clock: &dyn Clock, since: f64, contenders: usize) -> bool {
+        self.enough_s
+            .is_some_and(|s| clock.now() - since > s * contenders as f64)
+    }
 }
 
 /// One engine at the start.
@@ -158,12 +169,20 @@ impl Row {
     }
 }
 
+/// Fewest rounds kept, however long they take.
+const LEAST_ROUNDS: usize = 3;
 /// Most repetitions of a loop.
 const MOST: usize = 20_000;
 /// Most repetitions in a plan, times four for growth.
 const MOST_IN_PLAN: usize = 16;
-/// A plan shorter than this holds more repetitions.
+/// and where most of a repetition is waiting for it: a plan as long as the others would be little more than its submission,
+const MOST_FAR: usize = 64;
+/// so it is replayed at least so often before it is waited for.
+const REPLAYS_FAR: usize = 4;
+/// A plan shorter than this holds more repetitions,
 const PLAN_S: f64 = 300e-6;
+/// and one of the second kind if it is shorter than this.
+const PLAN_FAR_S: f64 = 1e-3;
 
 /// Least starts in a queue of a lazy engine: what is put off costs nothing.
 const LAZY: usize = 64;
@@ -181,6 +200,8 @@ struct Track {
     one: Vec<f64>,
     check: Option<Check>,
     growth: f64,
+    /// Replays of a plan before a wait.
+    replays: usize,
     /// The plan with `n` repetitions, and one with four times as many.
     chains: Option<(usize, [Box<dyn Chain>; 2])>,
     no_plan: Option<&'static str>,
@@ -199,6 +220,7 @@ impl Track {
             one: vec![],
             check: None,
             growth: f64::NAN,
+            replays: 1,
             chains: None,
             no_plan: None,
             wrong: None,
@@ -248,8 +270,12 @@ pub fn measure(
     turns.each(0, |bench| bench.calibrate())?;
     let mut rounds = Rounds::default();
     let (mut kept, mut turn) = (0, 0);
+    let since = clock.now();
     // The first warms up.
     while kept <= settings.rounds {
+        if kept > LEAST_ROUNDS && settings.enough(clock, since, turns.contenders.len()) {
+            break;
+        }
         let before = calm.is(true);
         turns.each(turn, |bench| bench.round(turn, kept > 0))?;
         turn += 1;
@@ -409,8 +435,18 @@ impl Bench<'_> {
             self.track.n = n.min(self.track.n * 8);
             one = self.waited(self.track.n, 0)?.seconds / self.track.n as f64;
         }
-        let reps = (PLAN_S / one.max(1e-9)).ceil();
-        let reps = reps.clamp(2.0, MOST_IN_PLAN as f64) as usize;
+        // What is put off takes no time in a queue.
+        let queued = match self.who.lazy {
+            true => one,
+            false => self.queued(self.track.n, 0)?.seconds / self.track.n as f64,
+        };
+        let far = one > 2.0 * queued;
+        let (reps, most, replays) = match far {
+            true => (PLAN_FAR_S / queued.max(1e-9), MOST_FAR, REPLAYS_FAR),
+            false => (PLAN_S / one.max(1e-9), MOST_IN_PLAN, 1),
+        };
+        let reps = reps.ceil().clamp(2.0, most as f64) as usize;
+        self.track.replays = (self.track.n / reps).clamp(replays, 64);
         let work = &mut self.who.work;
         let track = &mut self.track;
         match (work.chain(reps)?, work.chain(4 * reps)?) {
@@ -426,7 +462,7 @@ impl Bench<'_> {
         let Some((reps, chains)) = &mut self.track.chains else {
             return Ok(None);
         };
-        let times = (self.track.n / *reps).clamp(1, 64);
+        let times = self.track.replays;
         let chain = &mut chains[k];
         chain.renew(seed)?;
         // As before a loop.

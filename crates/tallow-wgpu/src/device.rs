@@ -193,7 +193,7 @@ impl Backend for Wgpu {
         transfer::download(&self.gpu, &self.landing, w.buffer, at, dst).map_err(|e| self.error(e))
     }
     fn wait(&self) -> Result<()> {
-        self.gpu.wait_for(None).map_err(|e| self.error(e))
+        self.gpu.wait().map_err(|e| self.error(e))
     }
     fn far(&self) -> bool {
         true

@@ -2,6 +2,7 @@
 //! Invariant: all work goes through one queue, in the order asked; a failure is kept and told by every later call.
 //! Absent on purpose: specs and plans.
 use crate::{
+    ahead::Ahead,
     cache::Cache,
     error::{Error, Result},
     launch::Kernel,
@@ -9,12 +10,18 @@ use crate::{
 };
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 use tallow_core::types::DType;
 
 /// Submissions that may be under way before the host waits for the oldest.
 const IN_FLIGHT: usize = 64;
+/// How long the host asks again and again before it sleeps: to wake up takes longer than a small work.
+const AWAKE: Duration = Duration::from_millis(1);
 /// Where a buffer's size and a binding's start are rounded to, in bytes.
 pub(crate) const ALIGN: usize = 256;
 
@@ -33,6 +40,12 @@ pub(crate) struct Gpu {
     layouts: Mutex<HashMap<(usize, u32, bool), Layout>>,
     cache: Option<Cache>,
     under_way: Mutex<VecDeque<wgpu::SubmissionIndex>>,
+    /// Submissions and writes so far that may have changed memory.
+    changes: AtomicU64,
+    /// Were bytes written that no submission has taken along?
+    written: AtomicBool,
+    /// What replays copy for the host.
+    pub(crate) ahead: Ahead,
     failure: Arc<Mutex<Option<Error>>>,
 }
 
@@ -111,6 +124,9 @@ impl Gpu {
             pipelines: Mutex::default(),
             layouts: Mutex::default(),
             under_way: Mutex::default(),
+            changes: AtomicU64::new(0),
+            written: AtomicBool::new(false),
+            ahead: Ahead::default(),
             failure,
         })
     }
@@ -191,34 +207,84 @@ impl Gpu {
             false => Ok(bytes),
         }
     }
+    /// Changes of memory asked for so far. Two equal numbers: none in between.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+    /// Writes `src` after all work asked before, and before all asked later.
+    pub(crate) fn write(&self, dst: &wgpu::Buffer, at: u64, src: &[u8]) {
+        self.queue.write_buffer(dst, at, src);
+        self.written.store(true, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
     /// Asks for what `commands` hold, in order. Waits for the oldest submission if very many are under way.
     pub(crate) fn submit(
         &self,
         commands: impl IntoIterator<Item = wgpu::CommandBuffer>,
     ) -> Result<wgpu::SubmissionIndex> {
+        let index = self.submit_reads(commands)?;
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        Ok(index)
+    }
+    /// The same where `commands` change nothing that kernels see.
+    pub(crate) fn submit_reads(
+        &self,
+        commands: impl IntoIterator<Item = wgpu::CommandBuffer>,
+    ) -> Result<wgpu::SubmissionIndex> {
+        self.written.store(false, Ordering::Release);
         let index = self.queue.submit(commands);
         let mut under_way = lock(&self.under_way);
         under_way.push_back(index.clone());
         if under_way.len() > IN_FLIGHT {
             let oldest = under_way.pop_front();
             drop(under_way);
-            self.wait_for(oldest)?;
+            self.poll(oldest)?;
         }
         self.check()?;
         Ok(index)
     }
-    /// Waits for a submission, or for all.
-    pub(crate) fn wait_for(&self, submission_index: Option<wgpu::SubmissionIndex>) -> Result<()> {
+    /// Waits for all that was asked.
+    pub(crate) fn wait(&self) -> Result<()> {
+        if self.written.load(Ordering::Acquire) {
+            self.submit_reads([])?;
+        }
+        if self.awake(|status| status.is_queue_empty())? {
+            return Ok(());
+        }
+        self.poll(None)
+    }
+    /// Waits until `told`, which the GPU's callbacks make true.
+    pub(crate) fn wait_until(&self, mut told: impl FnMut() -> bool) -> Result<()> {
+        match self.awake(|_| told())? {
+            true => Ok(()),
+            false => self.poll(None),
+        }
+    }
+    /// Asks for a while whether it is `done`. A GPU in software needs the processor more.
+    fn awake(&self, mut done: impl FnMut(wgpu::PollStatus) -> bool) -> Result<bool> {
+        if crate::adapter::is_software(&self.info) {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        while start.elapsed() < AWAKE {
+            let status = self.device.poll(wgpu::PollType::Poll);
+            self.check()?;
+            if done(status.map_err(unpolled)?) {
+                return Ok(true);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(false)
+    }
+    /// Sleeps until a submission is done, or all.
+    pub(crate) fn poll(&self, submission_index: Option<wgpu::SubmissionIndex>) -> Result<()> {
         let how = wgpu::PollType::Wait {
             submission_index,
             timeout: None,
         };
         let waited = self.device.poll(how);
         self.check()?;
-        waited.map(|_| ()).map_err(|e| Error::Refused {
-            doing: "waiting for the GPU",
-            why: e.to_string(),
-        })
+        waited.map(|_| ()).map_err(unpolled)
     }
     pub(crate) fn encoder(&self) -> wgpu::CommandEncoder {
         let plain = wgpu::CommandEncoderDescriptor { label: None };
@@ -325,6 +391,13 @@ impl Gpu {
     }
 }
 
+fn unpolled(e: wgpu::PollError) -> Error {
+    Error::Refused {
+        doing: "waiting for the GPU",
+        why: e.to_string(),
+    }
+}
+
 /// Keeps the first failure that `device` tells of.
 fn watch(device: &wgpu::Device, failure: &Arc<Mutex<Option<Error>>>) {
     let keep = failure.clone();
@@ -363,7 +436,7 @@ mod tests {
         assert!(matches!(too_large, Err(Error::TooLarge { .. })));
         gpu.check().expect("refusing is no failure");
         gpu.device.destroy();
-        gpu.wait_for(None).expect_err("lost");
+        gpu.wait().expect_err("lost");
         for _ in 0..2 {
             let told = gpu.buffer(16, usage).expect_err("lost").to_string();
             assert!(told.starts_with("the GPU was lost ("), "{told}");

@@ -4,6 +4,7 @@
 //! Absent on purpose: graphs and passes of the core. Kernels see buffers, extents and strides.
 
 mod adapter;
+mod ahead;
 mod cache;
 mod device;
 pub mod error;

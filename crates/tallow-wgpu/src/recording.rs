@@ -3,6 +3,7 @@
 //! checked; a replay allocates no memory on the GPU and waits for nothing.
 //! Absent on purpose: arguments. What changes between replays is uploaded into a bound buffer.
 use crate::{
+    ahead::{Asker, Copy},
     device::Wgpu,
     error::{Error, Result},
     fused::{self, Group},
@@ -165,7 +166,7 @@ fn bind<'a>(
 fn uniform(gpu: &Gpu, numbers: &[u8]) -> Result<wgpu::Buffer> {
     let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
     let b = gpu.buffer(numbers.len(), usage)?;
-    gpu.queue.write_buffer(&b, 0, numbers);
+    gpu.write(&b, 0, numbers);
     Ok(b)
 }
 
@@ -195,6 +196,7 @@ pub(crate) struct WgpuRecording {
     steps: Vec<Range<usize>>,
     /// Which of them are handed in together.
     submissions: Vec<Range<usize>>,
+    asker: Asker,
     _keep: (Bindings, [Buffer; 2]),
 }
 
@@ -329,6 +331,7 @@ impl WgpuRecording {
         wgpu.gpu.keep_kernels();
         let costs = plan.steps.iter().map(|s| s.cost);
         Ok(WgpuRecording {
+            asker: Asker::new(&wgpu.gpu),
             gpu: wgpu.gpu.clone(),
             device: wgpu.name().to_owned(),
             works,
@@ -337,28 +340,50 @@ impl WgpuRecording {
             _keep: (bind, [arena, own]),
         })
     }
-    /// What hands in these works, in order.
-    fn commands(&self, range: Range<usize>) -> Result<Vec<wgpu::CommandBuffer>> {
+    /// What hands in these works, in order, and copies `behind` them.
+    fn commands(
+        &self,
+        range: Range<usize>,
+        behind: Option<&Copy>,
+    ) -> Result<Vec<wgpu::CommandBuffer>> {
         let mut all = vec![];
         let runs = self.works[range].chunk_by(|a, b| a.is_dispatch() && b.is_dispatch());
+        let mut behind = behind;
+        let mut left = runs.clone().count();
         for run in runs {
+            left -= 1;
             all.push(match &run[0] {
                 Work::Dispatch(_) => {
                     let mut encoder = self.gpu.encoder();
                     encode(run, &mut encoder.begin_compute_pass(&Default::default()));
+                    if let Some(c) = behind.take_if(|_| left == 0) {
+                        c.encode(&mut encoder);
+                    }
                     encoder.finish()
                 }
                 #[cfg(target_os = "macos")]
                 Work::Gemm(g) => g.encode(&self.gpu)?,
             });
         }
+        if let Some(c) = behind {
+            let mut encoder = self.gpu.encoder();
+            c.encode(&mut encoder);
+            all.push(encoder.finish());
+        }
         Ok(all)
     }
     /// Asks for all steps, in as few submissions as the budget allows.
     fn ask(&self) -> Result<()> {
         let start = std::time::Instant::now();
-        for range in &self.submissions {
-            self.gpu.submit(self.commands(range.clone())?)?;
+        let copy = self.asker.copy()?;
+        if let Some((last, first)) = self.submissions.split_last() {
+            for range in first {
+                self.gpu.submit(self.commands(range.clone(), None)?)?;
+            }
+            let commands = self.commands(last.clone(), copy.as_ref())?;
+            let before = self.gpu.changes();
+            self.gpu.submit(commands)?;
+            self.asker.asked(before, copy.is_some());
         }
         tracing::trace!(
             "{} dispatches in {} submissions, asked for in {} µs",
@@ -406,11 +431,11 @@ impl WgpuRecording {
     }
     /// Seconds of each step, each waited for. Includes what a submission costs.
     fn waited(&self) -> Result<Vec<f64>> {
-        self.gpu.wait_for(None)?;
+        self.gpu.wait()?;
         let one = |range: &Range<usize>| {
             let start = std::time::Instant::now();
-            let index = self.gpu.submit(self.commands(range.clone())?)?;
-            self.gpu.wait_for(Some(index))?;
+            self.gpu.submit(self.commands(range.clone(), None)?)?;
+            self.gpu.wait()?;
             Ok(start.elapsed().as_secs_f64())
         };
         self.steps.iter().map(one).collect()
@@ -439,7 +464,7 @@ impl Recording for WgpuRecording {
 impl Drop for WgpuRecording {
     fn drop(&mut self) {
         if !self.works.iter().all(Work::is_dispatch)
-            && let Err(e) = self.gpu.wait_for(None)
+            && let Err(e) = self.gpu.wait()
         {
             tracing::warn!("{}: {e}", self.device);
         }

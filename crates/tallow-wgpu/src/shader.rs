@@ -7,6 +7,7 @@
 //! - `x`, the buffer itself, `array<f32>`, `array<u32>`, `array<i32>` (a result narrower than 32 bits:
 //!   `array<atomic<u32>>`; a [`Ty::Wide`] operand: `array<vec4<..>>`), and `a.x_at`, the element where `x` begins;
 //! - `ld_x(i) -> f32` (`u32`, `i32`): element `i`; `ld4_x(i) -> vec4<f32>`: elements `i..i + 4` of a float type;
+//!   `in4_x(i) -> bool`: do they lie in one piece? `get4_x(i)`: the same as `ld4_x` where they do, and else nonsense;
 //! - `st_x(i, v)`: writes element `i` of a result; does nothing where nobody wants it;
 //! - `LIVE_x: bool`: does anybody want this result? So work for it can be left out;
 //! - `HAS_x: bool`: has this spec this operand? Where not ([`Arg::Absent`]), `ld_x` and `ld4_x` give zeros.
@@ -176,11 +177,15 @@ fn buffer(text: &mut String, body: &str, i: usize, a: &Arg) {
     };
     let _ = writeln!(text, "const {known}_{name} = true;");
     let names = |f: &str| body.contains(&format!("{f}_{name}("));
-    if names("ld") || names("ld4") {
+    let piece = names("in4") || names("get4");
+    if names("ld") || names("ld4") || piece {
         load(text, name, ty, written);
     }
-    if names("ld4") {
+    if names("ld4") || piece {
         load4(text, name, ty);
+    }
+    if piece {
+        get4(text, name, ty);
     }
     if names("st") {
         store(text, name, ty.dtype());
@@ -208,25 +213,43 @@ fn load(text: &mut String, name: &str, ty: Ty, written: bool) {
     );
 }
 
+/// Four elements from `e` on as WGSL, where they lie in one piece of a buffer that is read in pieces.
+fn four(name: &str, ty: Ty) -> Option<String> {
+    let four = match (ty, ty.dtype()) {
+        (Ty::Wide(_), DType::F32) => return Some(format!("return {name}[e >> 2u];")),
+        (Ty::Wide(_), DType::BF16) => "bf16x4",
+        (Ty::Wide(_), _) => "f16x4",
+        (Ty::Plain(_), _) => return None,
+    };
+    Some(format!(
+        "let w = {name}[e >> 3u]; return {four}(select(w.xy, w.zw, (e & 4u) != 0u));"
+    ))
+}
+
 /// `ld4_name(i)`: in one piece where the elements lie in one, else one by one.
 fn load4(text: &mut String, name: &str, ty: Ty) {
     let one_by_one = format!(
         "return vec4<f32>(ld_{name}(i), ld_{name}(i + 1u), ld_{name}(i + 2u), ld_{name}(i + 3u));"
     );
-    let whole = match (ty, ty.dtype()) {
-        (Ty::Wide(_), DType::F32) => format!("if ((e & 3u) == 0u) {{ return {name}[e >> 2u]; }} "),
-        (Ty::Wide(_), d) => {
-            let four = if d == DType::BF16 { "bf16x4" } else { "f16x4" };
-            format!(
-                "if ((e & 3u) == 0u) {{ let w = {name}[e >> 3u]; \
-                 return {four}(select(w.xy, w.zw, (e & 4u) != 0u)); }} "
-            )
-        }
-        _ => String::new(),
-    };
+    let whole = four(name, ty).map_or(String::new(), |f| format!("if ((e & 3u) == 0u) {{ {f} }} "));
     let _ = writeln!(
         text,
         "fn ld4_{name}(i: u32) -> vec4<f32> {{ let e = a.{name}_at + i; {whole}{one_by_one} }}"
+    );
+}
+
+/// `in4_name(i)` and `get4_name(i)`: a body that asks once for many loads has them on their way together.
+fn get4(text: &mut String, name: &str, ty: Ty) {
+    let (inside, get) = match four(name, ty) {
+        Some(f) => (
+            format!("((a.{name}_at + i) & 3u) == 0u"),
+            format!("let e = a.{name}_at + i; {f}"),
+        ),
+        None => ("false".to_owned(), format!("return ld4_{name}(i);")),
+    };
+    let _ = writeln!(
+        text,
+        "fn in4_{name}(i: u32) -> bool {{ return {inside}; }}\nfn get4_{name}(i: u32) -> vec4<f32> {{ {get} }}"
     );
 }
 

@@ -9,11 +9,11 @@ use crate::{
 use std::sync::{Mutex, mpsc};
 
 /// The GPU copies whole words.
-const WORD: usize = 4;
+pub(crate) const WORD: usize = 4;
 /// Bytes of a piece of a long transfer.
 const PIECE: usize = 32 << 20;
 /// Bytes of the memory that short downloads land in: the scores of a large vocabulary.
-const LANDING: usize = 1 << 20;
+pub(crate) const LANDING: usize = 1 << 20;
 
 /// Where downloads land.
 #[derive(Default)]
@@ -33,7 +33,7 @@ pub(crate) fn upload(
     if whole && end == at + src.len() {
         for (i, piece) in src.chunks(PIECE).enumerate() {
             let to = at + i * PIECE;
-            gpu.queue.write_buffer(dst, to as u64, piece);
+            gpu.write(dst, to as u64, piece);
             if src.len() > PIECE {
                 // Sends it off, so that staging does not pile up.
                 gpu.submit([gpu.encoder().finish()])?;
@@ -59,6 +59,10 @@ pub(crate) fn download(
     dst: &mut [u8],
 ) -> Result<()> {
     gpu.check()?;
+    if gpu.ahead.read(gpu, src, at, dst)? {
+        return gpu.check();
+    }
+    gpu.ahead.missed(gpu, src, at, dst.len());
     for (i, piece) in dst.chunks_mut(PIECE).enumerate() {
         let from = at + i * PIECE;
         let (start, end) = (
@@ -94,18 +98,30 @@ fn fetch(
     let bytes = (range.end - range.start) as u64;
     let mut encoder = gpu.encoder();
     encoder.copy_buffer_to_buffer(src, range.start as u64, landing, 0, bytes);
-    let index = gpu.submit([encoder.finish()])?;
+    gpu.submit_reads([encoder.finish()])?;
+    land(gpu, landing, skip, dst)
+}
+
+/// Waits for `landing`, then gives its bytes after the first `skip`.
+pub(crate) fn land(gpu: &Gpu, landing: &wgpu::Buffer, skip: usize, dst: &mut [u8]) -> Result<()> {
+    let bytes = (skip + dst.len()).next_multiple_of(WORD) as u64;
     let (tell, told) = mpsc::channel();
     landing.map_async(wgpu::MapMode::Read, 0..bytes, move |r| {
         // Nobody listens only if waiting failed, which is told.
         let _ = tell.send(r);
     });
-    gpu.wait_for(Some(index))?;
+    let mut early = None;
+    gpu.wait_until(|| {
+        early = told.try_recv().ok();
+        early.is_some()
+    })?;
     let refused = |why: String| Error::Refused {
         doing: "reading from the GPU",
         why,
     };
-    let mapped = told.recv().map_err(|e| refused(e.to_string()))?;
+    // Another thread that polls may be the one that tells.
+    let mapped = early.map_or_else(|| told.recv(), Ok);
+    let mapped = mapped.map_err(|e| refused(e.to_string()))?;
     mapped.map_err(|e| refused(e.to_string()))?;
     {
         let view = landing

@@ -294,6 +294,41 @@ fn bytes_are_moved_from_any_place_to_any_place() {
 }
 
 /// Software Vulkan binds 128 MiB; a GPU that binds more than a test should fill is not asked.
+/// Reads after replays may come with them; none may be of an earlier one, or of another program's.
+#[test]
+fn what_is_read_after_a_replay_is_of_that_replay() {
+    let Some(gpu) = gpu(Way::Usual) else { return };
+    let session = Session::new(gpu);
+    let x = session
+        .zeros(TensorType::f32([3, 700]), Role::Data)
+        .expect("memory");
+    let double = x.mul_scalar(2.0).expect("a graph");
+    let triple = x.mul_scalar(3.0).expect("a graph");
+    let mut double = session.record(&[&double], &[]).expect("records");
+    let mut triple = session.record(&[&triple], &[]).expect("records");
+    let mut last = [0.0];
+    for i in 1..9u16 {
+        let v = f32::from(i);
+        let values: Vec<f32> = (0..2100u16).map(|e| v + f32::from(e)).collect();
+        session.write(&x, &values).expect("uploads");
+        double.replay().expect("runs");
+        session
+            .read_part(&double.outputs[0], 2099, &mut last)
+            .expect("reads");
+        assert_eq!(last, [2.0 * (v + 2099.0)]);
+        if i % 3 == 0 {
+            triple.replay().expect("runs");
+            let all = session.read(&triple.outputs[0]).expect("reads");
+            let want: Vec<f32> = values.iter().map(|v| 3.0 * v).collect();
+            assert_eq!(all, want);
+        }
+        session
+            .read_part(&double.outputs[0], 0, &mut last)
+            .expect("reads");
+        assert_eq!(last, [2.0 * v]);
+    }
+}
+
 #[test]
 fn an_operand_larger_than_a_binding_is_named() {
     let Some(gpu) = gpu(Way::Usual) else { return };

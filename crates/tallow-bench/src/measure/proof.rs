@@ -46,7 +46,12 @@ impl Bench<'_> {
         let mut growth = f64::NAN;
         for _ in 0..self.settings.tries {
             let mut times = [vec![], vec![]];
-            for _ in 0..loops {
+            let since = self.clock.now();
+            for i in 0..loops {
+                // Longer loops are also less disturbed.
+                if i > 0 && self.settings.enough(self.clock, since, 1) {
+                    break;
+                }
                 for (k, times) in times.iter_mut().enumerate() {
                     times.push(run(self, k)?);
                 }

@@ -446,6 +446,17 @@ fn a_wait_that_takes_longer_than_the_work_is_in_what_is_waited_for_only() {
 }
 
 #[test]
+fn a_work_of_seconds_gets_fewer_rounds_and_the_same_judgement() {
+    let true_s = 10.0;
+    let judged = |lie| judge_that(lie, Liar::that(lie, true_s, 0.0), (0.5 * true_s, false));
+    let row = judged(Lie::Asynchronous);
+    let f = row.figures().unwrap();
+    assert_eq!(f.waited.samples.len(), LEAST_ROUNDS);
+    assert!((3.9..4.1).contains(&f.growth), "{}", f.growth);
+    assert!(judged(Lie::PlanNotWaited).figures().is_none());
+}
+
+#[test]
 fn a_plan_that_is_not_waited_for_is_caught() {
     assert!(
         matches!(reason(Lie::PlanNotWaited), Reason::Growth { column, .. } | Reason::UnderFloor { column, .. } if column == "in plan")

@@ -1,5 +1,5 @@
 //! candle as a careful user would write it: its default features, its fused ops where nothing is differentiated, and the ones
-//! with a backward where something is; its own AdamW.
+//! with a backward where something is; its own AdamW. On Metal (feature `peers-metal`) products, norms and softmax alone.
 //! Absent on purpose: custom ops. What candle does not ship is not candle.
 
 use candle_core::{DType as Kind, Device, Tensor};
@@ -18,13 +18,29 @@ mod layer;
 mod model;
 mod net;
 
-/// All ways in which it does a job.
-pub(super) fn ways(job: &Job, cx: &Context) -> Result<Vec<Way>> {
+/// Where it computes when tallow does so on `device`.
+#[cfg(all(feature = "peers-metal", target_os = "macos"))]
+pub(super) fn device(device: &str) -> Result<Device> {
+    match device.starts_with("wgpu") {
+        true => Device::new_metal(0).map_err(said),
+        false => Ok(Device::Cpu),
+    }
+}
+
+/// Where it computes when tallow does so on `device`.
+#[cfg(not(all(feature = "peers-metal", target_os = "macos")))]
+pub(super) fn device(_: &str) -> Result<Device> {
+    Ok(Device::Cpu)
+}
+
+/// All ways in which it does a job on `device`.
+pub(super) fn ways(job: &Job, cx: &Context, device: &Device) -> Result<Vec<Way>> {
     let half = cx.dtype == DType::BF16;
     let (judged, cost) = match job {
         Job::Lora(shape) => (product(*shape, cx)?, shape.cost(cx.dtype)),
         // In bf16 it has products, which widen whole operands, and nothing else that is worth a row.
         _ if half => return Ok(vec![]),
+        Job::Layer(_) | Job::Model(_) if !device.is_cpu() => return Ok(vec![]),
         Job::Rows(op) => (judged(rows::work(cx, *op)?), rows::cost(*op)),
         Job::Layer(layer) => return layer::ways(*layer, cx),
         Job::Model(job) => return model::ways(job, cx),
@@ -33,13 +49,13 @@ pub(super) fn ways(job: &Job, cx: &Context) -> Result<Vec<Way>> {
     let engine = Function {
         w: weights(&judged)
             .iter()
-            .map(|(v, shape)| weight(v, shape, kind))
+            .map(|(v, shape)| weight(v, shape, kind, device))
             .collect::<candle_core::Result<_>>()
             .map_err(said)?,
         job: job.clone(),
         shape: judged.shape(),
         kind,
-        x: Operand::default(),
+        x: Operand::on(device),
         y: None,
     };
     Ok(vec![Way {
@@ -66,8 +82,13 @@ fn said(e: candle_core::Error) -> Error {
 }
 
 /// Matrices are turned: `[n, k]` as stored, `[k, n]` as a view.
-fn weight(values: &[f32], shape: &[usize], kind: Kind) -> candle_core::Result<Tensor> {
-    let t = Tensor::from_slice(values, shape, &Device::Cpu)?.to_dtype(kind)?;
+fn weight(
+    values: &[f32],
+    shape: &[usize],
+    kind: Kind,
+    device: &Device,
+) -> candle_core::Result<Tensor> {
+    let t = Tensor::from_slice(values, shape, device)?.to_dtype(kind)?;
     if shape.len() == 2 { t.t() } else { Ok(t) }
 }
 
@@ -91,15 +112,23 @@ fn whole(y: &Tensor) -> candle_core::Result<Vec<f32>> {
 }
 
 /// The operand that is fed: on the host, and as a tensor.
-#[derive(Default)]
 struct Operand {
     host: Vec<f32>,
     tensor: Option<Tensor>,
+    device: Device,
 }
 
 impl Operand {
+    fn on(device: &Device) -> Self {
+        Operand {
+            host: vec![],
+            tensor: None,
+            device: device.clone(),
+        }
+    }
+
     fn make(&mut self, shape: &[usize], kind: Kind) -> candle_core::Result<()> {
-        let t = Tensor::from_slice(&self.host, shape, &Device::Cpu)?;
+        let t = Tensor::from_slice(&self.host, shape, &self.device)?;
         self.tensor = Some(t.to_dtype(kind)?);
         Ok(())
     }

@@ -26,6 +26,8 @@ pub const THREADS: &str = "RAYON_NUM_THREADS";
 /// A peer of this process.
 pub struct Local {
     name: &'static str,
+    /// Where candle computes.
+    device: candle_core::Device,
     /// Does tallow compute somewhere else?
     elsewhere: bool,
 }
@@ -34,17 +36,24 @@ impl Local {
     /// The peer of that name, if there is one.
     ///
     /// # Errors
-    /// Threads that are not set.
+    /// Threads that are not set; Metal that does not open.
     pub fn open(name: &str, place: &Place<'_>) -> Result<Option<Self>> {
         let Place { threads, device } = *place;
         let Some(name) = ENGINES.into_iter().find(|n| *n == name) else {
             return Ok(None);
         };
         match std::env::var(THREADS) {
-            Ok(n) if n == threads.to_string() => Ok(Some(Local {
-                name,
-                elsewhere: device != "cpu",
-            })),
+            Ok(n) if n == threads.to_string() => {
+                let own = match name {
+                    "candle" => candle::device(device)?,
+                    _ => candle_core::Device::Cpu,
+                };
+                Ok(Some(Local {
+                    name,
+                    elsewhere: device != "cpu" && own.is_cpu(),
+                    device: own,
+                }))
+            }
             got => Err(Error::Peer {
                 peer: name.to_owned(),
                 what: format!(
@@ -62,15 +71,17 @@ impl Peer for Local {
     }
 
     fn version(&self) -> String {
-        match self.elsewhere {
-            true => format!("{}, on the processor", version(self.name)),
-            false => version(self.name),
+        let version = version(self.name);
+        match (self.elsewhere, self.device.is_metal()) {
+            (true, _) => format!("{version}, on the processor"),
+            (false, true) => format!("{version}, on Metal"),
+            (false, false) => version,
         }
     }
 
     fn contenders(&mut self, job: &Job, cx: &Context) -> Result<Vec<Contender>> {
         let ways = match (self.name, job) {
-            ("candle", _) => candle::ways(job, cx)?,
+            ("candle", _) => candle::ways(job, cx, &self.device)?,
             (_, Job::Lora(shape)) => vec![slices(self.name, *shape, cx)?],
             (_, Job::Rows(_) | Job::Layer(_) | Job::Model(_)) => vec![],
         };

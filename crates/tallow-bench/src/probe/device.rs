@@ -33,7 +33,12 @@ impl Probe {
         let (mut bytes, mut bytes_per_s) = (SMALLEST, f64::INFINITY);
         while bytes <= LARGEST {
             let most = (bytes_per_s * QUEUED_S).min(QUEUED_BYTES as f64) as usize;
-            bytes_per_s = moving(clock, session, bytes, most)?;
+            bytes_per_s = match moving(clock, session, bytes, most) {
+                Ok(rate) => rate,
+                // Some bind no more at once. What else is wrong will show in the products.
+                Err(_) if !probe.bandwidth.is_empty() => break,
+                Err(e) => return Err(e),
+            };
             probe.bandwidth.push(Bandwidth {
                 threads: 1,
                 bytes,

@@ -74,14 +74,25 @@ impl Cut {
     }
 }
 
-/// WGSL that adds to `acc` the products of a way with matrices dense along the sum: `s` elements at a time.
-fn along(cut: Cut, s: usize) -> String {
-    let mut text = format!(
-        "let whole = K_I / {s}u * {s}u;\nfor (var i = lane * {s}u; i < whole; i += G * {s}u) {{\n"
-    );
-    let fours = s / 4;
+/// WGSL that adds to `acc` the products of a way with `n` columns and matrices dense along the sum: `s` elements at a
+/// time. Where all rows lie in pieces of four, none of their loads stands behind a question of its own.
+fn along(cut: Cut, n: usize, s: usize) -> String {
+    let step = format!("for (var i = lane * {s}u; i < whole; i += G * {s}u) {{\n{{}}}}\n");
+    let [straight, asking] =
+        ["get4", "ld4"].map(|load| step.replace("{}", &fours(cut, n, s, load)));
+    let rest = place(cut, "i", false);
+    format!(
+        "let whole = K_I / {s}u * {s}u;\n\
+         if (in4_x(x0) && in4_w_I(w0) && ((a.xr | WC_I) & 3u) == 0u) {{\n{straight}}} else {{\n{asking}}}\n\
+         for (var i = whole + lane; i < K_I; i += G) {{\n{rest}}}\n"
+    )
+}
+
+/// The products at `s` places of the sum from `i` on, which `load` brings four at a time.
+fn fours(cut: Cut, n: usize, s: usize, load: &str) -> String {
+    let (mut text, fours) = (String::new(), s / 4);
     for (r, f) in (0..cut.r * fours).map(|e| (e / fours, e % fours)) {
-        let _ = writeln!(text, "var x{r}_{f} = ld4_x(at{r} + i + {}u);", f * 4);
+        let _ = writeln!(text, "var x{r}_{f} = {load}_x(at{r} + i + {}u);", f * 4);
         let _ = writeln!(
             text,
             "if (HAS_nw) {{ squares += dot(x{r}_{f}, x{r}_{f}); x{r}_{f} *= ld4_nw(i + {}u); }}",
@@ -89,12 +100,14 @@ fn along(cut: Cut, s: usize) -> String {
         );
     }
     for c in 0..cut.c {
-        let _ = writeln!(
-            text,
-            "{{ let at = w0 + min(j0 + {c}u, N_I - 1u) * WC_I + i;"
-        );
+        // Columns past the end are the last one once more.
+        let column = match n.is_multiple_of(cut.c) {
+            true => format!("(j0 + {c}u)"),
+            false => format!("min(j0 + {c}u, N_I - 1u)"),
+        };
+        let _ = writeln!(text, "{{ let at = w0 + {column} * WC_I + i;");
         for f in 0..fours {
-            let _ = writeln!(text, "let w{f} = ld4_w_I(at + {}u);", f * 4);
+            let _ = writeln!(text, "let w{f} = {load}_w_I(at + {}u);", f * 4);
         }
         for r in 0..cut.r {
             let dots = (0..fours).map(|f| format!("dot(w{f}, x{r}_{f})"));
@@ -103,8 +116,7 @@ fn along(cut: Cut, s: usize) -> String {
         }
         text += "}\n";
     }
-    let rest = place(cut, "i", false);
-    text + &format!("}}\nfor (var i = whole + lane; i < K_I; i += G) {{\n{rest}}}\n")
+    text
 }
 
 /// The same with columns of `w` side by side: neighbouring threads take neighbouring places of the sum.
@@ -265,7 +277,7 @@ fn way(cut: Cut, w: &Way, x: &Side) -> String {
         1 => {
             let half = [&w.w, &x.arg].iter().any(|a| a.is_half());
             (
-                along(cut, if half { 8 } else { 4 }),
+                along(cut, w.n, if half { 8 } else { 4 }),
                 part(FILE, "skinny_way"),
             )
         }

@@ -31,10 +31,10 @@ pub(super) fn ways(layer: Layer, cx: &Context) -> Result<Vec<Way>> {
                 kind: *kind,
                 w: super::weights(&judged)
                     .iter()
-                    .map(|(v, shape)| weight(v, shape, DType::F32))
+                    .map(|(v, shape)| weight(v, shape, DType::F32, &Device::Cpu))
                     .collect::<candle_core::Result<_>>()
                     .map_err(said)?,
-                fed: Operand::default(),
+                fed: Operand::on(&Device::Cpu),
                 rest: vec![],
                 results: vec![],
             }),

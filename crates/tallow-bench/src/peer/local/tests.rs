@@ -28,6 +28,7 @@ fn context(dtype: DType) -> Context {
 fn local(name: &'static str) -> Local {
     Local {
         name,
+        device: candle_core::Device::Cpu,
         elsewhere: false,
     }
 }
