@@ -226,8 +226,10 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
 // Columns of a tile whose scores are held at once: what a lane holds of them has to stay in registers.
 #define PART 16
 #define PN (PART / 8)
+// Blocks of `grad_q` that share a processor, as many as its registers allow without a spill.
+#define Q_BLOCKS (CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
 // A block for 64 queries of a head.
-extern "C" __global__ void __launch_bounds__(128, 4) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
+extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
   u16* tiles = (u16*)memory;
   const u32 b = blockIdx.y, head = blockIdx.x, first = (gridDim.z - 1 - blockIdx.z) * ROWS;
