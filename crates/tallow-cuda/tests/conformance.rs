@@ -8,7 +8,10 @@ use tallow_core::{
     backend::Chooser,
     graph::Builder,
     kernel::{Candidate, KernelSpec},
-    op::{Attention, AttentionGrad, Block, Composite, LinearGrad, Mask, Op, Role, SwiGlu},
+    op::{
+        Attention, AttentionGrad, Block, Composite, LinearGrad, Mask, Op, RmsNorm, RmsNormGrad,
+        Role, SwiGlu,
+    },
     oracle::sample,
     session::Session,
     types::{DType, TensorType},
@@ -277,7 +280,8 @@ fn shapes_of_training_are_near_the_oracle() {
         };
         inside(&case).unwrap()
     };
-    let cases = attention_of_models().into_iter().chain([wide_grad()]);
+    let all = attention_of_models().into_iter().chain(many_rows());
+    let cases = all.chain([wide_grad()]);
     let cases: Vec<Case> = cases.map(case).collect();
     if card().is_some() {
         near(&rounding(), cases);
@@ -309,6 +313,20 @@ fn attention_of_models() -> Vec<(Composite, Vec<TensorType>)> {
         grad.extend(starts);
         all.push((AttentionGrad(a.clone()).into(), grad));
         all.push((a.into(), ins));
+    }
+    all
+}
+
+/// Norms of more rows than get a block each.
+fn many_rows() -> Vec<(Composite, Vec<TensorType>)> {
+    let mut all: Vec<(Composite, Vec<TensorType>)> = vec![];
+    for (rows, c) in [(517, 200), (600, 77)] {
+        let (x, w) = (TensorType::f32([rows, c]), TensorType::f32([c]));
+        let (eps, residual) = (1e-5.into(), c == 200);
+        all.push((RmsNorm { eps }.into(), vec![x.clone(), w.clone()]));
+        let mut ins = vec![x.clone(), w, x.clone()];
+        ins.extend(residual.then_some(x));
+        all.push((RmsNormGrad { eps, residual }.into(), ins));
     }
     all
 }
