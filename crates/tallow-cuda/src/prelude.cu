@@ -54,6 +54,8 @@ DEV uint4 halves8(const float* p) {
 // Exact where the values are, fast where they are rounded anyway.
 DEV float exp_of(const float*, float x) { return expf(x); }
 DEV float exp_of(const bf16*, float x) { return __expf(x); }
+DEV float ratio(const float*, float a, float b) { return a / b; }
+DEV float ratio(const bf16*, float a, float b) { return __fdividef(a, b); }
 
 // First in a kernel that may be launched early: lets the next launch begin, then waits for the one before to be done.
 // What lies in front of it may only read what no launch of the plan writes.

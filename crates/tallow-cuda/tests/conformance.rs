@@ -8,7 +8,10 @@ use tallow_core::{
     backend::Chooser,
     graph::Builder,
     kernel::{Candidate, KernelSpec},
-    op::{Op, Role, SwiGlu},
+    op::{
+        Attention, AttentionGrad, Block, Composite, LinearGrad, Mask, Op, RmsNorm, RmsNormGrad,
+        Role, SwiGlu,
+    },
     oracle::sample,
     session::Session,
     types::{DType, TensorType},
@@ -261,6 +264,92 @@ fn intermediates_in_bf16_are_near_the_oracle() {
     let cases: Vec<Case> = frozen(&ops).iter().map(|c| inside(c).unwrap()).collect();
     let s = rounding();
     near(&s, cases);
+}
+
+/// Heads as models have them, several tiles of queries and keys; and `dy` so much wider than `dx` that it is not copied.
+#[test]
+fn shapes_of_training_are_near_the_oracle() {
+    let case = |(c, tys): (Composite, Vec<TensorType>)| {
+        let mut b = Builder::default();
+        let ins: Vec<_> = (tys.iter().map(|t| b.input(Role::Frozen, t.clone()))).collect();
+        let outs = b.composite(c.clone(), &ins).unwrap();
+        let case = Case {
+            name: format!("{} {tys:?}", c.name()),
+            graph: b.finish(outs, vec![]),
+            inputs: sample::operands(&c, &tys, 31),
+        };
+        inside(&case).unwrap()
+    };
+    let all = attention_of_models().into_iter().chain(many_rows());
+    let cases = all.chain([wide_grad()]);
+    let cases: Vec<Case> = cases.map(case).collect();
+    if card().is_some() {
+        near(&rounding(), cases);
+    }
+}
+
+/// Both directions of attention over heads of 64, with one document in a row and with several.
+fn attention_of_models() -> Vec<(Composite, Vec<TensorType>)> {
+    let (b, t, s, d) = (2, 150, 200, 64);
+    let mut all = vec![];
+    for (h, hk, window, packed) in [
+        (7, 1, None, false),
+        (4, 2, Some(90), false),
+        (2, 2, None, true),
+    ] {
+        let mask = Mask::Causal { window };
+        let a = Attention {
+            scale: 0.125.into(),
+            mask,
+        };
+        let (q, kv) = ([b, t, h, d], [b, s, hk, d]);
+        let mut ins = vec![TensorType::f32(q), TensorType::f32(kv), TensorType::f32(kv)];
+        ins.push(TensorType::u32([b, t]));
+        let starts = packed.then(|| TensorType::u32([b, t]));
+        let lse = TensorType::f32([b, h, t]);
+        let mut grad = ins.clone();
+        grad.extend([TensorType::f32(q), lse, TensorType::f32(q)]);
+        ins.extend(starts.clone());
+        grad.extend(starts);
+        all.push((AttentionGrad(a.clone()).into(), grad));
+        all.push((a.into(), ins));
+    }
+    all
+}
+
+/// Norms of more rows than get a block each.
+fn many_rows() -> Vec<(Composite, Vec<TensorType>)> {
+    let mut all: Vec<(Composite, Vec<TensorType>)> = vec![];
+    for (rows, c) in [(517, 200), (600, 77)] {
+        let (x, w) = (TensorType::f32([rows, c]), TensorType::f32([c]));
+        let (eps, residual) = (1e-5.into(), c == 200);
+        all.push((RmsNorm { eps }.into(), vec![x.clone(), w.clone()]));
+        let mut ins = vec![x.clone(), w, x.clone()];
+        ins.extend(residual.then_some(x));
+        all.push((RmsNormGrad { eps, residual }.into(), ins));
+    }
+    all
+}
+
+fn wide_grad() -> (Composite, Vec<TensorType>) {
+    let (m, k) = (70, 24);
+    let blocks: Vec<Block> = [(96, 8), (72, 5)]
+        .map(|(n, r)| Block {
+            n,
+            bias: false,
+            adapters: vec![Some((r, 1.5.into()))],
+        })
+        .into();
+    let mut ins = vec![TensorType::f32([m, 96 + 72])];
+    for (n, r) in [(96, 8), (72, 5)] {
+        ins.extend([[n, k], [r, k], [n, r]].map(TensorType::f32));
+    }
+    ins.push(TensorType::f32([m, k]));
+    let op = LinearGrad {
+        blocks,
+        residual: true,
+    };
+    (op.into(), ins)
 }
 
 /// `dA = dhᵀ x` and `dB = dyᵀ h` where the wide side is an intermediate in bf16.

@@ -146,9 +146,15 @@ fn row(d: usize) -> usize {
     d.next_multiple_of(16) + 4
 }
 
-/// Bytes of so many rows of bf16 with their padding.
-fn half_bytes(rows: usize, d: usize) -> usize {
-    rows * (d.next_multiple_of(16) + 8) * 2
+/// Bytes of the two pairs of tiles of the kernels on tensor cores.
+fn half_bytes(d: usize) -> usize {
+    4 * HALF_ROWS * (d.next_multiple_of(16) + 8) * 2
+}
+
+/// Their grid over tiles of `rows`, which is the slowest axis: blocks with most to do come first.
+fn half_grid(z: Sizes, rows: usize) -> Option<[usize; 3]> {
+    let tiles = rows.div_ceil(HALF_ROWS);
+    (tiles <= 65_535).then_some([z.h, z.b, tiles])
 }
 
 /// Are there starts of documents, and the arguments of the forward kernels.
@@ -190,15 +196,8 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
     let types = [types, named(&["TO"], [spec.outputs[0].as_ref()])?].concat();
     if t.weights == DType::BF16 && z.d <= MAX_HALF[0] {
         let source = text(&[HALF], a, z, ("FORWARD", 1), starts, &types);
-        let grid = [z.t.div_ceil(HALF_ROWS), z.h, z.b];
-        let job = launch(
-            "attention",
-            &source,
-            grid,
-            128,
-            half_bytes(2 * HALF_ROWS, z.d),
-            args,
-        );
+        let grid = half_grid(z, z.t)?;
+        let job = launch("attention", &source, grid, 128, half_bytes(z.d), args);
         return Some(Offer::new("attention_mma_bf16", vec![job]));
     }
     let tile = if z.d <= 128 { 64 } else { 32 };
@@ -305,8 +304,8 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
     let tile = if z.d <= 64 { 64 } else { 32 };
     let (source, block, shared) = match half {
         true => {
-            let source = text(&[DELTA, HALF], a, z, ("QB", HALF_ROWS), starts, &types);
-            (source, 128, half_bytes(3 * HALF_ROWS, z.d))
+            let source = text(&[DELTA, HALF], a, z, ("BACKWARD", 1), starts, &types);
+            (source, 128, half_bytes(z.d))
         }
         false => {
             let source = text(
@@ -360,14 +359,11 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
         let mut args = common.clone();
         args.push(Arg::Write(0));
         args.extend(strides(&[dq])?);
-        jobs.push(launch(
-            "grad_q",
-            &source,
-            [z.t.div_ceil(tile), z.h, z.b],
-            block,
-            shared,
-            args,
-        ));
+        let grid = match half {
+            true => half_grid(z, z.t)?,
+            false => [z.t.div_ceil(tile), z.h, z.b],
+        };
+        jobs.push(launch("grad_q", &source, grid, block, shared, args));
     }
     if spec.outputs[1].is_some() || spec.outputs[2].is_some() {
         let mut results = vec![Arg::Write(1), Arg::Write(2)];
@@ -379,21 +375,15 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             }
         }
         let mut args = common;
-        let tiles = z.s.div_ceil(tile);
         if half {
             // A block for each query head; their parts are joined in order.
             let at = scratch.next_multiple_of(256);
             scratch = at + 2 * z.b * z.h * z.s * z.d * 4;
             args.push(Arg::Scratch(at));
-            jobs.push(launch(
-                "grad_kv",
-                &source,
-                [tiles, z.h, z.b],
-                block,
-                shared,
-                args,
-            ));
+            let grid = half_grid(z, z.s)?;
+            jobs.push(launch("grad_kv", &source, grid, block, shared, args));
             let n = z.b * z.hk * z.s * z.d;
+            let wide = if z.d.is_multiple_of(4) { 4 } else { 1 };
             let mut join = vec![Arg::Scratch(at)];
             join.append(&mut results);
             join.extend([word(n)?, word(z.s)?, word(z.hk)?]);
@@ -401,7 +391,7 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             jobs.push(launch(
                 "join_kv",
                 &source,
-                [blocks(t, n) as usize, 1, 1],
+                [blocks(t, n / wide) as usize, 1, 1],
                 THREADS,
                 0,
                 join,
@@ -412,7 +402,7 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             jobs.push(launch(
                 "grad_kv",
                 &source,
-                [tiles, z.hk, z.b],
+                [z.s.div_ceil(tile), z.hk, z.b],
                 block,
                 shared,
                 args,

@@ -1,32 +1,46 @@
 // Attention on tensor cores: operands in bf16, sums, softmax and results in f32. A block is 4 warps; a warp owns 16 rows
 // of a tile of 64 and all its columns, so that sums over a row stay inside four lanes.
 // mma m16n8k16: with g = lane / 4, t = lane % 4 a lane holds, of a 16 x 8 result, (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
-// Tiles lie in shared memory as rows of DP bf16 and 8 more, so that neighbouring rows use other banks.
+// Tiles lie in shared memory as rows of DP bf16 and 8 more, so that neighbouring rows use other banks. There are two
+// pairs of them: one is multiplied while the other is on its way. Blocks with most to do come first in the grid,
+// [heads, batch, tiles]. Powers are of two: scores times SCALE log2(e).
 #define ROWS 64
 #define HS (DP + 8)
 #define KT (DP / 16)
 #define DT (DP / 8)
-#define QN (QB / 8)
+#define TILE (ROWS * HS)
+#define LOG2E 1.4426950408889634f
 DEV void mma(float* c, const u32* a, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// Rows first.. of a head as bf16, zeros past the end and past D.
-template <int N, class T> DEV void load_half(u16* tile, const T* head, u32 first, u32 limit, u32 stride) {
+DEV float two_to(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// Sixteen bytes of a tile, or zeros: bf16 past the registers, f32 through them.
+DEV void copy16(u16* to, const bf16* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+    :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16u : 0u) : "memory");
+}
+DEV void copy16(u16* to, const float* from, bool there) { *(uint4*)to = there ? halves8(from) : make_uint4(0, 0, 0, 0); }
+// Asks for rows first.. of a head as bf16, zeros past the end and past D; they lie there after `arrived`.
+template <class T> DEV void ask(u16* tile, const T* head, u32 first, u32 limit, u32 stride) {
   if ((D & 7) == 0 && (stride & 7) == 0 && ((u64)head & 15) == 0) {
 #pragma unroll 4
-    for (u32 e = threadIdx.x; e < N * (DP / 8); e += 128) {
+    for (u32 e = threadIdx.x; e < ROWS * (DP / 8); e += 128) {
       const u32 r = e / (DP / 8), c = e % (DP / 8) * 8;
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (first + r < limit && c < D) v = halves8(head + (u64)(first + r) * stride + c);
-      *(uint4*)(tile + r * HS + c) = v;
+      const bool there = first + r < limit && c < D;
+      copy16(tile + r * HS + c, there ? head + (u64)(first + r) * stride + c : head, there);
     }
   } else {
-    for (u32 e = threadIdx.x; e < N * DP; e += 128) {
+    for (u32 e = threadIdx.x; e < ROWS * DP; e += 128) {
       const u32 r = e / DP, c = e % DP;
       tile[r * HS + c] = first + r < limit && c < D ? to_bf16(ld(head + (u64)(first + r) * stride + c)) : 0;
     }
   }
+}
+// Waits for all that was asked for, of all warps.
+DEV void arrived() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
 }
 // The warp's 16 rows of a tile as left operands.
 DEV void rows_of(const u16* tile, u32 a[KT][4]) {
@@ -88,18 +102,23 @@ template <int N> DEV void accumulate(const float p[N][4], const u16* tile, float
 }
 DEV float quad_sum(float v) { v += __shfl_xor_sync(~0u, v, 1); return v + __shfl_xor_sync(~0u, v, 2); }
 DEV float quad_max(float v) { v = fmaxf(v, __shfl_xor_sync(~0u, v, 1)); return fmaxf(v, __shfl_xor_sync(~0u, v, 2)); }
-// What queries first.. of a batch row see, N of them, one by one and together.
-template <int N> DEV void ranges_of(Range* each, u32* lo, u32* hi, const u32* pos, const u32* starts, u32 b, u32 t, u32 first, u32 s) {
+// What query i of a batch row sees; past the end nothing.
+DEV Range seen_by(const u32* pos, const u32* starts, u32 b, u32 i, u32 t, u32 s) {
+  return i < t ? seen(pos, starts, b * t + i, s) : Range{0, 0};
+}
+// Of the queries of a warp, two a lane: keys lo.. hi hold all that one of them sees; each of from.. to is seen by all.
+struct Span { u32 lo, hi, from, to; };
+DEV Span span_of(Range x, Range y) {
+  const u32 lo = min(x.hi > x.lo ? x.lo : ~0u, y.hi > y.lo ? y.lo : ~0u), hi = max(x.hi > x.lo ? x.hi : 0, y.hi > y.lo ? y.hi : 0);
+  return {__reduce_min_sync(~0u, lo), __reduce_max_sync(~0u, hi), __reduce_max_sync(~0u, max(x.lo, y.lo)),
+          __reduce_min_sync(~0u, min(x.hi, y.hi))};
+}
+// The ends of what the block's queries see.
+DEV Range joined(Span w) {
+  __shared__ Range ends[4];
+  if ((threadIdx.x & 31) == 0) ends[threadIdx.x >> 5] = {w.lo, w.hi};
   __syncthreads();
-  if (threadIdx.x == 0) { *lo = ~0u; *hi = 0; }
-  __syncthreads();
-  if (threadIdx.x < N) {
-    const u32 i = first + threadIdx.x;
-    const Range r = i < t ? seen(pos, starts, b * t + i, s) : Range{0, 0};
-    each[threadIdx.x] = r;
-    if (r.hi > r.lo) { atomicMin(lo, r.lo); atomicMax(hi, r.hi); }
-  }
-  __syncthreads();
+  return {min(min(ends[0].lo, ends[1].lo), min(ends[2].lo, ends[3].lo)), max(max(ends[0].hi, ends[1].hi), max(ends[2].hi, ends[3].hi))};
 }
 // Writes the warp's 16 rows of a result: rows first.. below `limit`, each times its scale.
 DEV void pair(float* p, float a, float b) { *(float2*)p = make_float2(a, b); }
@@ -123,188 +142,270 @@ template <class T> DEV void write_rows(T* head, u32 stride, u32 first, u32 limit
     }
 }
 #ifdef FORWARD
-extern "C" __global__ void __launch_bounds__(128, 2) attention(const TQ* q, const TK* k, const TV* v, const u32* pos,
+extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(const TQ* q, const TK* k, const TV* v, const u32* pos,
     const u32* starts, TO* o, float* lse, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh,
     u32 vb, u32 vt, u32 vh, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
-  u16* ks = (u16*)memory;
-  u16* vs = ks + ROWS * HS;
-  __shared__ Range range[ROWS];
-  __shared__ u32 lo, hi;
+  u16* tiles = (u16*)memory;
   // The last queries see the most keys: they go first.
-  const u32 b = blockIdx.z, head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
+  const u32 b = blockIdx.y, head = blockIdx.x, first = (gridDim.z - 1 - blockIdx.z) * ROWS;
   const u32 lane = threadIdx.x & 31, g = lane >> 2, tt = lane & 3, mine = (threadIdx.x >> 5) * 16 + g;
-  ranges_of<ROWS>(range, &lo, &hi, pos, starts, b, t, first, s);
-  load_half<ROWS>(ks, q + (u64)b * qb + (u64)head * qh, first, t, qt);
-  __syncthreads();
-  u32 a[KT][4];
-  rows_of(ks, a);
-  const Range r0 = range[mine], r1 = range[mine + 8];
+  const Range r0 = seen_by(pos, starts, b, first + mine, t, s), r1 = seen_by(pos, starts, b, first + mine + 8, t, s);
+  const Span w = span_of(r0, r1);
+  const Range all = joined(w);
+  const u32 begin = all.hi ? all.lo / ROWS * ROWS : 0;
   const TK* keys = k + (u64)b * kb + (u64)(head / G) * kh;
   const TV* values = v + (u64)b * vb + (u64)(head / G) * vh;
+  ask(tiles, keys, begin, s, kt);
+  ask(tiles + TILE, values, begin, s, vt);
+  ask(tiles + 2 * TILE, q + (u64)b * qb + (u64)head * qh, first, t, qt);
+  arrived();
+  u32 a[KT][4];
+  rows_of(tiles + 2 * TILE, a);
+  __syncthreads();
   float acc[DT][4] = {}, m0 = -inff, m1 = -inff, l0 = 0.f, l1 = 0.f;
-  for (u32 k0 = hi ? lo / ROWS * ROWS : 0; k0 < hi; k0 += ROWS) {
-    __syncthreads();
-    load_half<ROWS>(ks, keys, k0, s, kt);
-    load_half<ROWS>(vs, values, k0, s, vt);
-    __syncthreads();
-    float p[8][4];
-    dots<8>(a, ks, p);
-    float n0 = m0, n1 = m1;
+  u32 stage = 0;
+  for (u32 k0 = begin; k0 < all.hi; k0 += ROWS, stage ^= 1) {
+    const u16* ks = tiles + stage * 2 * TILE;
+    if (k0 + ROWS < all.hi) {
+      u16* next = tiles + (stage ^ 1) * 2 * TILE;
+      ask(next, keys, k0 + ROWS, s, kt);
+      ask(next + TILE, values, k0 + ROWS, s, vt);
+    }
+    if (k0 < w.hi && k0 + ROWS > w.lo) {
+      float p[8][4];
+      dots<8>(a, ks, p);
+      const bool whole = k0 >= w.from && k0 + ROWS <= w.to;
+      float n0 = m0, n1 = m1;
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
-      for (int e = 0; e < 2; ++e) {
-        const u32 key = k0 + n * 8 + 2 * tt + e;
-        p[n][e] = key >= r0.lo && key < r0.hi ? p[n][e] * SCALE : -inff;
-        p[n][e + 2] = key >= r1.lo && key < r1.hi ? p[n][e + 2] * SCALE : -inff;
-        n0 = fmaxf(n0, p[n][e]);
-        n1 = fmaxf(n1, p[n][e + 2]);
-      }
-    n0 = quad_max(n0);
-    n1 = quad_max(n1);
-    const float z0 = n0 == -inff ? 0.f : n0, z1 = n1 == -inff ? 0.f : n1;
-    const float f0 = __expf(m0 - z0), f1 = __expf(m1 - z1);
-    l0 *= f0;
-    l1 *= f1;
+      for (int n = 0; n < 8; ++n)
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
-      for (int e = 0; e < 2; ++e) {
-        p[n][e] = __expf(p[n][e] - z0);
-        p[n][e + 2] = __expf(p[n][e + 2] - z1);
-        l0 += p[n][e];
-        l1 += p[n][e + 2];
-      }
-    m0 = n0;
-    m1 = n1;
+        for (int e = 0; e < 2; ++e) {
+          const u32 key = k0 + n * 8 + 2 * tt + e;
+          p[n][e] = whole || (key >= r0.lo && key < r0.hi) ? p[n][e] * (SCALE * LOG2E) : -inff;
+          p[n][e + 2] = whole || (key >= r1.lo && key < r1.hi) ? p[n][e + 2] * (SCALE * LOG2E) : -inff;
+          n0 = fmaxf(n0, p[n][e]);
+          n1 = fmaxf(n1, p[n][e + 2]);
+        }
+      n0 = quad_max(n0);
+      n1 = quad_max(n1);
+      const float z0 = n0 == -inff ? 0.f : n0, z1 = n1 == -inff ? 0.f : n1;
+      const float f0 = two_to(m0 - z0), f1 = two_to(m1 - z1);
+      l0 *= f0;
+      l1 *= f1;
 #pragma unroll
-    for (int d = 0; d < DT; ++d) { acc[d][0] *= f0; acc[d][1] *= f0; acc[d][2] *= f1; acc[d][3] *= f1; }
-    accumulate<8>(p, vs, acc);
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          p[n][e] = two_to(p[n][e] - z0);
+          p[n][e + 2] = two_to(p[n][e + 2] - z1);
+          l0 += p[n][e];
+          l1 += p[n][e + 2];
+        }
+      m0 = n0;
+      m1 = n1;
+#pragma unroll
+      for (int d = 0; d < DT; ++d) { acc[d][0] *= f0; acc[d][1] *= f0; acc[d][2] *= f1; acc[d][3] *= f1; }
+      accumulate<8>(p, ks + TILE, acc);
+    }
+    arrived();
   }
   l0 = quad_sum(l0);
   l1 = quad_sum(l1);
   if (o) write_rows(o + (u64)b * ob + (u64)head * oh, ot, first, t, acc, l0 > 0.f ? 1.f / l0 : 0.f, l1 > 0.f ? 1.f / l1 : 0.f);
   if (lse && tt == 0) {
     float* to = lse + ((u64)b * h + head) * t;
-    if (first + mine < t) to[first + mine] = l0 > 0.f ? logf(l0) + m0 : 0.f;
-    if (first + mine + 8 < t) to[first + mine + 8] = l1 > 0.f ? logf(l1) + m1 : 0.f;
+    if (first + mine < t) to[first + mine] = l0 > 0.f ? logf(l0) + m0 / LOG2E : 0.f;
+    if (first + mine + 8 < t) to[first + mine + 8] = l1 > 0.f ? logf(l1) + m1 / LOG2E : 0.f;
   }
 }
 #else
 #define ARGS const TQ* q, const TK* k, const TV* v, const u32* pos, const u32* starts, const float* lse, \
     const TG* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
     u32 vb, u32 vt, u32 vh, u32 gb, u32 gt, u32 gh
-// A block for 64 queries of a head, tiles of QB keys.
-extern "C" __global__ void __launch_bounds__(128, 3) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
+// Columns of a tile whose scores are held at once: what a lane holds of them has to stay in registers.
+#define PART 16
+#define PN (PART / 8)
+// Blocks of `grad_q` that share a processor, as many as its registers allow without a spill.
+#define Q_BLOCKS (CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
+// A block for 64 queries of a head.
+extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
-  u16* xs = (u16*)memory;
-  u16* ks = xs + ROWS * HS;
-  u16* vs = ks + QB * HS;
-  __shared__ Range range[ROWS];
-  __shared__ u32 lo, hi;
-  const u32 b = blockIdx.z, head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
+  u16* tiles = (u16*)memory;
+  const u32 b = blockIdx.y, head = blockIdx.x, first = (gridDim.z - 1 - blockIdx.z) * ROWS;
   const u32 lane = threadIdx.x & 31, g = lane >> 2, tt = lane & 3, mine = (threadIdx.x >> 5) * 16 + g;
-  ranges_of<ROWS>(range, &lo, &hi, pos, starts, b, t, first, s);
-  u32 aq[KT][4], ag[KT][4];
-  load_half<ROWS>(xs, q + (u64)b * qb + (u64)head * qh, first, t, qt);
-  __syncthreads();
-  rows_of(xs, aq);
-  __syncthreads();
-  load_half<ROWS>(xs, go + (u64)b * gb + (u64)head * gh, first, t, gt);
-  __syncthreads();
-  rows_of(xs, ag);
-  const Range r0 = range[mine], r1 = range[mine + 8];
+  const Range r0 = seen_by(pos, starts, b, first + mine, t, s), r1 = seen_by(pos, starts, b, first + mine + 8, t, s);
+  const Span w = span_of(r0, r1);
+  const Range all = joined(w);
+  const u32 begin = all.hi ? all.lo / ROWS * ROWS : 0;
+  const TK* keys = k + (u64)b * kb + (u64)(head / G) * kh;
+  const TV* values = v + (u64)b * vb + (u64)(head / G) * vh;
+  ask(tiles, keys, begin, s, kt);
+  ask(tiles + TILE, values, begin, s, vt);
+  ask(tiles + 2 * TILE, q + (u64)b * qb + (u64)head * qh, first, t, qt);
+  ask(tiles + 3 * TILE, go + (u64)b * gb + (u64)head * gh, first, t, gt);
   const u64 at = ((u64)b * h + head) * t + first + mine;
   const bool in0 = first + mine < t, in1 = first + mine + 8 < t;
-  const float l0 = in0 ? lse[at] : 0.f, l1 = in1 ? lse[at + 8] : 0.f;
+  const float l0 = in0 ? lse[at] * LOG2E : 0.f, l1 = in1 ? lse[at + 8] * LOG2E : 0.f;
   const float e0 = in0 ? delta_[at] : 0.f, e1 = in1 ? delta_[at + 8] : 0.f;
+  arrived();
+  u32 aq[KT][4], ag[KT][4];
+  rows_of(tiles + 2 * TILE, aq);
+  rows_of(tiles + 3 * TILE, ag);
+  __syncthreads();
   float acc[DT][4] = {};
-  for (u32 k0 = hi ? lo / QB * QB : 0; k0 < hi; k0 += QB) {
-    __syncthreads();
-    load_half<QB>(ks, k + (u64)b * kb + (u64)(head / G) * kh, k0, s, kt);
-    load_half<QB>(vs, v + (u64)b * vb + (u64)(head / G) * vh, k0, s, vt);
-    __syncthreads();
-    float p[QN][4], d[QN][4];
-    dots<QN>(aq, ks, p);
-    dots<QN>(ag, vs, d);
+  u32 stage = 0;
+  for (u32 k0 = begin; k0 < all.hi; k0 += ROWS, stage ^= 1) {
+    const u16* ks = tiles + stage * 2 * TILE;
+    if (k0 + ROWS < all.hi) {
+      u16* next = tiles + (stage ^ 1) * 2 * TILE;
+      ask(next, keys, k0 + ROWS, s, kt);
+      ask(next + TILE, values, k0 + ROWS, s, vt);
+    }
+#pragma unroll 1
+    for (u32 c = 0; c < ROWS; c += PART) {
+      const u32 from = k0 + c;
+      if (from >= w.hi || from + PART <= w.lo) continue;
+      const bool whole = from >= w.from && from + PART <= w.to;
+      float p[PN][4], d[PN][4];
+      dots<PN>(aq, ks + c * HS, p);
+      dots<PN>(ag, ks + TILE + c * HS, d);
 #pragma unroll
-    for (int n = 0; n < QN; ++n)
-      for (int e = 0; e < 2; ++e) {
-        const u32 key = k0 + n * 8 + 2 * tt + e;
-        const float x = key >= r0.lo && key < r0.hi ? __expf(p[n][e] * SCALE - l0) : 0.f;
-        const float y = key >= r1.lo && key < r1.hi ? __expf(p[n][e + 2] * SCALE - l1) : 0.f;
-        p[n][e] = x * (d[n][e] - e0) * SCALE;
-        p[n][e + 2] = y * (d[n][e + 2] - e1) * SCALE;
-      }
-    accumulate<QN>(p, ks, acc);
+      for (int n = 0; n < PN; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const u32 key = from + n * 8 + 2 * tt + e;
+          const float x = whole || (key >= r0.lo && key < r0.hi) ? two_to(p[n][e] * (SCALE * LOG2E) - l0) : 0.f;
+          const float y = whole || (key >= r1.lo && key < r1.hi) ? two_to(p[n][e + 2] * (SCALE * LOG2E) - l1) : 0.f;
+          p[n][e] = x * (d[n][e] - e0);
+          p[n][e + 2] = y * (d[n][e + 2] - e1);
+        }
+      accumulate<PN>(p, ks + c * HS, acc);
+    }
+    arrived();
   }
-  write_rows(dq + (u64)b * ob + (u64)head * oh, ot, first, t, acc, 1.f, 1.f);
+  write_rows(dq + (u64)b * ob + (u64)head * oh, ot, first, t, acc, SCALE, SCALE);
+}
+// A query as the tile of keys needs it: what it sees, log2 of its sum, what the gradient of softmax subtracts.
+struct __align__(16) Query { u32 lo, hi; float l, e; };
+// Bit j: does one of the queries q0 + 64 j.. see one of the keys first.., and do all see all?
+DEV void tiles_seen(u32* some, u32* every, const u32* pos, const u32* starts, u32 b, u32 t, u32 s, u32 q0, u32 first) {
+  __syncthreads();
+  if (threadIdx.x == 0) *some = *every = 0;
+  __syncthreads();
+  for (u32 j = threadIdx.x >> 5; j < 32 && q0 + j * ROWS < t; j += 4) {
+    const u32 i = q0 + j * ROWS + (threadIdx.x & 31);
+    const Span w = span_of(seen_by(pos, starts, b, i, t, s), seen_by(pos, starts, b, i + 32, t, s));
+    if (threadIdx.x & 31) continue;
+    if (w.lo < first + ROWS && w.hi > first) atomicOr(some, 1u << j);
+    if (w.from <= first && w.to >= first + ROWS) atomicOr(every, 1u << j);
+  }
+  __syncthreads();
 }
 // A block for 64 keys of a key head and one of its query heads; `parts` of several heads are joined by `join_kv`.
-extern "C" __global__ void __launch_bounds__(128, 2) grad_kv(ARGS, float* parts) {
+extern "C" __global__ void __launch_bounds__(128, 3) grad_kv(ARGS, float* parts) {
   extern __shared__ float4 memory[];
-  u16* xs = (u16*)memory;
-  u16* qs = xs + ROWS * HS;
-  u16* gs = qs + QB * HS;
-  __shared__ Range range[QB];
-  __shared__ float ls[QB], es[QB];
-  __shared__ u32 lo, hi;
-  const u32 b = blockIdx.z, head = blockIdx.y, kv = head / G, first = blockIdx.x * ROWS;
+  u16* tiles = (u16*)memory;
+  __shared__ Query queries[2][ROWS];
+  __shared__ u32 some, every;
+  // The first keys are seen by most queries.
+  const u32 b = blockIdx.y, head = blockIdx.x, kv = head / G, first = blockIdx.z * ROWS;
   const u32 lane = threadIdx.x & 31, g = lane >> 2, tt = lane & 3, mine = first + (threadIdx.x >> 5) * 16 + g;
-  u32 ak[KT][4], av[KT][4];
-  load_half<ROWS>(xs, k + (u64)b * kb + (u64)kv * kh, first, s, kt);
-  __syncthreads();
-  rows_of(xs, ak);
-  __syncthreads();
-  load_half<ROWS>(xs, v + (u64)b * vb + (u64)kv * vh, first, s, vt);
-  __syncthreads();
-  rows_of(xs, av);
-  float dk[DT][4] = {}, dv[DT][4] = {};
+  const TQ* rows = q + (u64)b * qb + (u64)head * qh;
+  const TG* grads = go + (u64)b * gb + (u64)head * gh;
   const u64 stat = ((u64)b * h + head) * t;
-  for (u32 q0 = 0; q0 < t; q0 += QB) {
-    ranges_of<QB>(range, &lo, &hi, pos, starts, b, t, q0, s);
-    if (hi <= first || lo >= first + ROWS) continue;
-    load_half<QB>(qs, q + (u64)b * qb + (u64)head * qh, q0, t, qt);
-    load_half<QB>(gs, go + (u64)b * gb + (u64)head * gh, q0, t, gt);
-    if (threadIdx.x < QB) {
-      const u32 i = q0 + threadIdx.x;
-      ls[threadIdx.x] = i < t ? lse[stat + i] : 0.f;
-      es[threadIdx.x] = i < t ? delta_[stat + i] : 0.f;
-    }
-    __syncthreads();
-    float p[QN][4], d[QN][4];
-    dots<QN>(ak, qs, p);
-    dots<QN>(av, gs, d);
-#pragma unroll
-    for (int n = 0; n < QN; ++n)
-      for (int e = 0; e < 2; ++e) {
-        const u32 i = n * 8 + 2 * tt + e;
-        const Range r = range[i];
-        const float l = ls[i], c = es[i];
-        p[n][e] = mine >= r.lo && mine < r.hi ? __expf(p[n][e] * SCALE - l) : 0.f;
-        p[n][e + 2] = mine + 8 >= r.lo && mine + 8 < r.hi ? __expf(p[n][e + 2] * SCALE - l) : 0.f;
-        d[n][e] = p[n][e] * (d[n][e] - c) * SCALE;
-        d[n][e + 2] = p[n][e + 2] * (d[n][e + 2] - c) * SCALE;
+  ask(tiles + 2 * TILE, k + (u64)b * kb + (u64)kv * kh, first, s, kt);
+  ask(tiles + 3 * TILE, v + (u64)b * vb + (u64)kv * vh, first, s, vt);
+  arrived();
+  u32 ak[KT][4], av[KT][4];
+  rows_of(tiles + 2 * TILE, ak);
+  rows_of(tiles + 3 * TILE, av);
+  float dk[DT][4] = {}, dv[DT][4] = {};
+  for (u32 c0 = 0; c0 < t; c0 += 32 * ROWS) {
+    tiles_seen(&some, &every, pos, starts, b, t, s, c0, first);
+    const u32 whole = every;
+    u32 left = some, now = 0, next = 0, stage = 1;
+    // The first round only asks.
+    for (bool begun = false; begun || left; ) {
+      const bool more = left != 0;
+      Query mine_next = {};
+      if (more) {
+        next = __ffs(left) - 1;
+        left &= left - 1;
+        const u32 q0 = c0 + next * ROWS, i = q0 + threadIdx.x;
+        u16* to = tiles + (stage ^ 1) * 2 * TILE;
+        ask(to, rows, q0, t, qt);
+        ask(to + TILE, grads, q0, t, gt);
+        if (threadIdx.x < ROWS && i < t) {
+          const Range r = seen(pos, starts, b * t + i, s);
+          mine_next = {r.lo, r.hi, lse[stat + i] * LOG2E, delta_[stat + i]};
+        }
       }
-    accumulate<QN>(p, gs, dv);
-    accumulate<QN>(d, qs, dk);
+      if (begun) {
+        const u16* qs = tiles + stage * 2 * TILE;
+        const bool all = whole >> now & 1;
+#pragma unroll 1
+        for (u32 c = 0; c < ROWS; c += PART) {
+          float p[PN][4], d[PN][4];
+          dots<PN>(ak, qs + c * HS, p);
+          dots<PN>(av, qs + TILE + c * HS, d);
+#pragma unroll
+          for (int n = 0; n < PN; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const Query r = queries[stage][c + n * 8 + 2 * tt + e];
+              p[n][e] = all || (mine >= r.lo && mine < r.hi) ? two_to(p[n][e] * (SCALE * LOG2E) - r.l) : 0.f;
+              p[n][e + 2] = all || (mine + 8 >= r.lo && mine + 8 < r.hi) ? two_to(p[n][e + 2] * (SCALE * LOG2E) - r.l) : 0.f;
+              d[n][e] = p[n][e] * (d[n][e] - r.e);
+              d[n][e + 2] = p[n][e + 2] * (d[n][e + 2] - r.e);
+            }
+          accumulate<PN>(p, qs + TILE + c * HS, dv);
+          accumulate<PN>(d, qs + c * HS, dk);
+        }
+      }
+      if (more && threadIdx.x < ROWS) queries[stage ^ 1][threadIdx.x] = mine_next;
+      arrived();
+      begun = more;
+      now = next;
+      stage ^= 1;
+    }
   }
   // parts [2, b, h, s, D]
-  const u64 size = (u64)gridDim.z * h * s * D;
+  const u64 size = (u64)gridDim.y * h * s * D;
   float* to = parts + ((u64)b * h + head) * s * D;
-  write_rows(to, D, first, s, dk, 1.f, 1.f);
+  write_rows(to, D, first, s, dk, SCALE, SCALE);
   write_rows(to + size, D, first, s, dv, 1.f, 1.f);
+}
+DEV void add4(float4* x, const float* p) {
+  const float4 y = *(const float4*)p;
+  x->x += y.x; x->y += y.y; x->z += y.z; x->w += y.w;
+}
+template <class T> DEV void put4(T* p, float4 v) {
+  if (aligned4(p)) { st4(p, v); return; }
+  st(p, v.x); st(p + 1, v.y); st(p + 2, v.z); st(p + 3, v.w);
 }
 // Sums the parts of the query heads of a key head, in order. n: elements of one result.
 extern "C" __global__ void join_kv(const float* parts, DK* dk, DV* dv, u32 n, u32 s, u32 hk,
     u32 ab, u32 at, u32 ah, u32 bb, u32 bt, u32 bh) {
   const u64 size = (u64)n * G;
-  for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
-    const u32 c = i % D, j = i / D % s, kv = i / D / s % hk, b = i / D / s / hk;
+  const u32 wide = D % 4 ? 1 : 4;
+  for (u32 e = blockIdx.x * blockDim.x + threadIdx.x; e < n / wide; e += gridDim.x * blockDim.x) {
+    const u32 i = e * wide, c = i % D, j = i / D % s, kv = i / D / s % hk, b = i / D / s / hk;
     const float* p = parts + (((u64)b * hk + kv) * G * s + j) * D + c;
-    float x = 0.f, y = 0.f;
-    for (u32 g = 0; g < G; ++g) { x += p[(u64)g * s * D]; y += p[size + (u64)g * s * D]; }
-    if (dk) st(dk + (u64)b * ab + (u64)j * at + (u64)kv * ah + c, x);
-    if (dv) st(dv + (u64)b * bb + (u64)j * bt + (u64)kv * bh + c, y);
+    DK* x = dk + (u64)b * ab + (u64)j * at + (u64)kv * ah + c;
+    DV* y = dv + (u64)b * bb + (u64)j * bt + (u64)kv * bh + c;
+    if (wide == 4) {
+      float4 sk = make_float4(0.f, 0.f, 0.f, 0.f), sv = sk;
+#pragma unroll 8
+      for (u32 g = 0; g < G; ++g) { add4(&sk, p + (u64)g * s * D); add4(&sv, p + size + (u64)g * s * D); }
+      if (dk) put4(x, sk);
+      if (dv) put4(y, sv);
+    } else {
+      float sk = 0.f, sv = 0.f;
+      for (u32 g = 0; g < G; ++g) { sk += p[(u64)g * s * D]; sv += p[size + (u64)g * s * D]; }
+      if (dk) st(x, sk);
+      if (dv) st(y, sv);
+    }
   }
 }
 #endif

@@ -10,10 +10,11 @@
 
 #if KERNEL == KERNEL_swiglu
 // y = g sigmoid(g) u. X: type of g and u, Y: of y.
-DEV float silu(float a) { return a / (1.f + exp_of((const X*)0, -a)); }
+DEV float silu(float a) { return ratio((const X*)0, a, 1.f + exp_of((const X*)0, -a)); }
 extern "C" __global__ void swiglu(const X* g, const X* u, Y* y, u32 n, u32 c, u32 gs, u32 us, u32 ys) {
   if (((c | gs | us | ys) & 3) == 0 && aligned4(g) && aligned4(u) && aligned4(y)) {
     const u32 q = c / 4;
+#pragma unroll 2
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n / 4; i += gridDim.x * blockDim.x) {
       const u32 row = i / q, col = (i - row * q) * 4;
       const float4 a = ld4(g + (u64)row * gs + col), b = ld4(u + (u64)row * us + col);
@@ -30,13 +31,14 @@ extern "C" __global__ void swiglu(const X* g, const X* u, Y* y, u32 n, u32 c, u3
 // With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s. A result nobody wants is null.
 // X: type of g and u, D: of dy, Y: of dg and du.
 DEV float2 grads(float a, float b, float d) {
-  const float s = 1.f / (1.f + exp_of((const X*)0, -a));
+  const float s = ratio((const X*)0, 1.f, 1.f + exp_of((const X*)0, -a));
   return make_float2(d * b * (s * (1.f + a * (1.f - s))), d * (a * s));
 }
 extern "C" __global__ void swiglu_grad(const X* g, const X* u, const D* dy, Y* dg, Y* du,
     u32 n, u32 c, u32 gs, u32 us, u32 ds, u32 dgs, u32 dus) {
   if (((c | gs | us | ds | dgs | dus) & 3) == 0 && aligned4(g) && aligned4(u) && aligned4(dy) && aligned4(dg) && aligned4(du)) {
     const u32 q = c / 4;
+#pragma unroll 2
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n / 4; i += gridDim.x * blockDim.x) {
       const u32 row = i / q, col = (i - row * q) * 4;
       const float4 a = ld4(g + (u64)row * gs + col), b = ld4(u + (u64)row * us + col), d = ld4(dy + (u64)row * ds + col);

@@ -21,7 +21,15 @@ extern "C" __global__ void __launch_bounds__(256) narrow(const X* x, u16* y, u32
 // y [m, pitch] = [x | x aᵀ | 0] in bf16 and h [m, R] = x aᵀ in f32, for x [m, K] and a [R, K]. A block takes 16 rows; its
 // eight warps take 32 columns each by turns, on tensor cores, and their sums are joined in order. The columns inside
 // such a piece are counted in another order, the same for x and a, so that a lane reads 16 bytes of a row at once.
+// APART: x is not copied and y holds what lies behind it alone.
 // ONLY: code that limits the tiles of eight rows of `a` to those that are not zero in columns c.. c + 31.
+#ifdef APART
+#define COPIES false
+#define TAIL 0
+#else
+#define COPIES true
+#define TAIL K
+#endif
 #define NT ((R + 7) / 8)
 #define TG (NT < 4 ? NT : 4)
 DEV void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -43,6 +51,7 @@ DEV void keep(u16* row, u32 c, uint4 v, bool wide) {
   for (int i = 0; i < 8; ++i) if (c + i < K) row[c + i] = (u16)(w[i / 2] >> (i % 2 * 16));
 }
 extern "C" __global__ void __launch_bounds__(256, 3) frame(const X* x, u16* y, float* h, const bf16* a, u32 m, u32 xs, u32 pitch, u32 hs) {
+  GRID_WAIT;
   __shared__ float part[8][16][TG * 8];
   const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, first = blockIdx.x * 16;
   const bool wide = ((K | xs | pitch) & 7) == 0 && (((u64)x | (u64)y | (u64)a) & 15) == 0;
@@ -58,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(256, 3) frame(const X* x, u16* y, f
       const u32 c = k0 + t * 8;
       const uint4 zero = make_uint4(0, 0, 0, 0);
       const uint4 v = in0 ? eight(x0, c, wide) : zero, w = in1 ? eight(x1, c, wide) : zero;
-      if (tile == 0 && in0) keep(y0, c, v, wide);
-      if (tile == 0 && in1) keep(y1, c, w, wide);
+      if (COPIES && tile == 0 && in0) keep(y0, c, v, wide);
+      if (COPIES && tile == 0 && in1) keep(y1, c, w, wide);
       u32 lo = 0, hi = NT;
       ONLY
 #pragma unroll
@@ -83,16 +92,17 @@ extern "C" __global__ void __launch_bounds__(256, 3) frame(const X* x, u16* y, f
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += part[i][row][j];
       h[(u64)(first + row) * hs + q] = sum;
-      y[(u64)(first + row) * pitch + K + q] = to_bf16(sum);
+      y[(u64)(first + row) * pitch + TAIL + q] = to_bf16(sum);
     }
   }
-  const u32 rest = pitch - K - R;
+  const u32 rest = pitch - TAIL - R;
   for (u32 e = threadIdx.x; e < 16 * rest; e += 256)
-    if (first + e / rest < m) y[(u64)(first + e / rest) * pitch + K + R + e % rest] = 0;
+    if (first + e / rest < m) y[(u64)(first + e / rest) * pitch + TAIL + R + e % rest] = 0;
 }
 #endif
 #ifdef SMALL
 extern "C" __global__ void __launch_bounds__(256) small(u16* out PARAMS) {
+  next_may_begin();
   u32 e = blockIdx.x * 256 + threadIdx.x;
   BODY
 }

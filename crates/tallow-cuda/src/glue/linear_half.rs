@@ -3,7 +3,7 @@
 //! adapters may share the weight.
 //! Absent on purpose: f32 weights that must stay exact; see `linear`.
 use super::{
-    Arg, Job, Offer, Target, blocks, c_type,
+    Arg, Job, Offer, Target, blocks, c_type, early,
     elementwise::one_type,
     kernel,
     linear::{Call, ROWS_BF16, Share, add_up, exact, low_rank_grad},
@@ -81,27 +81,36 @@ fn only(pieces: &[Piece]) -> String {
     text
 }
 
-/// Operand 0 with its tail at `to`, and `h` of `share`; `a [rank, k]` in bf16.
+/// Operand 0 with its tail at `to`, or the tail alone, and `h` of `share`; `a [rank, k]` in bf16, written by the
+/// launch before.
 fn frame(
     x: &Operand,
     share: &Share,
     [to, a]: [Arg; 2],
     [k, row, pitch]: [usize; 3],
     pieces: &[Piece],
+    apart: bool,
 ) -> Option<Job> {
     let mut args = vec![Arg::Read(0), to, share.hidden.0, a];
     for n in [share.m, row, pitch, share.hidden.1] {
         args.push(word(n)?);
     }
-    let defines = [
+    let mut defines = vec![
         ("FRAME", "1".to_owned()),
         ("X", c_type(one_type([x])?).to_owned()),
         ("K", format!("{k}u")),
         ("R", format!("{}u", share.rank)),
     ];
+    defines.extend(apart.then(|| ("APART", "1".to_owned())));
     let text = FILE.replace("ONLY\n", &(only(pieces) + "\n"));
     let grid = u32::try_from(share.m.div_ceil(16)).ok()?;
-    Some(kernel("frame", source(&text, &defines), grid, 256, args))
+    Some(early(kernel(
+        "frame",
+        source(&text, &defines),
+        grid,
+        256,
+        args,
+    )))
 }
 
 /// A kernel of small pieces: for each, how many threads it has and what thread `e` of them does.
@@ -245,6 +254,7 @@ pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> 
                 [x, down],
                 [k, c.in_row, pitch],
                 &[],
+                false,
             )?);
             (x, pitch)
         }
@@ -386,7 +396,11 @@ fn shares_forward(c: &Call, k: usize) -> Option<Vec<Job>> {
     Some(jobs)
 }
 
-/// `[dy | dh] · [W ; A]`: the last block's weight carries `A` of all blocks as rows of its own.
+/// Columns of `dy` for each of `dx` from which copying `dy` costs more than adding `dh A` to `dx`.
+const APART: usize = 4;
+
+/// `[dy | dh] · [W ; A]`: the last block's weight carries `A` of all blocks as rows of its own. Where `dy` is many times
+/// as wide as `dx` it is read where it lies, and `dh A` is a product of its own.
 pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     if t.weights != DType::BF16 || !all_frozen(c, spec) || spec.outputs[0].is_none() {
         return None;
@@ -402,32 +416,41 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
     let rank = share.map_or(0, |s| s.rank);
     let mut scratch = Scratch(c.hidden_scratch);
     let mut jobs = vec![];
-    let (dy, pitch) = match share {
+    let aligned = n.is_multiple_of(8) && c.in_row.is_multiple_of(8);
+    let lies = aligned && spec.inputs[0].dtype == DType::BF16;
+    let apart = rank > 0 && lies && n >= APART * k;
+    let width = (n + rank).next_multiple_of(8) - n;
+    let (tail, (dy, pitch)) = match share {
         Some(share) => {
-            let pitch = (n + rank).next_multiple_of(8);
-            let (dy, up) = (scratch.take(c.m * pitch * 2), scratch.take(rank * n * 2));
-            let (small, pieces) = small_backward(c, up, [n, k, rank, pitch - n])?;
+            let pitch = if apart { width } else { n + width };
+            let (to, up) = (scratch.take(c.m * pitch * 2), scratch.take(rank * n * 2));
+            let (small, pieces) = small_backward(c, up, [n, k, rank, width])?;
+            let sizes = [n, c.in_row, pitch];
             jobs.push(small);
             jobs.push(frame(
                 &spec.inputs[0],
                 share,
-                [dy, up],
-                [n, c.in_row, pitch],
+                [to, up],
+                sizes,
                 &pieces,
+                apart,
             )?);
-            (dy, pitch)
+            let left = match apart {
+                true => (Arg::Read(0), c.in_row.max(n)),
+                false => (to, pitch),
+            };
+            (Some(to), left)
         }
-        None => plain_rows(t, spec, &mut scratch, [c.m, n, c.in_row], &mut jobs)?,
+        None => {
+            let rows = plain_rows(t, spec, &mut scratch, [c.m, n, c.in_row], &mut jobs)?;
+            (None, rows)
+        }
     };
     let (mut prepare, mut n0) = (vec![], 0);
     let row = if rank > 0 { framed_row(k, rank) } else { k };
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        let behind = if rank > 0 && i + 1 == c.blocks.len() {
-            pitch - n
-        } else {
-            0
-        };
-        let rows = b.n + behind;
+        let last = rank > 0 && i + 1 == c.blocks.len();
+        let rows = b.n + if last && !apart { width } else { 0 };
         let framed = (rank > 0).then(|| framed([b.n, k], rank, at.w));
         prepare.extend(framed.or_else(|| plain(spec, at.w)));
         let rows_of = |arg, row: usize| matrix(arg, result, [c.m, k], [row.max(k), 1], 0);
@@ -443,6 +466,16 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
             rows_of(Arg::Write(0), c.out_row)?,
         ];
         jobs.push(product([c.m, k, rows], 1.0, added, None, operands));
+        if let (true, true, Some(tail)) = (last, apart, tail) {
+            let below = half(Arg::Read(at.w), [width, k], row, false)?;
+            let offset = b.n * row;
+            let operands = [
+                half(tail, [c.m, width], width, false)?,
+                Matrix { offset, ..below },
+                rows_of(Arg::Write(0), c.out_row)?,
+            ];
+            jobs.push(product([c.m, k, width], 1.0, Added::Result, None, operands));
+        }
         n0 += b.n;
     }
     if own_adapters {

@@ -1,5 +1,6 @@
 // One block a row of `c` elements; a row stride for each operand and result. Sums in f32 over a block in one order.
 // Bound by bandwidth: a row is read again from the cache nearest to the block.
+// ROWS: there are so many rows that a warp takes one, eight a block: no row waits for the warps of another.
 #define KERNEL_rms_norm 1
 #define KERNEL_add_rms_norm_f32 2
 #define KERNEL_layer_norm_f32 3
@@ -7,19 +8,33 @@
 #define KERNEL_softmax_grad_f32 5
 #define KERNEL_rms_norm_grad 6
 #define KERNEL_top_f32 7
-#define ROW(p, stride) p += (u64)blockIdx.x * stride
-#define EACH for (u32 i = threadIdx.x; i < c; i += blockDim.x)
-#define EACH4 for (u32 i = threadIdx.x * 4; i < c; i += blockDim.x * 4)
+#ifdef ROWS
+#define AT (blockIdx.x * 8 + (threadIdx.x >> 5))
+#define LANE (threadIdx.x & 31)
+#define LANES 32u
+#define SUM warp_sum
+#define PAST_END (AT >= ROWS)
+#else
+#define AT blockIdx.x
+#define LANE threadIdx.x
+#define LANES blockDim.x
+#define SUM block_sum
+#define PAST_END false
+#endif
+#define ROW(p, stride) p += (u64)AT * stride
+#define EACH for (u32 i = LANE; i < c; i += LANES)
+#define EACH4 _Pragma("unroll 4") for (u32 i = LANE * 4; i < c; i += LANES * 4)
 
 #if KERNEL == KERNEL_rms_norm
 // X, Y: types of operand and result.
 extern "C" __global__ void rms_norm(const X* x, const float* w, Y* y, u32 c, u32 xs, u32 ys, float eps) {
+  if (PAST_END) return;
   const bool wide = ((c | xs | ys) & 3) == 0 && aligned4(x) && aligned4(w) && aligned4(y);
   ROW(x, xs); ROW(y, ys);
   float s = 0.f;
   if (wide) {
     EACH4 { const float4 v = ld4(x + i); s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
-    const float r = rsqrtf(block_sum(s) / c + eps);
+    const float r = rsqrtf(SUM(s) / c + eps);
     EACH4 {
       const float4 v = ld4(x + i), k = ld4(w + i);
       st4(y + i, make_float4(v.x * r * k.x, v.y * r * k.y, v.z * r * k.z, v.w * r * k.w));
@@ -27,7 +42,7 @@ extern "C" __global__ void rms_norm(const X* x, const float* w, Y* y, u32 c, u32
     return;
   }
   EACH { const float v = ld(x + i); s += v * v; }
-  const float r = rsqrtf(block_sum(s) / c + eps);
+  const float r = rsqrtf(SUM(s) / c + eps);
   EACH st(y + i, ld(x + i) * r * w[i]);
 }
 #elif KERNEL == KERNEL_add_rms_norm_f32
@@ -116,6 +131,7 @@ extern "C" __global__ void softmax_grad_f32(const float* y, const float* dy, flo
 // X, D, R, Y: types of x, dy, past, dx.
 extern "C" __global__ void rms_norm_grad(const X* x, const float* w, const D* dy, const R* past, Y* dx,
     u32 c, u32 xs, u32 ds, u32 ps, u32 os, float eps) {
+  if (PAST_END) return;
   const bool wide = ((c | xs | ds | ps | os) & 3) == 0 && aligned4(x) && aligned4(w) && aligned4(dy) && aligned4(past) && aligned4(dx);
   ROW(x, xs); ROW(dy, ds); ROW(dx, os);
   if (past) ROW(past, ps);
@@ -126,8 +142,8 @@ extern "C" __global__ void rms_norm_grad(const X* x, const float* w, const D* dy
       s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
       d += v.x * g.x * k.x + v.y * g.y * k.y + v.z * g.z * k.z + v.w * g.w * k.w;
     }
-    const float r = rsqrtf(block_sum(s) / c + eps);
-    const float q = block_sum(d) / c * r * r;
+    const float r = rsqrtf(SUM(s) / c + eps);
+    const float q = SUM(d) / c * r * r;
     EACH4 {
       const float4 v = ld4(x + i), g = ld4(dy + i), k = ld4(w + i);
       float4 p = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -138,19 +154,20 @@ extern "C" __global__ void rms_norm_grad(const X* x, const float* w, const D* dy
     return;
   }
   EACH { const float v = ld(x + i); s += v * v; d += v * ld(dy + i) * w[i]; }
-  const float r = rsqrtf(block_sum(s) / c + eps);
-  const float k = block_sum(d) / c * r * r;
+  const float r = rsqrtf(SUM(s) / c + eps);
+  const float k = SUM(d) / c * r * r;
   EACH {
     const float v = (ld(dy + i) * w[i] - ld(x + i) * k) * r;
     st(dx + i, past ? v + ld(past + i) : v);
   }
 }
 extern "C" __global__ void inverse_rms(const X* x, float* inverse, u32 c, u32 xs, float eps) {
+  if (PAST_END) return;
   ROW(x, xs);
   float s = 0.f;
   EACH { const float v = ld(x + i); s += v * v; }
-  s = block_sum(s);
-  if (threadIdx.x == 0) inverse[blockIdx.x] = rsqrtf(s / c + eps);
+  s = SUM(s);
+  if (LANE == 0) inverse[AT] = rsqrtf(s / c + eps);
 }
 // dw = sum over rows of dy x r: chunks of 64 rows side by side, then joined in order.
 extern "C" __global__ void weight_parts(const X* x, const D* dy, const float* inverse, float* part, u32 rows, u32 c, u32 xs, u32 ds) {

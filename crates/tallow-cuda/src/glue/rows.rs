@@ -1,5 +1,5 @@
 //! Kernels that make a row of the result from a row of the operands: norms, softmax, and their gradients.
-//! Invariant: a block makes a whole row, so the result does not depend on how rows are spread.
+//! Invariant: a block or a warp makes a whole row, so the result does not depend on how rows are spread.
 //! Absent on purpose: rows in pieces.
 use super::{Arg, Job, Offer, c_type, early, elementwise::one_type, kernel, source, word};
 use tallow_core::{
@@ -19,8 +19,30 @@ fn threads(c: usize) -> u32 {
     }
 }
 
+/// Rows from which a warp makes one, and the longest that it makes.
+const MANY_ROWS: [usize; 2] = [512, 4096];
+
+/// The grid and the block of a kernel over `rows` of `c` elements, and what its text has to know of them.
+fn spread([rows, c]: [usize; 2]) -> Option<(u32, u32, Option<usize>)> {
+    let grid = |n: usize| u32::try_from(n).ok().filter(|g| *g > 0 && *g < 1 << 31);
+    if rows >= MANY_ROWS[0] && c <= MANY_ROWS[1] {
+        return Some((grid(rows.div_ceil(8))?, 256, Some(rows)));
+    }
+    Some((grid(rows)?, threads(c), None))
+}
+
 fn text(entry: &str, types: &[(&'static str, DType)]) -> std::sync::Arc<str> {
+    text_of(entry, None, types)
+}
+
+/// The same with a warp for each of so many rows.
+fn text_of(
+    entry: &str,
+    rows: Option<usize>,
+    types: &[(&'static str, DType)],
+) -> std::sync::Arc<str> {
     let mut defines = vec![("KERNEL", format!("KERNEL_{entry}"))];
+    defines.extend(rows.map(|n| ("ROWS", format!("{n}u"))));
     defines.extend(types.iter().map(|(name, d)| (*name, c_type(*d).to_owned())));
     source(FILE, &defines)
 }
@@ -78,7 +100,17 @@ pub(super) fn rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
         ("X", one_type(&spec.inputs[..1])?),
         ("Y", one_type(spec.outputs.iter().flatten())?),
     ];
-    typed("rms_norm", spec, &[0], &[Arg::F32(eps.get())], &types)
+    let x = &spec.inputs[0].layout.shape;
+    let (grid, block, rows) = spread([x.rows(), x.last()])?;
+    let mut offer = typed("rms_norm", spec, &[0], &[Arg::F32(eps.get())], &types)?;
+    for job in &mut offer.jobs {
+        if let Job::Kernel(k) = job {
+            k.grid = [grid, 1, 1];
+            k.block = block;
+            k.source = text_of("rms_norm", rows, &types);
+        }
+    }
+    Some(offer)
 }
 
 pub(super) fn add_rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
@@ -128,7 +160,8 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
         ("R", spec.inputs.get(3).map_or(DType::F32, |o| o.dtype)),
         ("Y", dx_type),
     ];
-    let source = text("rms_norm_grad", &types);
+    let (grid, block, warps) = spread([rows, c])?;
+    let source = text_of("rms_norm_grad", warps, &types);
     let (mut jobs, mut scratch): (Vec<Job>, usize) = (vec![], 0);
     // One inverse rms a row, for the sum over rows below.
     let inverse = Arg::Scratch(0);
@@ -151,13 +184,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
             word(dx.layout.row_stride()?)?,
             Arg::F32(n.eps.get()),
         ];
-        jobs.push(kernel(
-            "rms_norm_grad",
-            source.clone(),
-            rows as u32,
-            threads(c),
-            args,
-        ));
+        jobs.push(kernel("rms_norm_grad", source.clone(), grid, block, args));
     }
     if live(1).is_some_and(|o| !o.is_dense()) {
         return None;
@@ -167,13 +194,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
         let parts = (rows * 4).next_multiple_of(256);
         scratch = parts + chunks * c * 4;
         let args = vec![Arg::Read(0), inverse, word(c)?, xs, Arg::F32(n.eps.get())];
-        jobs.push(kernel(
-            "inverse_rms",
-            source.clone(),
-            rows as u32,
-            threads(c),
-            args,
-        ));
+        jobs.push(kernel("inverse_rms", source.clone(), grid, block, args));
         let args = vec![
             Arg::Read(0),
             Arg::Read(2),
