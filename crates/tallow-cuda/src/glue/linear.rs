@@ -275,6 +275,10 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     };
     let mut all = vec![];
     all.extend(linear_few::forward(t, &c, spec));
+    // Neighbours of one row become one launch, which a choice by the time of each step alone would take apart.
+    if c.m == 1 && t.weights == DType::BF16 && !all.is_empty() {
+        return all;
+    }
     all.extend(linear_half::forward(t, &c, spec));
     // Exact products are only offered where nothing faster was asked for.
     if all.is_empty() || t.weights == DType::F32 {
