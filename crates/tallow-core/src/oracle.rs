@@ -1,7 +1,9 @@
 //! The reference: runs a graph node by node in f64. Kernels, gradients and passes are tested against it.
 //! Invariant: composites run as their decomposition; floats are rounded only by a cast (or a
 //! gather) to bf16 or f16, never to f32.
-//! Absent on purpose: speed.
+//! Absent on purpose: anything clever. Rows of a large product are made by several threads, each sum in its one order.
+use std::borrow::Cow;
+
 use crate::{
     Error, Result,
     element::{to_bf16, to_f16},
@@ -214,22 +216,50 @@ fn matmul(t: [bool; 2], s: [&Shape; 2], x: [&[f64]; 2]) -> Vec<f64> {
     };
     let ((m, k), (_, n)) = (dims(0), dims(1));
     let batches: usize = s[0].0[..rank - 2].iter().product();
-    let stride = |i: usize, rows: usize, cols: usize| if t[i] { (1, rows) } else { (cols, 1) };
-    let ((ai, ak), (bk, bj)) = (stride(0, m, k), stride(1, k, n));
+    let (ai, ak) = if t[0] { (1, m) } else { (k, 1) };
     let mut out = vec![0.0; batches * m * n];
     for p in 0..batches {
-        let (a, b) = (&x[0][p * m * k..], &x[1][p * k * n..]);
-        let out = &mut out[p * m * n..(p + 1) * m * n];
-        for i in 0..m {
-            for q in 0..k {
-                let v = a[i * ai + q * ak];
-                for j in 0..n {
-                    out[i * n + j] += v * b[q * bk + j * bj];
+        let a = &x[0][p * m * k..];
+        let b = rows(t[1], [k, n], &x[1][p * k * n..][..k * n]);
+        let part = |from: usize, out: &mut [f64]| {
+            for (i, out) in out.chunks_mut(n.max(1)).enumerate() {
+                for q in 0..k {
+                    let v = a[(from + i) * ai + q * ak];
+                    let row = &b[q * n..][..n];
+                    out.iter_mut().zip(row).for_each(|(o, b)| *o += v * b);
                 }
             }
-        }
+        };
+        let out = &mut out[p * m * n..(p + 1) * m * n];
+        let threads = match m * k * n {
+            0..MUCH => 1,
+            _ => std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        let each = m.div_ceil(threads).max(1);
+        std::thread::scope(|all| {
+            let mut parts = out.chunks_mut(each * n.max(1)).enumerate();
+            let first = parts.next();
+            for (i, out) in parts {
+                all.spawn(move || part(i * each, out));
+            }
+            if let Some((_, out)) = first {
+                part(0, out);
+            }
+        });
     }
     out
+}
+
+/// Multiply-adds from which a product is worth threads of its own.
+const MUCH: usize = 1 << 24;
+
+/// `[k, n]` row by row, of an operand that may lie with rows and columns exchanged.
+fn rows(exchanged: bool, [k, n]: [usize; 2], x: &[f64]) -> Cow<'_, [f64]> {
+    if !exchanged {
+        return Cow::Borrowed(x);
+    }
+    let at = |i: usize| x[i % n * k + i / n];
+    Cow::Owned((0..k * n).map(at).collect())
 }
 
 fn gather(d: DType, s: &Shape, table: &[f64], ids: &[f64]) -> Vec<f64> {

@@ -49,17 +49,15 @@ pub fn eval_bounded(g: &Graph, inputs: &[Value]) -> Result<Vec<Bounded>> {
     let mut vals: Vec<Vec<f64>> = Vec::with_capacity(g.nodes.len());
     let mut errs: Vec<Vec<f64>> = Vec::with_capacity(g.nodes.len());
     for (id, n) in g.iter() {
-        let of = |all: &'_ [Vec<f64>]| -> Vec<Vec<f64>> {
-            n.inputs.iter().map(|i| all[i.index()].clone()).collect()
-        };
-        let (xs, es) = (of(&vals), of(&errs));
-        let xs: Vec<&[f64]> = xs.iter().map(Vec::as_slice).collect();
-        let es: Vec<&[f64]> = es.iter().map(Vec::as_slice).collect();
+        let inputs_of = n.inputs.iter().map(|i| i.index());
+        let xs: Vec<&[f64]> = inputs_of.clone().map(|i| &*vals[i]).collect();
+        let es: Vec<&[f64]> = inputs_of.map(|i| &*errs[i]).collect();
         let v = match n.op {
             Op::Input(slot, _) => inputs[slot as usize].data.clone(),
             _ => node(&g, id, &xs)?,
         };
-        errs.push(error(&g, id, &v, &xs, &es)?);
+        let e = error(&g, id, &v, &xs, &es)?;
+        errs.push(e);
         vals.push(v);
     }
     let root = |r: NodeId| Bounded {
@@ -103,10 +101,13 @@ fn error(g: &Graph, id: NodeId, v: &[f64], xs: &[&[f64]], es: &[&[f64]]) -> Resu
         Op::MatMul { ta, tb, alpha } => {
             let (t, s) = ([*ta, *tb], [sh(0), sh(1)]);
             let (a, b) = (abs(xs[0]), abs(xs[1]));
-            let left = matmul(t, s, [&plus(&a, es[0]), &b]);
-            let right = matmul(t, s, [&a, es[1]]);
+            let mut all = matmul(t, s, [&plus(&a, es[0]), &b]);
+            // Weights are exact.
+            if es[1].iter().any(|e| *e != 0.0) {
+                all = plus(&all, &matmul(t, s, [&a, es[1]]));
+            }
             let alpha = f64::from(alpha.get()).abs();
-            plus(&left, &right).iter().map(|e| e * alpha).collect()
+            all.iter().map(|e| e * alpha).collect()
         }
         Op::Gather(d) => rounded(&gather(DType::F32, sh(0), es[0], xs[1]), *d),
         Op::ScatterAdd(_) => node(g, id, &[xs[0], &plus(&abs(xs[1]), es[1])])?,

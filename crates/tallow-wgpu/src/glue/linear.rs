@@ -348,6 +348,10 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
         return vec![];
     };
     let few = by_few(t, &c, spec);
+    // Neighbours of one row share dispatches, which a choice by the time of each step alone would take apart.
+    if few.is_some() && spec.inputs[0].layout.shape.rows() == 1 {
+        return few.into_iter().collect();
+    }
     let ways = [Way::Skinny, Way::Tiled].map(|way| by_products(t, &c, spec, way));
     few.into_iter().chain(ways.into_iter().flatten()).collect()
 }
