@@ -1,23 +1,24 @@
 //! tallow as a work under the clock: a graph with random operands, its plan, the same in a chain, and the oracle.
 //! Invariant: operands are uploaded and results poisoned through the device's own calls, so the clock times what a
 //! user would run; the oracle gets the operands as the device holds them, rounded to their dtype.
-//! Absent on purpose: which graphs; `suite` knows.
+//! Absent on purpose: what a result is held against, which is `reference`; which graphs there are, which `suite` knows.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use half::bf16;
-use tallow::core::oracle::Value;
-use tallow::core::oracle::bound::{Bounded, eval_bounded};
-use tallow::core::tensor::lower;
 use tallow::{DType, Plan, Program, Role, Session, Tensor, TensorType};
 
 use crate::Result;
-use crate::work::{Chained, Check, Clock, Judge, Looped, Work, link};
+use crate::work::{Chained, Check, Clock, Looped, Work, link};
 
 mod chain;
 pub mod judge;
+mod reference;
+
+pub use reference::{HALF, Reference, Sample, SampleFn, TWIN, TwinFn};
+use reference::{LAYERS, PAIRS};
 
 /// What an operand is filled with.
 #[derive(Clone, Debug, PartialEq)]
@@ -147,48 +148,6 @@ impl<'a> Operands<'a> {
         Ok(leaf)
     }
 }
-
-/// Some elements of the first result, from operands given in the order they were made.
-pub struct Sample {
-    /// Which elements.
-    pub at: Vec<usize>,
-    /// What they should be: the same elements by each way of rounding that is right.
-    pub want: Vec<Bounded>,
-}
-
-/// What a result is compared with.
-pub enum Reference {
-    /// The whole graph in the oracle.
-    Whole,
-    /// The whole graph, and within [`TWIN`] of the largest element: over many layers the rounding bound alone grows wide.
-    Deep,
-    /// A part of it, where the whole takes too long: for a seed and the operands, some elements of the first result.
-    Sampled(SampleFn),
-    /// The same work by other kernels, where even a part takes too long: within [`TWIN`] of the largest element.
-    Twin(Judge, TwinFn),
-}
-
-/// Makes the other one.
-pub type TwinFn = Box<dyn Fn() -> Result<Ours>>;
-
-/// How far two sets of kernels may be apart, relative to the largest element of a result.
-pub const TWIN: f64 = 2e-3;
-
-/// How far the results of somebody who rounds everything to bf16 may be apart, relative to the largest element. Twice what
-/// PyTorch shows over [`LAYERS`]; without its adapter a result is further off by far.
-pub const HALF: f64 = 3e-2;
-
-/// Over more layers than this roundings add up: one is as likely up as down, so as the root of their number.
-const LAYERS: f64 = 6.0;
-
-/// The same of kernels that round the operands of products with bf16 weights, and nothing else.
-const PAIRS: f64 = 1.5e-2;
-
-/// So many elements have a mean to be measured from.
-const MANY: usize = 8;
-
-/// See [`Reference::Sampled`].
-pub type SampleFn = Box<dyn Fn(&[&[f64]], u64) -> Result<Sample>>;
 
 /// A repetition as a function of what it carries on.
 pub type Again = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>>;
@@ -341,168 +300,17 @@ impl Graphed {
         Ok(())
     }
 
-    /// As [`Work::check`], of `got`.
-    fn check(&self, got: &[Vec<f64>], returned: f32) -> Result<Check> {
-        let mut check = self.compare(got, None)?;
-        let there = got.first().and_then(|g| g.last().copied());
-        if there.map(|v| (v as f32).to_bits()) != Some(returned.to_bits()) {
-            check.worst = f64::MAX;
-        }
-        Ok(check)
-    }
-
     fn poison(&self, program: &Program) -> Result<()> {
         for out in &program.outputs {
             upload(&self.session, out, &vec![f64::NAN; out.shape().numel()])?;
         }
         Ok(())
     }
-
-    /// Elements of every operand of the graph, in its own order of leaves; `carried` in place of what is carried.
-    fn values(&self, leaves: &[Tensor], carried: Option<&[Vec<f64>]>) -> Result<Vec<Value>> {
-        let operands = self.operands.borrow();
-        let one = |leaf: &Tensor| {
-            let is = |t: &Tensor| raw(t) == raw(leaf);
-            let at = self.subject.carried.iter().position(is);
-            let data = match (at.zip(carried), operands.iter().find(|o| is(&o.leaf))) {
-                (Some((i, values)), _) => values[i].clone(),
-                (None, Some(o)) => o.host.clone(),
-                (None, None) => download(&self.session, leaf)?,
-            };
-            Ok(Value::new(leaf.ty().clone(), data))
-        };
-        leaves.iter().map(one).collect()
-    }
-
-    /// Of all results and states those that are compared.
-    fn some_of<'a, T>(&self, all: &'a [T]) -> Vec<&'a T> {
-        match &*self.some.borrow() {
-            None => all.iter().collect(),
-            Some(which) => which.iter().filter_map(|i| all.get(*i)).collect(),
-        }
-    }
-
-    /// Compares `got`, the results, with the reference; `carried` replaces what is carried.
-    fn compare(&self, got: &[Vec<f64>], carried: Option<&[Vec<f64>]>) -> Result<Check> {
-        let of = got.iter().map(Vec::len).sum();
-        let mut errors = Errors::default();
-        let mut by = Judge::Oracle;
-        let half = self.half.get().map(|part| part * self.depth.get());
-        match &self.subject.reference {
-            Reference::Whole | Reference::Deep => {
-                let low = lower(&self.outs, &self.subject.updates)?;
-                let values = self.values(&low.leaves, carried)?;
-                let want = eval_bounded(&low.graph, &values)?;
-                for (got, want) in got.iter().zip(self.some_of(&want)) {
-                    if let Some(part) = half {
-                        errors.rounded(got, want, part);
-                        continue;
-                    }
-                    errors.add(got, want);
-                    if matches!(self.subject.reference, Reference::Deep) {
-                        errors.near(got, &want.value.data, TWIN);
-                    }
-                }
-            }
-            Reference::Sampled(sample) => {
-                let operands = self.operands.borrow();
-                let value = |o: &Operand| -> Vec<f64> {
-                    let is = |t: &Tensor| raw(t) == raw(&o.leaf);
-                    let at = self.subject.carried.iter().position(is);
-                    match at.zip(carried) {
-                        Some((i, values)) => values[i].clone(),
-                        None => o.host.clone(),
-                    }
-                };
-                let values: Vec<Vec<f64>> = operands.iter().map(value).collect();
-                let values: Vec<&[f64]> = values.iter().map(Vec::as_slice).collect();
-                let s = sample(&values, self.seed.get())?;
-                let got: Vec<f64> = s.at.iter().map(|i| got[0][*i]).collect();
-                let judged = s.want.iter().map(|want| {
-                    let mut by_this = Errors::default();
-                    match half {
-                        Some(part) => by_this.rounded(&got, want, part),
-                        None => by_this.add(&got, want),
-                    }
-                    by_this
-                });
-                if let Some(best) = judged.min_by(|a, b| a.worst.total_cmp(&b.worst)) {
-                    errors = best;
-                }
-            }
-            Reference::Twin(judge, make) => {
-                by = *judge;
-                let mut twin = make()?;
-                twin.renew(self.seed.get())?;
-                twin.feed(self.link.get())?;
-                twin.start()?;
-                for (got, want) in got.iter().zip(self.some_of(&twin.results()?)) {
-                    errors.near(got, want, half.unwrap_or(TWIN));
-                    errors.compared += got.len();
-                }
-            }
-        }
-        // Elements that are not compared are at least there.
-        if got.iter().flatten().any(|v| v.is_nan()) {
-            errors.worst = f64::MAX;
-        }
-        Ok(Check {
-            worst: errors.worst,
-            compared: errors.compared,
-            of,
-            by,
-        })
-    }
 }
 
 /// Index of the last element.
 fn last(t: &Tensor) -> usize {
     t.shape().numel().saturating_sub(1)
-}
-
-/// The largest error so far.
-#[derive(Default)]
-struct Errors {
-    worst: f64,
-    compared: usize,
-}
-
-impl Errors {
-    fn add(&mut self, got: &[f64], want: &Bounded) {
-        let wanted = want.value.data.iter().zip(want.tolerances());
-        for (got, (w, tolerance)) in got.iter().zip(wanted) {
-            let off = (got - w).abs() / tolerance;
-            self.worst = if off.is_finite() {
-                self.worst.max(off)
-            } else {
-                f64::MAX
-            };
-        }
-        self.compared += got.len();
-    }
-
-    fn rounded(&mut self, got: &[f64], want: &Bounded, part: f64) {
-        self.near(got, &want.value.data, part);
-        self.compared += got.len();
-    }
-
-    /// By another rule: within `part` of the largest element, or of what is furthest from the mean of many: losses are all near
-    /// the logarithm of the vocabulary, and a part of that hides much.
-    fn near(&mut self, got: &[f64], want: &[f64], part: f64) {
-        let mean = match want.len() >= MANY {
-            true => want.iter().sum::<f64>() / want.len() as f64,
-            false => 0.0,
-        };
-        let largest = want.iter().fold(0.0f64, |m, v| m.max((v - mean).abs()));
-        for (got, want) in got.iter().zip(want) {
-            let off = (got - want).abs() / (part * largest + 1e-30);
-            self.worst = if off.is_finite() {
-                self.worst.max(off)
-            } else {
-                f64::MAX
-            };
-        }
-    }
 }
 
 impl Work for Ours {
