@@ -375,16 +375,20 @@ template <int KIND, bool JOINED> DEV void linear(const Phase& d, const Stream& z
       }
     }
     bar_wait(full + b.warp * SLOTS + slot, b.used / SLOTS & 1);
+    u32 c = lane;
 #pragma unroll 1
-    for (u32 c = lane; c < groups; c += 64) {
-      const bool two = c + 32 < groups;
-      const u32 c2 = two ? c + 32 : c;
-      const uint4 q0 = wa[c], q1 = wb[c], q2 = wa[c2], q3 = wb[c2];
-      const float4 l = lo[c], h = hi[c], l2 = lo[c2], h2 = hi[c2];
+    for (; c + 32 < groups; c += 64) {
+      const uint4 q0 = wa[c], q1 = wb[c], q2 = wa[c + 32], q3 = wb[c + 32];
+      const float4 l = lo[c], h = hi[c], l2 = lo[c + 32], h2 = hi[c + 32];
       sa += dot8(q0, l, h);
       sb += dot8(q1, l, h);
-      const float ua = dot8(q2, l2, h2), ub = dot8(q3, l2, h2);
-      if (two) { sa += ua; sb += ub; }
+      sa += dot8(q2, l2, h2);
+      sb += dot8(q3, l2, h2);
+    }
+    if (c < groups) {
+      const float4 l = lo[c], h = hi[c];
+      sa += dot8(wa[c], l, h);
+      sb += dot8(wb[c], l, h);
     }
     __syncwarp();
     if (lane == 0) bar_arrive(empty + b.warp * SLOTS + slot);
