@@ -131,6 +131,7 @@ impl Writer {
         let attention = Attention {
             scale: 0.2.into(),
             mask: Mask::Causal { window: None },
+            cap: None,
         };
         let o = self
             .b

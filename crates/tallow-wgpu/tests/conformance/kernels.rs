@@ -163,6 +163,7 @@ fn attention([b, t, h, hk, d, s]: [usize; 6]) -> (Attention, Vec<TensorType>) {
     let a = Attention {
         scale: (1.0 / (d as f32).sqrt()).into(),
         mask: Mask::Causal { window: None },
+        cap: None,
     };
     (a, vec![q, kv.clone(), kv, TensorType::u32([b, t])])
 }
