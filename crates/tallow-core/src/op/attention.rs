@@ -443,6 +443,8 @@ mod tests {
             a.cap = cap.map(Bits::from);
             let c = Composite::from(a.clone());
             let spec = KernelSpec::composite(&c, &refs, &[false; 4], &[true; 2]).unwrap();
+            let shown = cap.map_or("f32[".into(), |c| format!("cap {c}, f32["));
+            assert!(spec.signature().starts_with(&shown), "{}", spec.signature());
             keys.push(spec.key());
         }
         keys.dedup();
