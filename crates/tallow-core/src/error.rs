@@ -22,6 +22,16 @@ pub enum Error {
         /// Line of the caller that built the op.
         at: Option<&'static Location<'static>>,
     },
+    /// A number inside an op is out of its range.
+    #[error("{op}: want {want}, got {got}")]
+    Number {
+        /// Op that refused.
+        op: &'static str,
+        /// What it accepts.
+        want: &'static str,
+        /// The number.
+        got: f32,
+    },
     /// No backend kernel and no decomposition.
     #[error("no kernel for {op} on {device}")]
     NoKernel {

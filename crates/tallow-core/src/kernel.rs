@@ -187,7 +187,7 @@ impl KernelSpec {
         let number = all.bytes().fold(0xcbf2_9ce4_8422_2325, step);
         format!("{} {} #{number:016x}", self.name(), self.signature())
     }
-    /// Operand types for messages: `f32[4, 8], bf16[8, 8] -> f32[4, 8]`.
+    /// Operand types for messages: `f32[4, 8], bf16[8, 8] -> f32[4, 8]`; in front, of attention, a cap of its scores: `cap 50, `.
     pub fn signature(&self) -> String {
         let show = |o: &Operand| {
             let strided = if o.is_dense() { "" } else { "~" };
@@ -199,7 +199,13 @@ impl KernelSpec {
             .iter()
             .map(|o| o.as_ref().map_or("-".into(), show))
             .collect();
-        format!("{} -> {}", ins.join(", "), outs.join(", "))
+        let cap = match &self.body {
+            Body::Composite(Composite::Attention(a)) => a.cap,
+            Body::Composite(Composite::AttentionGrad(g)) => g.0.cap,
+            _ => None,
+        };
+        let cap = cap.map_or(String::new(), |c| format!("cap {c:?}, "));
+        format!("{cap}{} -> {}", ins.join(", "), outs.join(", "))
     }
 }
 

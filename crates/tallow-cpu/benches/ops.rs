@@ -101,6 +101,7 @@ fn attention(exec: Exec<'_>, b: usize, t: usize, h: usize, hk: usize, d: usize) 
         d,
         scale: 1.0 / (d as f32).sqrt(),
         mask: Mask::Causal { window: None },
+        cap: None,
     };
     let (nq, nk) = ([t, h, d], [t, hk, d]);
     let (q, dout) = (random(b * t * h * d, 1), random(b * t * h * d, 4));
@@ -169,6 +170,7 @@ fn decode(exec: Exec<'_>, s: usize, h: usize, hk: usize, d: usize) {
         d,
         scale: 1.0 / (d as f32).sqrt(),
         mask: Mask::Causal { window: None },
+        cap: None,
     };
     let q = random(h * d, 1);
     let (k, v) = (random(s * hk * d, 2), random(s * hk * d, 3));

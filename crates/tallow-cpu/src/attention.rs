@@ -1,4 +1,5 @@
-//! Attention with grouped heads, causal or not, with an optional window: `o = softmax(scale q kᵀ) v`.
+//! Attention with grouped heads, causal or not, with an optional window: `o = softmax(scale q kᵀ) v`, where a cap may
+//! bend the scores.
 //! Invariant: the key at index `j` has position `j`. Under a causal mask a query at `p` sees keys
 //! `j <= p` and, with a window `w`, `j + w > p`; a query at or past `s` is padding: its outputs are
 //! zero and its own data is not read. Where a row holds several documents, a query sees no key before
@@ -13,6 +14,7 @@
 use crate::lanes::LANES;
 
 mod backward;
+mod bend;
 mod block;
 mod decode;
 mod forward;
@@ -128,6 +130,8 @@ pub struct Shape {
     pub scale: f32,
     /// Which keys a query sees.
     pub mask: Mask,
+    /// If there, a scaled score `x` becomes `cap * tanh(x / cap)`.
+    pub cap: Option<f32>,
 }
 
 impl Shape {

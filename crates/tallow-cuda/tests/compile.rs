@@ -4,7 +4,7 @@
 use std::{collections::HashSet, sync::Mutex};
 use tallow_core::{
     kernel::KernelSpec,
-    op::{Attention, AttentionGrad, Block, Composite, Linear, LinearGrad, Mask, RmsNorm},
+    op::{Attention, AttentionGrad, Bits, Block, Composite, Linear, LinearGrad, Mask, RmsNorm},
     types::{DType, TensorType},
 };
 use tallow_cuda::{Arch, Error, compile, sources};
@@ -60,10 +60,16 @@ fn thin() -> impl Iterator<Item = KernelSpec> {
 /// many rows.
 fn training() -> Vec<KernelSpec> {
     let mut all: Vec<(Composite, Vec<TensorType>)> = vec![];
-    for (d, window, packed) in [(64, None, false), (64, Some(90), true)] {
+    for (d, window, packed, cap) in [
+        (64, None, false, None),
+        (64, Some(90), true, None),
+        (64, None, false, Some(50.0)),
+        (128, Some(90), true, Some(50.0)),
+    ] {
         let mask = Mask::Causal { window };
         let scale = 0.125.into();
-        let a = Attention { scale, mask };
+        let cap = cap.map(Bits::from);
+        let a = Attention { scale, mask, cap };
         let q = TensorType::f32([2, 150, 14, d]);
         let kv = TensorType::f32([2, 150, 2, d]);
         let at = TensorType::u32([2, 150]);

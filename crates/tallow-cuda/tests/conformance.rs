@@ -9,8 +9,8 @@ use tallow_core::{
     graph::Builder,
     kernel::{Candidate, KernelSpec},
     op::{
-        Attention, AttentionGrad, Block, Composite, LinearGrad, Mask, Op, RmsNorm, RmsNormGrad,
-        Role, SwiGlu,
+        Attention, AttentionGrad, Bits, Block, Composite, LinearGrad, Mask, Op, RmsNorm,
+        RmsNormGrad, Role, SwiGlu,
     },
     oracle::sample,
     session::Session,
@@ -292,15 +292,18 @@ fn shapes_of_training_are_near_the_oracle() {
 fn attention_of_models() -> Vec<(Composite, Vec<TensorType>)> {
     let (b, t, s, d) = (2, 150, 200, 64);
     let mut all = vec![];
-    for (h, hk, window, packed) in [
-        (7, 1, None, false),
-        (4, 2, Some(90), false),
-        (2, 2, None, true),
+    for (h, hk, window, packed, cap) in [
+        (7, 1, None, false, None),
+        (4, 2, Some(90), false, None),
+        (2, 2, None, true, None),
+        (4, 2, Some(90), true, Some(0.5)),
+        (2, 1, None, false, Some(50.0)),
     ] {
         let mask = Mask::Causal { window };
         let a = Attention {
             scale: 0.125.into(),
             mask,
+            cap: cap.map(Bits::from),
         };
         let (q, kv) = ([b, t, h, d], [b, s, hk, d]);
         let mut ins = vec![TensorType::f32(q), TensorType::f32(kv), TensorType::f32(kv)];

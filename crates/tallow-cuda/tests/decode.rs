@@ -4,13 +4,14 @@ use std::sync::Arc;
 use tallow_conformance::{Case, check_all};
 use tallow_core::{
     Result,
+    backend::Backend,
     graph::{Builder, NodeId, Update},
-    op::{Attention, Block, KvWrite, Linear, Mask, RmsNorm, Role, Rope, SwiGlu},
+    op::{Attention, Bits, Block, KvWrite, Linear, Mask, RmsNorm, Role, Rope, SwiGlu},
     oracle::{Value, sample},
     session::Session,
     types::{DType, TensorType},
 };
-use tallow_cuda::{Cuda, CudaOptions};
+use tallow_cuda::{Cuda, CudaOptions, Paper};
 
 fn session() -> Option<Session> {
     let options = CudaOptions {
@@ -41,6 +42,8 @@ struct Sizes {
     slots: usize,
     rank: usize,
     position: u32,
+    /// Of attention's scores.
+    cap: Option<f32>,
 }
 
 /// A graph under construction with the values of its inputs.
@@ -131,6 +134,7 @@ impl Writer {
         let attention = Attention {
             scale: 0.2.into(),
             mask: Mask::Causal { window: None },
+            cap: s.cap.map(Bits::from),
         };
         let o = self
             .b
@@ -147,6 +151,42 @@ impl Writer {
     }
 }
 
+/// Wide enough for a launch of all steps: odd numbers of units, pieces and parts.
+const WIDE: Sizes = Sizes {
+    c: 1048,
+    mlp: 3080,
+    h: 9,
+    hk: 3,
+    d: 40,
+    slots: 300,
+    rank: 7,
+    position: 290,
+    cap: None,
+};
+
+fn case(sizes: Sizes) -> Case {
+    let writer = Writer {
+        b: Builder::default(),
+        inputs: vec![],
+        sizes,
+    };
+    writer.layer().unwrap()
+}
+
+/// The launch of all steps bends no scores, so attention under a cap stands in launches of its own.
+#[test]
+fn attention_under_a_cap_is_not_in_the_launch_of_all_steps() {
+    let paper = Arc::new(Paper::hopper(DType::BF16));
+    let session = Session::new(paper.clone());
+    for cap in [None, Some(50.0)] {
+        let c = session.compile(&case(Sizes { cap, ..WIDE }).graph).unwrap();
+        let all = paper.launched(&c.plan);
+        let mut launches = all.iter().flat_map(|l| &l.launches);
+        let apart = launches.any(|l| l.starts_with("decode "));
+        assert_eq!(apart, cap.is_some(), "{all:?}");
+    }
+}
+
 #[test]
 fn a_layer_of_one_token_matches_the_oracle() {
     let Some(session) = session() else { return };
@@ -159,18 +199,9 @@ fn a_layer_of_one_token_matches_the_oracle() {
         slots: 40,
         rank: 4,
         position: 33,
+        cap: None,
     };
-    // Wide enough for a launch of all steps: odd numbers of units, pieces and parts.
-    let wide = Sizes {
-        c: 1048,
-        mlp: 3080,
-        h: 9,
-        hk: 3,
-        d: 40,
-        slots: 300,
-        rank: 7,
-        position: 290,
-    };
+    let wide = WIDE;
     let sizes = [
         wide,
         Sizes {
@@ -183,8 +214,16 @@ fn a_layer_of_one_token_matches_the_oracle() {
             position: 64,
             ..wide
         },
+        Sizes {
+            cap: Some(0.3),
+            ..wide
+        },
         base,
         Sizes { rank: 0, ..base },
+        Sizes {
+            cap: Some(0.3),
+            ..base
+        },
         Sizes {
             c: 896,
             mlp: 1024,
@@ -194,6 +233,7 @@ fn a_layer_of_one_token_matches_the_oracle() {
             slots: 70,
             rank: 8,
             position: 64,
+            cap: None,
         },
         Sizes {
             c: 72,
@@ -219,13 +259,5 @@ fn a_layer_of_one_token_matches_the_oracle() {
             ..base
         },
     ];
-    let case = |sizes| {
-        let writer = Writer {
-            b: Builder::default(),
-            inputs: vec![],
-            sizes,
-        };
-        writer.layer().unwrap()
-    };
     check_all(&session, sizes.map(case).into());
 }

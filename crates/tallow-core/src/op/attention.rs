@@ -4,7 +4,10 @@
 //! Invariant: kernels and the gradient never form `[t, s]` for all heads; only the decomposition does.
 use super::{composite::misfit, *};
 use crate::graph::{Builder, NodeId};
-use ScalarOp::{Add, Div, Exp, Less, Log, Mul, Select, Sub};
+use ScalarOp::{Add, Div, Exp, Less, Log, Mul, Select, Sub, Tanh};
+
+/// What a cap may be: with its reciprocal well inside f32, and below what stands for a hidden score.
+const CAPS: std::ops::RangeInclusive<f32> = 1e-30..=1e29;
 
 /// Which keys a query sees. A key's index is its position; a query's position is data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,19 +21,44 @@ pub enum Mask {
     },
 }
 
-/// `o = softmax(scale * q kᵀ, masked) v`. Operands `q [b, t, h, d]`, `k`, `v [b, s, hk, d]`,
+/// `o = softmax(scale * q kᵀ, masked) v`, scores perhaps capped. Operands `q [b, t, h, d]`, `k`, `v [b, s, hk, d]`,
 /// `pos [b, t] u32`, f32; head `j` reads key head `j / (h / hk)`. Results `o [b, t, h, d]` and
 /// `lse [b, h, t]`, the log of the softmax denominator. Under a causal mask a query at or past `s`
 /// is padding: its `o`, `lse` and gradients are 0.
 ///
 /// A fifth operand `starts [b, t] u32`, under a causal mask only, hides the keys before it: where a row holds
 /// several documents, the index of the first token of the query's own. A query before its start is padding.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Attention {
     /// Factor of the scores, usually `1 / sqrt(d)`.
     pub scale: Bits,
     /// Which keys a query sees.
     pub mask: Mask,
+    /// If there, a scaled score `x` becomes `cap * tanh(x / cap)` before the mask (Gemma 2, arXiv:2408.00118);
+    /// from 1e-30 to 1e29.
+    pub cap: Option<Bits>,
+}
+
+impl Attention {
+    /// `[scale / cap, cap / scale]`, where there is a cap and both are normal numbers: for kernels that bend scores before
+    /// they scale them, `x` to `y = cap / scale * tanh(x * scale / cap)`, so that `scale * y` is the score.
+    pub fn cap_around_scale(&self) -> Option<[f32; 2]> {
+        let (scale, cap) = (f64::from(self.scale.get()), f64::from(self.cap?.get()));
+        let factors = [scale / cap, cap / scale].map(|f| f as f32);
+        factors.iter().all(|f| f.is_normal()).then_some(factors)
+    }
+}
+
+/// As derived, but silent on a cap that is not there: tables on disk name kernels by this text.
+impl std::fmt::Debug for Attention {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut all = f.debug_struct("Attention");
+        all.field("scale", &self.scale).field("mask", &self.mask);
+        if let Some(cap) = self.cap {
+            all.field("cap", &cap);
+        }
+        all.finish()
+    }
 }
 
 /// Gradient of [`Attention`], from `q, k, v, pos, o, lse, do` and `starts` where it has them; results
@@ -99,26 +127,54 @@ fn visible(
     Ok(Some((see, real)))
 }
 
-/// Scores with hidden keys pushed far down, `[b, h, t, s]`, and the rows that are not padding.
+/// What the queries make of the keys.
+struct Scores {
+    /// With hidden keys pushed far down, `[b, h, t, s]`.
+    masked: NodeId,
+    /// Under a cap `tanh(score / cap)`, like `masked`, of hidden keys too.
+    bent: Option<NodeId>,
+    /// 1 for rows that are not padding, `[b, 1, t, 1]`; none: all.
+    real: Option<NodeId>,
+}
+
 fn scores(
     b: &mut Builder,
     a: &Attention,
     ins: &[NodeId],
     starts: Option<NodeId>,
-) -> Result<(NodeId, Option<NodeId>)> {
+) -> Result<Scores> {
     let h = b.shape(ins[0]).0[2];
     let s = b.shape(ins[1]).0[1];
     let q = heads_out(b, ins[0])?;
     let k = repeat_heads(b, ins[1], h)?;
     let raw = b.matmul(q, false, k, true)?;
-    let raw = b.map_const(Mul, raw, a.scale.get())?;
-    let pos = ins[3];
-    match visible(b, a.mask, Queries { pos, starts }, s)? {
-        None => Ok((raw, None)),
-        Some((see, real)) => {
-            let low = b.scalar(-1e30);
-            Ok((b.map(Select, &[see, raw, low])?, Some(real)))
-        }
+    let mut raw = b.map_const(Mul, raw, a.scale.get())?;
+    let mut bent = None;
+    if let Some(cap) = a.cap {
+        let part = b.map_const(Div, raw, cap.get())?;
+        let t = b.map(Tanh, &[part])?;
+        raw = b.map_const(Mul, t, cap.get())?;
+        bent = Some(t);
+    }
+    let (mut masked, mut rows, pos) = (raw, None, ins[3]);
+    if let Some((see, real)) = visible(b, a.mask, Queries { pos, starts }, s)? {
+        let low = b.scalar(-1e30);
+        masked = b.map(Select, &[see, raw, low])?;
+        rows = Some(real);
+    }
+    let real = rows;
+    Ok(Scores { masked, bent, real })
+}
+
+/// Is the cap, if there is one, a number to divide by?
+fn check_cap(a: &Attention) -> Result<()> {
+    match a.cap.map(Bits::get) {
+        Some(got) if !CAPS.contains(&got) => Err(Error::Number {
+            op: "attention",
+            want: "a cap of the scores from 1e-30 to 1e29",
+            got,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -154,30 +210,36 @@ fn starts_fit(a: &Attention, ins: &[&TensorType], count: usize) -> bool {
 fn examples() -> Vec<(Attention, Vec<TensorType>)> {
     let none = Mask::Causal { window: None };
     let near = Mask::Causal { window: Some(3) };
-    // b, t, h, hk, d, s; the mask; are there starts
+    let far = Mask::Causal { window: Some(60) };
+    // b, t, h, hk, d, s; the mask; are there starts; the cap
     let sizes = [
-        ([1, 1, 1, 1, 2, 1], none, false),
-        ([2, 5, 4, 2, 6, 5], none, false),
-        ([1, 33, 2, 1, 32, 33], near, false),
-        ([2, 7, 3, 3, 16, 7], Mask::Full, false),
-        ([1, 1, 6, 2, 32, 67], none, false),
-        ([1, 130, 2, 2, 24, 130], none, false),
-        ([1, 4, 4, 2, 8, 19], near, false),
-        ([2, 7, 2, 1, 8, 7], none, true),
-        (
-            [1, 130, 4, 2, 16, 230],
-            Mask::Causal { window: Some(60) },
-            true,
-        ),
-        ([3, 1, 2, 2, 8, 40], none, true),
+        ([1, 1, 1, 1, 2, 1], none, false, None),
+        ([2, 5, 4, 2, 6, 5], none, false, None),
+        ([1, 33, 2, 1, 32, 33], near, false, None),
+        ([2, 7, 3, 3, 16, 7], Mask::Full, false, None),
+        ([1, 1, 6, 2, 32, 67], none, false, None),
+        ([1, 130, 2, 2, 24, 130], none, false, None),
+        ([1, 4, 4, 2, 8, 19], near, false, None),
+        ([2, 7, 2, 1, 8, 7], none, true, None),
+        ([1, 130, 4, 2, 16, 230], far, true, None),
+        ([3, 1, 2, 2, 8, 40], none, true, None),
+        // Caps that bend all scores, some, and hardly any.
+        ([1, 1, 1, 1, 2, 1], none, false, Some(0.4)),
+        ([2, 5, 4, 2, 6, 5], none, false, Some(0.3)),
+        ([1, 33, 2, 1, 32, 33], near, false, Some(50.0)),
+        ([2, 7, 3, 3, 16, 7], Mask::Full, false, Some(1.0)),
+        ([1, 1, 6, 2, 32, 67], none, false, Some(0.7)),
+        ([1, 130, 4, 2, 16, 230], far, true, Some(0.5)),
+        ([3, 1, 2, 2, 8, 40], none, true, Some(0.25)),
     ];
-    let make = |([b, t, h, hk, d, s], mask, starts): ([usize; 6], Mask, bool)| {
+    let make = |([b, t, h, hk, d, s], mask, starts, cap): ([usize; 6], Mask, bool, Option<f32>)| {
         let scale = (1.0 / (d as f32).sqrt()).into();
+        let cap = cap.map(Bits::from);
         let kv = TensorType::f32([b, s, hk, d]);
         let q = TensorType::f32([b, t, h, d]);
         let mut ins = vec![q, kv.clone(), kv, TensorType::u32([b, t])];
         ins.extend(starts.then(|| TensorType::u32([b, t])));
-        (Attention { scale, mask }, ins)
+        (Attention { scale, mask, cap }, ins)
     };
     sizes.into_iter().map(make).collect()
 }
@@ -187,6 +249,7 @@ impl CompositeOp for Attention {
         "attention"
     }
     fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
+        check_cap(self)?;
         let [b, t, h, ..] = check(self.name(), ins)?;
         if !starts_fit(self, ins, 4) {
             let want = "q, k, v, pos and, under a causal mask, perhaps starts like pos";
@@ -196,9 +259,9 @@ impl CompositeOp for Attention {
     }
     fn decompose(&self, b: &mut Builder, ins: &[NodeId]) -> Result<Vec<NodeId>> {
         let [n, t, h] = [0, 1, 2].map(|i| b.shape(ins[0]).0[i]);
-        let (sc, real) = scores(b, self, ins, ins.get(4).copied())?;
-        let m = b.reduce(ReduceOp::Max, 3, sc)?;
-        let d = b.map(Sub, &[sc, m])?;
+        let sc = scores(b, self, ins, ins.get(4).copied())?;
+        let m = b.reduce(ReduceOp::Max, 3, sc.masked)?;
+        let d = b.map(Sub, &[sc.masked, m])?;
         let e = b.map(Exp, &[d])?;
         let sum = b.reduce(ReduceOp::Sum, 3, e)?;
         let p = b.map(Div, &[e, sum])?;
@@ -206,7 +269,7 @@ impl CompositeOp for Attention {
         let mut lse = b.map(Add, &[log, m])?;
         let v = repeat_heads(b, ins[2], h)?;
         let mut o = b.matmul(p, false, v, false)?;
-        if let Some(real) = real {
+        if let Some(real) = sc.real {
             let zero = b.scalar(0.0);
             o = b.map(Select, &[real, o, zero])?;
             lse = b.map(Select, &[real, lse, zero])?;
@@ -256,6 +319,7 @@ impl CompositeOp for AttentionGrad {
         "attention_grad"
     }
     fn infer(&self, ins: &[&TensorType]) -> Result<Vec<TensorType>> {
+        check_cap(&self.0)?;
         let [b, t, h, ..] = check(self.name(), ins)?;
         match ins {
             [q, k, v, _, o, lse, d, ..]
@@ -273,7 +337,8 @@ impl CompositeOp for AttentionGrad {
             ),
         }
     }
-    /// With `p = exp(s - lse)`: `dv = pᵀ do`, `ds = p (do vᵀ - rowsum(do o))`, `dq = scale ds k`, `dk = scale dsᵀ q`.
+    /// With `p = exp(s - lse)`: `dv = pᵀ do`, `ds = p (do vᵀ - rowsum(do o))`, `dq = scale ds k`, `dk = scale dsᵀ q`;
+    /// under a cap `s` is what it leaves, and `ds` is multiplied by `1 - (s / cap)²`.
     fn decompose(&self, b: &mut Builder, ins: &[NodeId]) -> Result<Vec<NodeId>> {
         let a = &self.0;
         let [n, t, h, _, s, hk] = check(
@@ -281,11 +346,11 @@ impl CompositeOp for AttentionGrad {
             &ins.iter().map(|i| b.ty(*i)).collect::<Vec<_>>(),
         )?;
         let d = b.shape(ins[0]).0[3];
-        let (sc, real) = scores(b, a, &ins[..4], ins.get(7).copied())?;
+        let sc = scores(b, a, &ins[..4], ins.get(7).copied())?;
         let lse = b.reshape(ins[5], [n, h, t, 1])?;
-        let diff = b.map(Sub, &[sc, lse])?;
+        let diff = b.map(Sub, &[sc.masked, lse])?;
         let mut p = b.map(Exp, &[diff])?;
-        if let Some(real) = real {
+        if let Some(real) = sc.real {
             let zero = b.scalar(0.0);
             p = b.map(Select, &[real, p, zero])?;
         }
@@ -296,7 +361,13 @@ impl CompositeOp for AttentionGrad {
         let weighted = b.map(Mul, &[go, o])?;
         let delta = b.sum_last(weighted)?;
         let centred = b.map(Sub, &[dp, delta])?;
-        let ds = b.map(Mul, &[p, centred])?;
+        let mut ds = b.map(Mul, &[p, centred])?;
+        if let Some(bent) = sc.bent {
+            let square = b.map(Mul, &[bent, bent])?;
+            let one = b.scalar(1.0);
+            let slope = b.map(Sub, &[one, square])?;
+            ds = b.map(Mul, &[ds, slope])?;
+        }
         let ds = b.map_const(Mul, ds, a.scale.get())?;
         let k = repeat_heads(b, ins[1], h)?;
         let q = heads_out(b, ins[0])?;
@@ -324,5 +395,59 @@ impl CompositeOp for AttentionGrad {
             (AttentionGrad(a), ins)
         };
         examples().into_iter().map(make).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::KernelSpec;
+
+    fn first() -> (Attention, Vec<TensorType>) {
+        examples().remove(1)
+    }
+
+    #[test]
+    fn a_cap_is_a_number_to_divide_by() {
+        let (mut a, ins) = first();
+        let refs: Vec<&TensorType> = ins.iter().collect();
+        for good in [1e-30, 0.5, 50.0, 1e29] {
+            a.cap = Some(good.into());
+            assert_eq!(a.infer(&refs).unwrap()[0], ins[0]);
+        }
+        let bad = [0.0, -1.0, f32::MIN_POSITIVE, 1e30, f32::INFINITY, f32::NAN];
+        for bad in bad {
+            a.cap = Some(bad.into());
+            let grad = AttentionGrad(a.clone());
+            for e in [a.infer(&refs).unwrap_err(), grad.infer(&refs).unwrap_err()] {
+                let Error::Number { op, got, .. } = e else {
+                    panic!("{e}")
+                };
+                assert_eq!((op, got.to_bits()), ("attention", bad.to_bits()));
+            }
+        }
+    }
+
+    /// What names kernels on disk: silent on no cap, different for each cap.
+    #[test]
+    fn keys_tell_caps_apart() {
+        let (mut a, ins) = first();
+        let mask = "Causal { window: None }";
+        assert_eq!(
+            format!("{a:?}"),
+            format!("Attention {{ scale: {:?}, mask: {mask} }}", a.scale)
+        );
+        let refs: Vec<&TensorType> = ins.iter().collect();
+        let mut keys = vec![];
+        for cap in [None, Some(30.0), Some(50.0)] {
+            a.cap = cap.map(Bits::from);
+            let c = Composite::from(a.clone());
+            let spec = KernelSpec::composite(&c, &refs, &[false; 4], &[true; 2]).unwrap();
+            let shown = cap.map_or("f32[".into(), |c| format!("cap {c}, f32["));
+            assert!(spec.signature().starts_with(&shown), "{}", spec.signature());
+            keys.push(spec.key());
+        }
+        keys.dedup();
+        assert_eq!(keys.len(), 3, "{keys:?}");
     }
 }

@@ -129,6 +129,7 @@ fn attention_pads_and_masks() {
     let op = Attention {
         scale: 1.0.into(),
         mask: Mask::Causal { window: None },
+        cap: None,
     };
     let got = run(&[q, k, v, pos], |b, x| Ok(b.composite(op, x)?[0]));
     assert_eq!(got, [3.0, 3.0, 0.0, 0.0]);

@@ -306,8 +306,7 @@ impl Tensor {
         scale: f32,
         mask: Mask,
     ) -> Result<Self> {
-        let scale = scale.into();
-        Ok(Self::composite(Attention { scale, mask }, &[self, k, v, pos])?.remove(0))
+        self.attention_by(&attention(scale, mask), [k, v, pos], None)
     }
     /// As [`Tensor::attention`] in rows of several documents: a query sees no key before `starts [b, t]`, the
     /// index of its document's first token. The mask is causal.
@@ -320,8 +319,19 @@ impl Tensor {
         scale: f32,
         mask: Mask,
     ) -> Result<Self> {
-        let scale = scale.into();
-        Ok(Self::composite(Attention { scale, mask }, &[self, k, v, pos, starts])?.remove(0))
+        self.attention_by(&attention(scale, mask), [k, v, pos], Some(starts))
+    }
+    /// As [`Tensor::attention`], or with `starts` as [`Tensor::attention_packed`], by all the rules of `op`: the one way
+    /// to a cap.
+    #[track_caller]
+    pub fn attention_by(
+        &self,
+        op: &Attention,
+        [k, v, pos]: [&Tensor; 3],
+        starts: Option<&Tensor>,
+    ) -> Result<Self> {
+        let ins: Vec<&Tensor> = [self, k, v, pos].into_iter().chain(starts).collect();
+        Ok(Self::composite(op.clone(), &ins)?.remove(0))
     }
     /// This cache `[b, s, h, d]` with `new [b, t, h, d]` written at `pos [b, t]`.
     #[track_caller]
@@ -384,5 +394,13 @@ impl Tensor {
     /// An f32 type with this tensor's shape.
     pub fn like_f32(&self) -> TensorType {
         TensorType::f32(self.shape().clone())
+    }
+}
+
+fn attention(scale: f32, mask: Mask) -> Attention {
+    Attention {
+        scale: scale.into(),
+        mask,
+        cap: None,
     }
 }

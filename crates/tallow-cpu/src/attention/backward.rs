@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 
+use super::bend::{bend, slope};
 use super::block::Block;
 use super::forward::mask;
 use super::{Heads, Queries, Shape};
@@ -212,7 +213,7 @@ impl Part<'_> {
             block.gather::<V>(&a.dout, 1.0, s.dout);
             transpose(s.q, padded, s.q_lanes);
             transpose(s.dout, padded, s.dout_lanes);
-            let (lse, delta) = self.lane_numbers::<V>(block, s);
+            let numbers = self.lane_numbers::<V>(block, s);
             let mut first = true;
             for chunk in block.chunks(CHUNK) {
                 if chunk.start < keys.start || chunk.start >= keys.end {
@@ -228,8 +229,12 @@ impl Part<'_> {
                 ask(&a.q);
                 block.times_keys(self.isa, &a.v, &chunk, s.dout_lanes, s.ds);
                 ask(&a.dout);
+                bend::<V>(a.shape.cap, s.p, chunk.len() * LANES);
                 mask::<V>(block, &chunk, s.p);
-                score_gradients::<V>(chunk.len(), s, &lse, &delta);
+                match a.shape.cap {
+                    None => score_gradients::<V, false>(chunk.len(), s, &numbers, 0.0),
+                    Some(c) => score_gradients::<V, true>(chunk.len(), s, &numbers, 1.0 / c),
+                }
                 ask(&a.out);
                 if for_keys && !a.dv.ptr.is_null() {
                     block.add_to_keys(self.isa, &a.dv, &chunk, s.p, s.dout);
@@ -278,12 +283,18 @@ impl Part<'_> {
     }
 }
 
-/// Scores in `p` and gradients of probabilities in `ds` become probabilities and gradients of scores.
+/// Scores in `p` and gradients of probabilities in `ds` become probabilities and gradients of scores; of those before
+/// they were bent, with `part = 1 / cap`, where `BENT`.
 ///
 /// # Safety
 /// The machine has the instructions; both are `[n, 32]`.
 #[inline(always)]
-unsafe fn score_gradients<V: Vector>(n: usize, s: &Scratch, lse: &Row, delta: &Row) {
+unsafe fn score_gradients<V: Vector, const BENT: bool>(
+    n: usize,
+    s: &Scratch,
+    (lse, delta): &(Row, Row),
+    part: f32,
+) {
     for lane in (0..LANES).step_by(V::LANES) {
         // SAFETY: the caller's promise.
         unsafe {
@@ -291,9 +302,14 @@ unsafe fn score_gradients<V: Vector>(n: usize, s: &Scratch, lse: &Row, delta: &R
             let delta = V::load(delta.0.as_ptr().add(lane));
             for j in 0..n {
                 let (p, ds) = (s.p.add(j * LANES + lane), s.ds.add(j * LANES + lane));
-                let probability = exp_nonpos(V::load(p).sub(lse));
+                let score = V::load(p);
+                let probability = exp_nonpos(score.sub(lse));
                 probability.store(p);
-                V::load(ds).sub(delta).mul(probability).store(ds);
+                let mut gradient = V::load(ds).sub(delta).mul(probability);
+                if BENT {
+                    gradient = gradient.mul(slope(score, V::splat(part)));
+                }
+                gradient.store(ds);
             }
         }
     }

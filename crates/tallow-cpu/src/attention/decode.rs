@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::bend::bend;
 use super::{Forward, Shape};
 use crate::exec::{Exec, RowKernel, spans};
 use crate::simd::Vector;
@@ -84,6 +85,7 @@ impl Head<'_> {
             for g in 0..group {
                 let head = first + g;
                 let scores = self.scores.add(g * row_elems(shape));
+                bend::<V>(shape.cap, scores, n);
                 let lse = normalise::<V>(scores, n);
                 if !self.args.lse.is_null() {
                     *self.args.lse.add(self.b * shape.h + head) = lse;

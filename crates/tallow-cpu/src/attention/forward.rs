@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::bend::bend;
 use super::block::Block;
 use super::{Heads, Queries, Shape};
 use crate::exec::{Exec, RowKernel};
@@ -120,6 +121,7 @@ impl ForwardBlocks<'_> {
             let mut first = true;
             for chunk in block.chunks(CHUNK) {
                 block.times_keys(self.isa, &a.k, &chunk, lanes, scores);
+                bend::<V>(a.shape.cap, scores, chunk.len() * LANES);
                 mask::<V>(block, &chunk, scores);
                 state.add::<V>(scores, chunk.len(), LANES);
                 if !first {

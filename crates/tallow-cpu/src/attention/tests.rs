@@ -209,6 +209,7 @@ fn shape(n: [usize; 6], window: Option<usize>) -> Shape {
         d,
         scale: 1.0 / (d as f32).sqrt(),
         mask: Mask::Causal { window },
+        cap: None,
     }
 }
 
@@ -360,6 +361,38 @@ fn documents_of_a_packed_row_do_not_see_each_other() {
 }
 
 #[test]
+fn scores_under_a_cap() {
+    let mut rng = Rng::fresh();
+    // A block that sees all and blocks that do not, over several chunks; a window; one token.
+    for (n, from, window) in [
+        ([1, 1, 1, 1, 1, 1], 0, None),
+        ([1, 31, 31, 2, 2, 7], 0, None),
+        ([2, 33, 33, 4, 2, 31], 0, Some(5)),
+        ([1, 224, 224, 2, 1, 64], 0, None),
+        ([2, 40, 260, 2, 1, 16], 190, None),
+        ([2, 1, 300, 6, 2, 33], 257, None),
+        ([1, 1, 127, 7, 1, 128], 100, Some(13)),
+    ] {
+        for cap in [0.2, 1.0, 30.0] {
+            let cap = Some(cap);
+            let shape = Shape {
+                cap,
+                ..shape(n, window)
+            };
+            let case = Case::new(shape, counting(n[0], n[1], from), true, &mut rng);
+            check(&case, &mut rng);
+        }
+    }
+    let (mask, cap) = (Mask::Full, Some(0.5));
+    let plain = shape([1, 40, 201, 4, 2, 5], None);
+    let shape = Shape { mask, cap, ..plain };
+    check(
+        &Case::new(shape, vec![NOWHERE; 40], true, &mut rng),
+        &mut rng,
+    );
+}
+
+#[test]
 fn decode_of_one_token() {
     let mut rng = Rng::fresh();
     for (n, pos, window) in [
@@ -379,14 +412,18 @@ fn decode_of_one_token() {
 
 #[test]
 fn reference_gradients_agree_with_finite_differences() {
-    let mut rng = Rng::fresh();
-    let case = Case::new(
-        shape([2, 4, 6, 4, 2, 3], Some(3)),
-        vec![1, 2, 3, 4, 5, 0, NOWHERE, 2],
-        false,
-        &mut rng,
-    );
-    let r = &case.reference;
+    for cap in [None, Some(0.7)] {
+        let shape = Shape {
+            cap,
+            ..shape([2, 4, 6, 4, 2, 3], Some(3))
+        };
+        let mut rng = Rng::fresh();
+        let pos = vec![1, 2, 3, 4, 5, 0, NOWHERE, 2];
+        agrees_with_finite_differences(&Case::new(shape, pos, false, &mut rng).reference, &mut rng);
+    }
+}
+
+fn agrees_with_finite_differences(r: &Reference, rng: &mut Rng) {
     let dout: Vec<f64> = r.q.iter().map(|_| f64::from(rng.f32())).collect();
     let loss =
         |r: &Reference| -> f64 { r.forward().out.iter().zip(&dout).map(|(o, g)| o * g).sum() };

@@ -7,7 +7,7 @@ use crate::{
 };
 use tallow_core::{
     kernel::{KernelSpec, Operand},
-    op::{Attention, Mask},
+    op::{Attention, Bits, Mask},
     types::DType,
 };
 
@@ -76,6 +76,7 @@ fn shape(a: &Attention, spec: &KernelSpec, starts: usize) -> Option<Shape> {
         d,
         scale,
         mask,
+        cap: a.cap.map(Bits::get),
     })
 }
 

@@ -151,7 +151,8 @@ fn attention(f: &Finder, at: usize, offers: &[Offer], run: &mut Run) -> Option<(
     let statistics = step.writes.get(1).is_some_and(Option::is_some);
     let rows = q.layout.strides[2] == d && q.layout.strides[3] == 1;
     let simple = rows && k.is_dense() && v.is_dense() && !statistics && o.place == Place::Arena;
-    if offers[at].name != "attention_decode_f32" || !simple {
+    // The launch bends no scores.
+    if offers[at].name != "attention_decode_f32" || !simple || a.cap.is_some() {
         return None;
     }
     let cached = Cached {

@@ -27,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(256) attention(const TQ* q, const T
       float m = -inff;
       for (int j = 0; j < MT; ++j) {
         const u32 key = k0 + tx + 16 * j;
+//cap         sc[i][j] = bent(sc[i][j]);
         sc[i][j] = key >= r.lo && key < r.hi ? sc[i][j] * SCALE : -inff;
         m = fmaxf(m, sc[i][j]);
       }

@@ -1,7 +1,10 @@
 //! Attention, forward and backward.
 //! Invariant: no kernel holds scores of more than one tile of keys; what a query sees is a range of keys, so
 //! causal masks, windows and several documents in a row are one case.
-//! Absent on purpose: heads whose elements are not dense; the planner copies those.
+//! Absent on purpose: heads whose elements are not dense; the planner copies those. A cap so far from the scale that
+//! their quotient is no normal number.
+//!
+//! A line `//cap TEXT` of a file is `TEXT` where scores are capped and else not there, so that a cap costs others nothing.
 use super::{
     Arg, Job, Offer, THREADS, Target, blocks, c_type, early,
     elementwise::{head_strides, one_type},
@@ -85,8 +88,29 @@ fn text(
         ("WINDOW", format!("{window}u")),
         ("STARTS", usize::from(starts).to_string()),
     ];
+    if let Some(factors) = a.cap_around_scale() {
+        let names = ["CAP_IN", "CAP_OUT"].into_iter();
+        defines.extend(names.zip(factors.map(|f| format!("({f:?}f)"))));
+    }
     defines.extend(types.iter().map(|(name, d)| (*name, c_type(*d).to_owned())));
-    source(&[&[COMMON], files].concat().concat(), &defines)
+    let text = [&[COMMON], files].concat().concat();
+    source(&chosen(&text, a.cap.is_some()), &defines)
+}
+
+/// `text` with its lines for capped scores, or without.
+fn chosen(text: &str, capped: bool) -> String {
+    let lines = text.split_inclusive('\n');
+    let one = |l| match str::strip_prefix(l, "//cap ") {
+        Some(line) if capped => line,
+        Some(_) => "",
+        None => l,
+    };
+    lines.map(one).collect()
+}
+
+/// Is there no cap, or one that the kernels can take?
+fn takes_cap(a: &Attention) -> bool {
+    a.cap.is_none() || a.cap_around_scale().is_some()
 }
 
 /// Few enough queries for the decoding kernel?
@@ -186,7 +210,7 @@ fn forward_args(z: Sizes, spec: &KernelSpec) -> Option<(bool, Vec<Arg>)> {
 }
 
 pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let z = sizes(spec)?;
+    let z = sizes(spec).filter(|_| takes_cap(a))?;
     let (starts, args) = forward_args(z, spec)?;
     if few_queries(z) {
         one_type(spec.inputs[..3].iter().chain(&spec.outputs[0])).filter(|d| *d == DType::F32)?;
@@ -225,7 +249,7 @@ pub(super) fn decode_then(
     spec: &KernelSpec,
     next: &Next,
 ) -> Option<(Vec<Job>, usize)> {
-    let z = sizes(spec)?;
+    let z = sizes(spec).filter(|_| takes_cap(a))?;
     // What the parts need of `A` lies in shared memory.
     let shared = next.rank * z.d * 4;
     if z.b * z.t != 1 || next.k != z.h * z.d || shared > 16 << 10 {
@@ -290,7 +314,7 @@ fn decode_for(
 }
 
 pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let z = sizes(spec)?;
+    let z = sizes(spec).filter(|_| takes_cap(a))?;
     let starts = spec.inputs.len() == 8;
     let dense = [3, 5].into_iter().chain(7..spec.inputs.len());
     if !dense.into_iter().all(|i| spec.inputs[i].is_dense()) {

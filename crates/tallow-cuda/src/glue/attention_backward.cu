@@ -36,8 +36,10 @@ extern "C" __global__ void __launch_bounds__(256) grad_q(ARGS, DQ* dq, u32 ob, u
       const Range r = range[ty * MT + i];
       for (int j = 0; j < MT; ++j) {
         const u32 key = k0 + tx + 16 * j;
+//cap         sc[i][j] = bent(sc[i][j]);
         const float p = key >= r.lo && key < r.hi ? expf(sc[i][j] * SCALE - l[i]) : 0.f;
         ps[(ty * MT + i) * PS + tx + 16 * j] = p * (dp[i][j] - d[i]) * SCALE;
+//cap         ps[(ty * MT + i) * PS + tx + 16 * j] *= slope(sc[i][j]);
       }
     }
     __syncthreads();
@@ -72,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(256) grad_kv(ARGS, DK* dk, DV* dv, 
       load_tile(gs, go + (u64)b * gb + (u64)head * gh, q0, t, gt);
       __syncthreads();
       float p[MT][MT], d[MT][MT];
+//cap       float w[MT][MT];
       dots(ks, qs, p, tx, ty);
       for (int j = 0; j < MT; ++j) {
         const u32 i = q0 + tx + 16 * j;
@@ -79,6 +82,8 @@ extern "C" __global__ void __launch_bounds__(256) grad_kv(ARGS, DK* dk, DV* dv, 
         const float l = i < t ? lse[((u64)b * h + head) * t + i] : 0.f;
         for (int i2 = 0; i2 < MT; ++i2) {
           const u32 key = first + ty * MT + i2;
+//cap           p[i2][j] = bent(p[i2][j]);
+//cap           w[i2][j] = slope(p[i2][j]);
           p[i2][j] = key >= r.lo && key < r.hi ? expf(p[i2][j] * SCALE - l) : 0.f;
           ps[(ty * MT + i2) * PS + tx + 16 * j] = p[i2][j];
         }
@@ -91,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(256) grad_kv(ARGS, DK* dk, DV* dv, 
         const u32 i = q0 + tx + 16 * j;
         const float e = i < t ? delta_[((u64)b * h + head) * t + i] : 0.f;
         for (int i2 = 0; i2 < MT; ++i2) ps[(ty * MT + i2) * PS + tx + 16 * j] = p[i2][j] * (d[i2][j] - e) * SCALE;
+//cap         for (int i2 = 0; i2 < MT; ++i2) ps[(ty * MT + i2) * PS + tx + 16 * j] *= w[i2][j];
       }
       __syncthreads();
       accumulate(ps, qs, ak, tx, ty);

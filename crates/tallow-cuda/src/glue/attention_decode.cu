@@ -50,6 +50,7 @@ extern "C" __global__ void __launch_bounds__(128) decode(ARGS) {
       const float4 x = *(const float4*)&qs[r * DS + c], y = *(const float4*)&ks[lane * DS + c];
       d += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
     }
+//cap     d = bent(d);
     const float score = k0 + lane >= see.lo && k0 + lane < see.hi ? d * SCALE : -inff;
     const float m = warp_max(score), e = expf(score - (m == -inff ? 0.f : m)), sum = warp_sum(e);
     ps[r * BT + lane] = e;

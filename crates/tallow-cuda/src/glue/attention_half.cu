@@ -182,6 +182,8 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const u32 key = k0 + n * 8 + 2 * tt + e;
+//cap           p[n][e] = bent(p[n][e]);
+//cap           p[n][e + 2] = bent(p[n][e + 2]);
           p[n][e] = whole || (key >= r0.lo && key < r0.hi) ? p[n][e] * (SCALE * LOG2E) : -inff;
           p[n][e + 2] = whole || (key >= r1.lo && key < r1.hi) ? p[n][e + 2] * (SCALE * LOG2E) : -inff;
           n0 = fmaxf(n0, p[n][e]);
@@ -228,6 +230,8 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
 #define PN (PART / 8)
 // Blocks of `grad_q` that share a processor, as many as its registers allow without a spill.
 #define Q_BLOCKS (CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
+//cap #undef Q_BLOCKS
+//cap #define Q_BLOCKS 3
 // A block for 64 queries of a head.
 extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
@@ -275,10 +279,15 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const u32 key = from + n * 8 + 2 * tt + e;
+//cap           p[n][e] = bent(p[n][e]);
+//cap           p[n][e + 2] = bent(p[n][e + 2]);
+//cap           const float w0 = slope(p[n][e]), w1 = slope(p[n][e + 2]);
           const float x = whole || (key >= r0.lo && key < r0.hi) ? two_to(p[n][e] * (SCALE * LOG2E) - l0) : 0.f;
           const float y = whole || (key >= r1.lo && key < r1.hi) ? two_to(p[n][e + 2] * (SCALE * LOG2E) - l1) : 0.f;
           p[n][e] = x * (d[n][e] - e0);
           p[n][e + 2] = y * (d[n][e + 2] - e1);
+//cap           p[n][e] *= w0;
+//cap           p[n][e + 2] *= w1;
         }
       accumulate<PN>(p, ks + c * HS, acc);
     }
@@ -354,10 +363,15 @@ extern "C" __global__ void __launch_bounds__(128, 3) grad_kv(ARGS, float* parts)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const Query r = queries[stage][c + n * 8 + 2 * tt + e];
+//cap               p[n][e] = bent(p[n][e]);
+//cap               p[n][e + 2] = bent(p[n][e + 2]);
+//cap               const float w0 = slope(p[n][e]), w1 = slope(p[n][e + 2]);
               p[n][e] = all || (mine >= r.lo && mine < r.hi) ? two_to(p[n][e] * (SCALE * LOG2E) - r.l) : 0.f;
               p[n][e + 2] = all || (mine + 8 >= r.lo && mine + 8 < r.hi) ? two_to(p[n][e + 2] * (SCALE * LOG2E) - r.l) : 0.f;
               d[n][e] = p[n][e] * (d[n][e] - r.e);
               d[n][e + 2] = p[n][e + 2] * (d[n][e + 2] - r.e);
+//cap               d[n][e] *= w0;
+//cap               d[n][e + 2] *= w1;
             }
           accumulate<PN>(p, qs + TILE + c * HS, dv);
           accumulate<PN>(d, qs + c * HS, dk);

@@ -1,7 +1,10 @@
 //! Attention, forward and backward.
 //! Invariant: no kernel holds scores of more than one tile of keys; what a query sees is a range of keys, so causal
 //! masks, windows and several documents in a row are one case. No atomics on sums: equal runs give equal bits.
-//! Absent on purpose: heads whose elements are not dense; the planner copies those.
+//! Absent on purpose: heads whose elements are not dense; the planner copies those. A cap so far from the scale that
+//! their quotient is no normal number.
+//!
+//! A line `//cap TEXT` of a file is `TEXT` where scores are capped and else not there, so that a cap costs others nothing.
 use super::word;
 use crate::{
     launch::{Arg, Kernel, Offer, read, scratch, wide, write},
@@ -17,6 +20,7 @@ const COMMON: &str = include_str!("attention_common.wgsl");
 const TILES: &str = include_str!("attention_tiles.wgsl");
 const LOAD: &str = include_str!("attention_load.wgsl");
 const STORE: &str = include_str!("attention_store.wgsl");
+const CAP: &str = include_str!("attention_cap.wgsl");
 const FORWARD: &str = include_str!("attention.wgsl");
 const DECODE: &str = include_str!("attention_decode.wgsl");
 const JOIN: &str = include_str!("attention_join.wgsl");
@@ -71,7 +75,8 @@ impl<'a> Case<'a> {
     fn new(a: &'a Attention, spec: &'a KernelSpec, known: usize, floats: &[usize]) -> Option<Self> {
         let floats = floats.iter().map(|i| &spec.inputs[*i]);
         let mut all = floats.chain(spec.outputs.iter().flatten());
-        all.all(|o| o.dtype == F32).then_some(Case {
+        let takes_cap = a.cap.is_none() || a.cap_around_scale().is_some();
+        (takes_cap && all.all(|o| o.dtype == F32)).then_some(Case {
             a,
             spec,
             z: sizes(spec)?,
@@ -117,10 +122,16 @@ impl<'a> Case<'a> {
         more: Vec<(&'static str, String)>,
     ) -> Option<Kernel> {
         let [x, y, z] = grid.map(|n| u32::try_from(n).ok());
-        let consts = [self.consts(), more].concat();
+        let mut consts = [self.consts(), more].concat();
+        let (mut text, bends) = chosen(body, self.a.cap.is_some());
+        if let Some([into, out]) = self.a.cap_around_scale().filter(|_| bends) {
+            consts
+                .extend([("CAP_IN", into), ("CAP_OUT", out)].map(|(n, f)| (n, format!("{f:?}f"))));
+            text.insert_str(0, CAP);
+        }
         let draft = Draft {
             entry,
-            body,
+            body: &text,
             consts: &consts,
             threads: THREADS,
             grid: [x?, y?, z?],
@@ -128,6 +139,18 @@ impl<'a> Case<'a> {
         };
         kernel(t, self.spec, draft)
     }
+}
+
+/// `text` with its lines for capped scores or without; and were there any?
+fn chosen(text: &str, capped: bool) -> (String, bool) {
+    let mut any = false;
+    let lines = text.split_inclusive('\n').map(|l| {
+        let line = l.strip_prefix("//cap ");
+        any |= line.is_some();
+        line.map_or(l, |line| if capped { line } else { "" })
+    });
+    let text = lines.collect();
+    (text, any)
 }
 
 /// `text` with the lines between `// each TOKEN` and `// end` once for each number below `count`, which stands in

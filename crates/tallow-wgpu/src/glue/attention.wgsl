@@ -39,6 +39,7 @@ fn attention(id: Id) {
     let keys = vec4(k0 + tx * 4u) + vec4(0u, 1u, 2u, 3u);
     for (var i = 0u; i < 4u; i++) {
       let r = range[ty * 4u + i];
+//cap       s[i] = bent4(s[i]);
       s[i] = select(vec4(LOW), s[i] * SCALE, (keys >= vec4(r.x)) & (keys < vec4(r.y)));
       row_parts[(ty * 4u + i) * 8u + tx] = max(max(s[i].x, s[i].y), max(s[i].z, s[i].w));
     }

@@ -76,6 +76,7 @@ fn decode(id: Id) {
   for (var r = 0u; r < ROWS; r++) {
     let see = range[r % T];
     let key = k0 + lane;
+//cap     ps[r * 64u + lane] = bent(ps[r * 64u + lane]);
     ps[r * 64u + lane] = select(LOW, ps[r * 64u + lane] * SCALE, key >= see.x && key < see.y);
   }
   workgroupBarrier();

@@ -58,9 +58,12 @@ fn grad_kv(id: Id) {
       let to_keys = of_queries(tx, 3u);
       for (var i = 0u; i < 4u; i++) {
         let key = vec4(first + ty * 4u + i);
+//cap         s[i] = bent4(s[i]);
+//cap         let way = slope4(s[i]);
         let p = select(vec4<f32>(), exp(s[i] * SCALE - lses), (key >= from_keys) & (key < to_keys));
         tp[row(ty * 4u + i) + tx] = p;
         s[i] = p * (dp[i] - deltas) * SCALE;
+//cap         s[i] *= way;
       }
       // each CHUNK
       workgroupBarrier();

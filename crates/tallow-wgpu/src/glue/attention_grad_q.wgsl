@@ -42,8 +42,10 @@ fn grad_q(id: Id) {
     let keys = vec4(k0 + tx * 4u) + vec4(0u, 1u, 2u, 3u);
     for (var i = 0u; i < 4u; i++) {
       let r = stat[ty * 4u + i];
+//cap       s[i] = bent4(s[i]);
       let p = select(vec4<f32>(), exp(s[i] * SCALE - bitcast<f32>(r.x)), (keys >= vec4(r.z)) & (keys < vec4(r.w)));
       tp[row(ty * 4u + i) + tx] = p * (dp[i] - bitcast<f32>(r.y)) * SCALE;
+//cap       tp[row(ty * 4u + i) + tx] *= slope4(s[i]);
     }
     // each CHUNK
     workgroupBarrier();

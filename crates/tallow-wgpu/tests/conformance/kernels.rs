@@ -6,7 +6,10 @@ use std::sync::Arc;
 use tallow_conformance::{Case, check_all};
 use tallow_core::{
     graph::Builder,
-    op::{Attention, AttentionGrad, Composite, CrossEntropy, Mask, Op, ReduceOp, Role, Rope, Top},
+    op::{
+        Attention, AttentionGrad, Bits, Composite, CrossEntropy, Mask, Op, ReduceOp, Role, Rope,
+        Top,
+    },
     oracle::{Value, sample},
     session::Session,
     tensor::{Tensor, lift},
@@ -163,6 +166,7 @@ fn attention([b, t, h, hk, d, s]: [usize; 6]) -> (Attention, Vec<TensorType>) {
     let a = Attention {
         scale: (1.0 / (d as f32).sqrt()).into(),
         mask: Mask::Causal { window: None },
+        cap: None,
     };
     (a, vec![q, kv.clone(), kv, TensorType::u32([b, t])])
 }
@@ -176,10 +180,14 @@ fn attention_over_many_keys_and_long_heads() {
         let (a, tys) = attention(sizes);
         all.push(case(a, &tys));
     }
-    let (a, tys) = attention([1, 33, 2, 1, 256, 34]);
-    let (q, lse) = (tys[0].clone(), TensorType::f32([1, 2, 33]));
-    let tys = [&tys[..], &[q.clone(), lse, q]].concat();
-    all.push(case(AttentionGrad(a), &tys));
+    for cap in [None, Some(0.5)] {
+        let (mut a, tys) = attention([1, 33, 2, 1, 256, 34]);
+        a.cap = cap.map(Bits::from);
+        let (q, lse) = (tys[0].clone(), TensorType::f32([1, 2, 33]));
+        let grad = [&tys[..], &[q.clone(), lse, q]].concat();
+        all.push(case(AttentionGrad(a.clone()), &grad));
+        all.extend(cap.map(|_| case(a, &tys)));
+    }
     check_all(&s, all);
 }
 

@@ -97,6 +97,7 @@ fn layer(g: &mut Made, s: Sizes, x: NodeId, all: Shared) -> Result<(NodeId, [Nod
     let attention = Attention {
         scale: 0.4.into(),
         mask: Mask::Causal { window: None },
+        cap: None,
     };
     let seen = g.b.composite(attention, &[queries, keys, values, pos])?[0];
     let seen = g.b.reshape(seen, [s.rows, 1, s.queries * s.d])?;

@@ -1,6 +1,6 @@
 //! `softmax(q kᵀ scale, masked) v` with heads outside, `[b, h, t, d]` or `[h, t, d]`.
 //! Invariant: scores and probabilities have no other readers; masks are constants.
-//! Absent on purpose: masks made from data: those models call attention by name.
+//! Absent on purpose: masks made from data, and capped scores: those models call attention by name.
 use super::{
     Edit, Found, Match,
     mask::{self, HIDDEN, Reading},
@@ -52,8 +52,9 @@ pub(super) fn find(e: &mut Edit<'_>, uses: &[u32], id: NodeId) -> Result<Option<
     let pos = b.push(Op::Iota([n, t].into(), 1), &[])?;
     let pos = b.map_const(Add, pos, p.first as f32)?;
     let pos = b.cast(pos, DType::U32)?;
-    let (scale, mask) = (p.scale.into(), p.mask);
-    let o = b.composite(Attention { scale, mask }, &[q, k, v, pos])?[0];
+    let (scale, mask, cap) = (p.scale.into(), p.mask, None);
+    let op = Attention { scale, mask, cap };
+    let o = b.composite(op, &[q, k, v, pos])?[0];
     let mut o = b.permute(o, &[0, 2, 1, 3])?;
     if p.after != 1.0 {
         o = b.map_const(Mul, o, p.after)?;

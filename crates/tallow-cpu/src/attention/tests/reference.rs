@@ -115,6 +115,15 @@ impl Reference {
         let s = &self.shape;
         ((b * s.s + j) * s.hk + h * s.hk / s.h) * s.d
     }
+    fn bent(&self, score: f64) -> f64 {
+        let cap = self.shape.cap.map(f64::from);
+        cap.map_or(score, |c| c * (score / c).tanh())
+    }
+    /// The slope of [`Reference::bent`] where it gives `y`.
+    fn slope(&self, y: f64) -> f64 {
+        let cap = self.shape.cap.map(f64::from);
+        cap.map_or(1.0, |c| 1.0 - (y / c).powi(2))
+    }
     /// Visible keys and their probabilities, `lse`, and the largest sum of magnitudes.
     pub(super) fn row(&self, b: usize, i: usize, h: usize) -> (Vec<(usize, f64)>, f64, f64) {
         let s = &self.shape;
@@ -134,7 +143,7 @@ impl Reference {
                 let k = &self.k[self.k_row(b, j, h)..][..s.d];
                 let terms = q.iter().zip(k).map(|(q, k)| q * k * f64::from(s.scale));
                 most = most.max(terms.clone().map(f64::abs).sum());
-                (j, terms.sum())
+                (j, self.bent(terms.sum()))
             })
             .collect();
         let max = scores.iter().map(|x| x.1).fold(f64::NEG_INFINITY, f64::max);
@@ -179,7 +188,7 @@ impl Reference {
         let scale = f64::from(s.scale);
         for (b, i, h) in self.rows() {
             let at = self.q_row(b, i, h);
-            let (p, ..) = self.row(b, i, h);
+            let (p, lse, _) = self.row(b, i, h);
             let dot = |j: usize, f: fn(f64) -> f64| -> f64 {
                 let v = self.k_row(b, j, h);
                 (0..s.d).map(|x| f(dout[at + x] * self.v[v + x])).sum()
@@ -187,7 +196,8 @@ impl Reference {
             let delta: f64 = p.iter().map(|(j, p)| p * dot(*j, |x| x)).sum();
             let delta_size: f64 = p.iter().map(|(j, p)| p * dot(*j, f64::abs)).sum();
             for (j, p) in p {
-                let ds = p * (dot(j, |x| x) - delta) * scale;
+                let bent = self.slope(p.ln() + lse);
+                let ds = p * (dot(j, |x| x) - delta) * scale * bent;
                 let ds_size = p * (dot(j, f64::abs) + delta_size) * scale.abs();
                 let k = self.k_row(b, j, h);
                 for x in 0..s.d {

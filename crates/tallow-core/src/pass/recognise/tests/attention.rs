@@ -154,6 +154,12 @@ fn what_is_nearly_attention() {
         b.map(Select, &[c, low, raw])
     }));
     same_but(with(&|b, raw| b.map(Exp, &[raw])));
+    // Capped scores.
+    same_but(with(&|b, raw| {
+        let part = b.map_const(Mul, raw, 1.0 / 50.0)?;
+        let bent = b.map(ScalarOp::Tanh, &[part])?;
+        b.map_const(Mul, bent, 50.0)
+    }));
     // A mask made of data.
     only_softmax(&f32s(&[QKV[0], QKV[1], QKV[2], &[5, 7]], |b, x| {
         let raw = b.matmul(x[0], false, x[1], true)?;
