@@ -227,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
     u32 vb, u32 vt, u32 vh, u32 gb, u32 gt, u32 gh
 // Columns of a tile whose scores are held at once: what a lane holds of them has to stay in registers.
 #define PART 16
-#define PN (PART / 8)
+#define EIGHTS (PART / 8)
 // Blocks of `grad_q` that share a processor, as many as its registers allow without a spill.
 #define Q_BLOCKS (CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
 //cap #undef Q_BLOCKS
@@ -271,11 +271,11 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
       const u32 from = k0 + c;
       if (from >= w.hi || from + PART <= w.lo) continue;
       const bool whole = from >= w.from && from + PART <= w.to;
-      float p[PN][4], d[PN][4];
-      dots<PN>(aq, ks + c * HS, p);
-      dots<PN>(ag, ks + TILE + c * HS, d);
+      float p[EIGHTS][4], d[EIGHTS][4];
+      dots<EIGHTS>(aq, ks + c * HS, p);
+      dots<EIGHTS>(ag, ks + TILE + c * HS, d);
 #pragma unroll
-      for (int n = 0; n < PN; ++n)
+      for (int n = 0; n < EIGHTS; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const u32 key = from + n * 8 + 2 * tt + e;
@@ -289,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
 //cap           p[n][e] *= w0;
 //cap           p[n][e + 2] *= w1;
         }
-      accumulate<PN>(p, ks + c * HS, acc);
+      accumulate<EIGHTS>(p, ks + c * HS, acc);
     }
     arrived();
   }
@@ -355,11 +355,11 @@ extern "C" __global__ void __launch_bounds__(128, 3) grad_kv(ARGS, float* parts)
         const bool all = whole >> now & 1;
 #pragma unroll 1
         for (u32 c = 0; c < ROWS; c += PART) {
-          float p[PN][4], d[PN][4];
-          dots<PN>(ak, qs + c * HS, p);
-          dots<PN>(av, qs + TILE + c * HS, d);
+          float p[EIGHTS][4], d[EIGHTS][4];
+          dots<EIGHTS>(ak, qs + c * HS, p);
+          dots<EIGHTS>(av, qs + TILE + c * HS, d);
 #pragma unroll
-          for (int n = 0; n < PN; ++n)
+          for (int n = 0; n < EIGHTS; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const Query r = queries[stage][c + n * 8 + 2 * tt + e];
@@ -373,8 +373,8 @@ extern "C" __global__ void __launch_bounds__(128, 3) grad_kv(ARGS, float* parts)
 //cap               d[n][e] *= w0;
 //cap               d[n][e + 2] *= w1;
             }
-          accumulate<PN>(p, qs + TILE + c * HS, dv);
-          accumulate<PN>(d, qs + c * HS, dk);
+          accumulate<EIGHTS>(p, qs + TILE + c * HS, dv);
+          accumulate<EIGHTS>(d, qs + c * HS, dk);
         }
       }
       if (more && threadIdx.x < ROWS) queries[stage ^ 1][threadIdx.x] = mine_next;
