@@ -39,7 +39,7 @@ pub type TwinFn = Box<dyn Fn() -> Result<Ours>>;
 pub const TWIN: f64 = 2e-3;
 
 /// How far the results of somebody who rounds everything to bf16 may be apart, relative to the largest element. Twice what
-/// PyTorch shows over [`LAYERS`]; without its adapter a result is further off by far.
+/// PyTorch shows over six layers; without its adapter a result is further off by far.
 pub const HALF: f64 = 3e-2;
 
 /// Over more layers than this roundings add up: one is as likely up as down, so as the root of their number.
