@@ -47,6 +47,10 @@ impl Attention {
         let factors = [scale / cap, cap / scale].map(|f| f as f32);
         factors.iter().all(|f| f.is_normal()).then_some(factors)
     }
+    /// Is there no cap, or one for which such kernels have their numbers?
+    pub fn bends_before_scaling(&self) -> bool {
+        self.cap.is_none() || self.cap_around_scale().is_some()
+    }
 }
 
 /// As derived, but silent on a cap that is not there: tables on disk name kernels by this text.

@@ -108,11 +108,6 @@ fn chosen(text: &str, capped: bool) -> String {
     lines.map(one).collect()
 }
 
-/// Is there no cap, or one that the kernels can take?
-fn takes_cap(a: &Attention) -> bool {
-    a.cap.is_none() || a.cap_around_scale().is_some()
-}
-
 /// Few enough queries for the decoding kernel?
 fn few_queries(z: Sizes) -> bool {
     z.t * (z.h / z.hk) <= DECODE_ROWS
@@ -210,7 +205,7 @@ fn forward_args(z: Sizes, spec: &KernelSpec) -> Option<(bool, Vec<Arg>)> {
 }
 
 pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let z = sizes(spec).filter(|_| takes_cap(a))?;
+    let z = sizes(spec).filter(|_| a.bends_before_scaling())?;
     let (starts, args) = forward_args(z, spec)?;
     if few_queries(z) {
         one_type(spec.inputs[..3].iter().chain(&spec.outputs[0])).filter(|d| *d == DType::F32)?;
@@ -249,7 +244,7 @@ pub(super) fn decode_then(
     spec: &KernelSpec,
     next: &Next,
 ) -> Option<(Vec<Job>, usize)> {
-    let z = sizes(spec).filter(|_| takes_cap(a))?;
+    let z = sizes(spec).filter(|_| a.bends_before_scaling())?;
     // What the parts need of `A` lies in shared memory.
     let shared = next.rank * z.d * 4;
     if z.b * z.t != 1 || next.k != z.h * z.d || shared > 16 << 10 {
@@ -314,7 +309,7 @@ fn decode_for(
 }
 
 pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Offer> {
-    let z = sizes(spec).filter(|_| takes_cap(a))?;
+    let z = sizes(spec).filter(|_| a.bends_before_scaling())?;
     let starts = spec.inputs.len() == 8;
     let dense = [3, 5].into_iter().chain(7..spec.inputs.len());
     if !dense.into_iter().all(|i| spec.inputs[i].is_dense()) {

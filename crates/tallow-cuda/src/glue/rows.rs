@@ -22,25 +22,30 @@ fn threads(c: usize) -> u32 {
 /// Rows from which a warp makes one, and the longest that it makes.
 const MANY_ROWS: [usize; 2] = [512, 4096];
 
-/// The grid and the block of a kernel over `rows` of `c` elements, and what its text has to know of them.
-fn spread([rows, c]: [usize; 2]) -> Option<(u32, u32, Option<usize>)> {
-    let grid = |n: usize| u32::try_from(n).ok().filter(|g| *g > 0 && *g < 1 << 31);
-    if rows >= MANY_ROWS[0] && c <= MANY_ROWS[1] {
-        return Some((grid(rows.div_ceil(8))?, 256, Some(rows)));
-    }
+/// The grid and the block of a kernel, and how many rows there are if a warp makes one.
+type Spread = (u32, u32, Option<usize>);
+
+fn grid(blocks: usize) -> Option<u32> {
+    u32::try_from(blocks)
+        .ok()
+        .filter(|g| *g > 0 && *g < 1 << 31)
+}
+
+/// A block for each of `rows` of `c` elements.
+fn by_blocks([rows, c]: [usize; 2]) -> Option<Spread> {
     Some((grid(rows)?, threads(c), None))
 }
 
-fn text(entry: &str, types: &[(&'static str, DType)]) -> std::sync::Arc<str> {
-    text_of(entry, None, types)
+/// A warp for each where there are many, for kernels that can.
+fn spread([rows, c]: [usize; 2]) -> Option<Spread> {
+    match rows >= MANY_ROWS[0] && c <= MANY_ROWS[1] {
+        true => Some((grid(rows.div_ceil(8))?, 256, Some(rows))),
+        false => by_blocks([rows, c]),
+    }
 }
 
-/// The same with a warp for each of so many rows.
-fn text_of(
-    entry: &str,
-    rows: Option<usize>,
-    types: &[(&'static str, DType)],
-) -> std::sync::Arc<str> {
+/// `rows`: how many there are if a warp makes one.
+fn text(entry: &str, rows: Option<usize>, types: &[(&'static str, DType)]) -> std::sync::Arc<str> {
     let mut defines = vec![("KERNEL", format!("KERNEL_{entry}"))];
     defines.extend(rows.map(|n| ("ROWS", format!("{n}u"))));
     defines.extend(types.iter().map(|(name, d)| (*name, c_type(*d).to_owned())));
@@ -54,16 +59,17 @@ fn offer(
     row_ins: &[usize],
     extra: &[Arg],
 ) -> Option<Offer> {
-    typed(entry, spec, row_ins, extra, &[])
+    typed(entry, spec, row_ins, extra, &[], by_blocks)
 }
 
-/// The same for a kernel that takes several types; one that names none takes f32 alone.
+/// The same for a kernel that takes several types, its rows spread by `over`; one that names none takes f32 alone.
 fn typed(
     entry: &'static str,
     spec: &KernelSpec,
     row_ins: &[usize],
     extra: &[Arg],
     types: &[(&'static str, DType)],
+    over: fn([usize; 2]) -> Option<Spread>,
 ) -> Option<Offer> {
     let mut all = spec.inputs.iter().chain(spec.outputs.iter().flatten());
     if types.is_empty() && all.any(|o| o.dtype != DType::F32) {
@@ -85,13 +91,11 @@ fn typed(
         args.push(word(row?)?);
     }
     args.extend(extra);
-    let source = text(entry, types);
-    let grid = u32::try_from(shape.rows())
-        .ok()
-        .filter(|g| *g > 0 && *g < 1 << 31)?;
+    let (grid, block, warps) = over([shape.rows(), shape.last()])?;
+    let source = text(entry, warps, types);
     Some(Offer::new(
         entry,
-        vec![kernel(entry, source, grid, threads(shape.last()), args)],
+        vec![kernel(entry, source, grid, block, args)],
     ))
 }
 
@@ -100,17 +104,8 @@ pub(super) fn rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
         ("X", one_type(&spec.inputs[..1])?),
         ("Y", one_type(spec.outputs.iter().flatten())?),
     ];
-    let x = &spec.inputs[0].layout.shape;
-    let (grid, block, rows) = spread([x.rows(), x.last()])?;
-    let mut offer = typed("rms_norm", spec, &[0], &[Arg::F32(eps.get())], &types)?;
-    for job in &mut offer.jobs {
-        if let Job::Kernel(k) = job {
-            k.grid = [grid, 1, 1];
-            k.block = block;
-            k.source = text_of("rms_norm", rows, &types);
-        }
-    }
-    Some(offer)
+    let extra = [Arg::F32(eps.get())];
+    typed("rms_norm", spec, &[0], &extra, &types, spread)
 }
 
 pub(super) fn add_rms_norm(eps: Bits, spec: &KernelSpec) -> Option<Offer> {
@@ -161,7 +156,7 @@ pub(super) fn rms_norm_grad(n: &RmsNormGrad, spec: &KernelSpec) -> Option<Offer>
         ("Y", dx_type),
     ];
     let (grid, block, warps) = spread([rows, c])?;
-    let source = text_of("rms_norm_grad", warps, &types);
+    let source = text("rms_norm_grad", warps, &types);
     let (mut jobs, mut scratch): (Vec<Job>, usize) = (vec![], 0);
     // One inverse rms a row, for the sum over rows below.
     let inverse = Arg::Scratch(0);

@@ -75,8 +75,7 @@ impl<'a> Case<'a> {
     fn new(a: &'a Attention, spec: &'a KernelSpec, known: usize, floats: &[usize]) -> Option<Self> {
         let floats = floats.iter().map(|i| &spec.inputs[*i]);
         let mut all = floats.chain(spec.outputs.iter().flatten());
-        let takes_cap = a.cap.is_none() || a.cap_around_scale().is_some();
-        (takes_cap && all.all(|o| o.dtype == F32)).then_some(Case {
+        (a.bends_before_scaling() && all.all(|o| o.dtype == F32)).then_some(Case {
             a,
             spec,
             z: sizes(spec)?,

@@ -1,4 +1,4 @@
-//! Works of whole models against the oracle, and the portable kernels as the judge of what is too large for it.
+//! Works of whole models against the oracle, and other kernels as the judge of what is too large for it.
 
 use super::*;
 use crate::ours::judge::{judged, judged_half};
@@ -17,8 +17,12 @@ const TOY: ModelShape = ModelShape {
 };
 
 fn toy(stored: DType) -> tempfile::TempDir {
+    written(ModelShape { stored, ..TOY })
+}
+
+fn written(shape: ModelShape) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    ModelShape { stored, ..TOY }.write(dir.path()).unwrap();
+    shape.write(dir.path()).unwrap();
     dir
 }
 
@@ -111,8 +115,7 @@ fn a_dropped_adapter_is_noticed() {
 }
 
 fn dropped_adapter(layers: usize) {
-    let dir = tempfile::tempdir().unwrap();
-    ModelShape { layers, ..TOY }.write(dir.path()).unwrap();
+    let dir = written(ModelShape { layers, ..TOY });
     let session = tallow::open("cpu").unwrap();
     for doing in [Doing::Forward([1, 9]), Doing::Prefill, Doing::Decode] {
         let make = |adapted: Option<&Adapted>| {
