@@ -22,16 +22,16 @@ const OLDEST: (u32, u32) = (8, 0);
 
 /// A card in use.
 pub(crate) struct Card {
-    ctx: sys::CUcontext,
+    pub(crate) ctx: sys::CUcontext,
     device: sys::CUdevice,
     pub(crate) stream: sys::CUstream,
     /// Work is only ever captured from it, never run on it.
-    capture: Mutex<Stream>,
+    pub(crate) capture: Mutex<Stream>,
     pub(crate) facts: Facts,
     modules: Mutex<HashMap<Arc<str>, Module>>,
     cache: Cache,
 }
-struct Stream(sys::CUstream);
+pub(crate) struct Stream(pub(crate) sys::CUstream);
 struct Module(sys::CUmodule);
 // SAFETY: the driver's handles may be used from any thread that has made the context current, which
 // every method here does first; a capturing stream is behind its lock.
@@ -56,7 +56,7 @@ pub(crate) struct Facts {
     pub(crate) shared: usize,
 }
 
-fn ask(doing: &'static str) -> impl Fn(DriverError) -> Error {
+pub(crate) fn ask(doing: &'static str) -> impl Fn(DriverError) -> Error {
     move |e| Error::driver(doing, e)
 }
 
@@ -213,37 +213,6 @@ impl Drop for Pinned {
                 let _ = result::free_host(self.at.cast());
             }
         }
-    }
-}
-
-/// A plan as the card runs it.
-pub(crate) struct Graph {
-    card: Arc<Card>,
-    graph: sys::CUgraph,
-    exec: sys::CUgraphExec,
-}
-// SAFETY: a handle; used by one thread at a time through `&mut` of its recording.
-unsafe impl Send for Graph {}
-impl Drop for Graph {
-    fn drop(&mut self) {
-        if self.card.enter().is_ok() {
-            // SAFETY: replays are waited for; both came from the driver and are destroyed once.
-            unsafe {
-                let _ = result::stream::synchronize(self.card.stream);
-                let _ = result::graph::exec_destroy(self.exec);
-                let _ = result::graph::destroy(self.graph);
-            }
-        }
-    }
-}
-
-impl Graph {
-    /// Asks for one run; returns at once.
-    pub(crate) fn launch(&self) -> Result<()> {
-        self.card.enter()?;
-        // SAFETY: the graph is alive, and its recording keeps all memory its nodes name.
-        unsafe { result::graph::launch(self.exec, self.card.stream) }
-            .map_err(ask("replaying a plan"))
     }
 }
 
@@ -471,32 +440,6 @@ impl Card {
                 .map_err(ask("setting up a kernel"))?;
         }
         Ok(Function(f))
-    }
-    /// Turns what `launch` asks of the stream it is given into a graph.
-    pub(crate) fn graph(
-        self: &Arc<Self>,
-        launch: impl FnOnce(sys::CUstream) -> Result<()>,
-    ) -> Result<Graph> {
-        self.enter()?;
-        let stream = self.capture.lock().unwrap_or_else(|e| e.into_inner());
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream is alive and locked: nobody else captures on it.
-        unsafe { result::stream::begin_capture(stream.0, mode) }
-            .map_err(ask("starting a capture"))?;
-        let launched = launch(stream.0);
-        // SAFETY: as above; a capture that failed is ended all the same.
-        let graph = unsafe { result::stream::end_capture(stream.0) };
-        launched?;
-        let graph = graph.map_err(ask("ending a capture"))?;
-        // SAFETY: the graph was just made.
-        let exec = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
-        let exec = exec.map_err(ask("making a graph"))?;
-        let card = self.clone();
-        let graph = Graph { card, graph, exec };
-        // SAFETY: graph and stream are alive.
-        unsafe { result::graph::upload(graph.exec, self.stream) }
-            .map_err(ask("uploading a graph"))?;
-        Ok(graph)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod error;
 mod fused;
 mod gemm;
 mod glue;
+mod graph;
 mod launch;
 mod paper;
 mod recording;

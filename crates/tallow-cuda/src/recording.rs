@@ -4,8 +4,9 @@
 //! Absent on purpose: arguments. What changes between replays is uploaded into a bound buffer.
 use crate::{
     device::Cuda,
-    driver::{Card, Graph},
+    driver::Card,
     error, fused,
+    graph::Graph,
     launch::{Bound, Job, Offer, Places},
 };
 use std::sync::Arc;
@@ -98,7 +99,8 @@ impl CudaRecording {
         let steps = steps
             .map(|(s, jobs)| places.step(cuda, s, jobs, own.raw))
             .collect::<Result<Vec<_>>>()?;
-        let graph = cuda.card.graph(|stream| {
+        let launches = steps.iter().map(Vec::len).sum();
+        let graph = Graph::record(&cuda.card, launches, |stream| {
             steps.iter().flatten().try_for_each(|b| {
                 // SAFETY: addresses checked above; buffers kept below.
                 unsafe { b.launch(stream) }
