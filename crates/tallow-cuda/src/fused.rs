@@ -3,6 +3,7 @@
 //! reads; weights and adapters are only read ahead of time where no step of the plan changes them.
 //! Absent on purpose: graphs. The plan stays as it was explained; a step that another launch does takes no time.
 mod chain;
+mod front;
 mod launched;
 
 pub(crate) use launched::launched;
@@ -66,6 +67,7 @@ pub(crate) fn fuse(
     all.dedup_by(|next, before| next.first <= before.last);
     let mut out = Fused::default();
     f.outers(offers, &mut out);
+    f.fronts(offers, &mut out);
     let taken = f.chains(&all, offers, &mut out);
     all.retain(|l| !taken.iter().any(|t| t.contains(&l.first)));
     let (mut lefts, mut nexts) = (HashMap::new(), HashMap::new());

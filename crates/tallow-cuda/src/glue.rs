@@ -13,6 +13,7 @@ use tallow_core::{
 mod attention;
 pub(crate) mod chain;
 mod elementwise;
+pub(crate) mod framed;
 mod halves;
 mod linear;
 mod linear_few;
@@ -94,6 +95,19 @@ pub(crate) fn attention_then(
 /// Are all weights of a linear dense rows of bf16, where its kernel for few rows reads them?
 pub(crate) fn row_weights(t: &Target, spec: &KernelSpec, l: &tallow_core::op::Linear) -> bool {
     linear::row_weights(t, spec, l)
+}
+
+/// Name of the offer of a linear whose rows the step in front may make.
+pub(crate) const TAIL: &str = linear_half::TAIL;
+
+/// The launches of such a linear with what makes its rows taken in.
+pub(crate) fn behind(
+    t: &Target,
+    l: &tallow_core::op::Linear,
+    spec: &KernelSpec,
+    front: framed::Front,
+) -> Option<Vec<Job>> {
+    linear::behind(t, l, spec, front)
 }
 
 /// What of `spec` may lie in bf16 between two kernels.

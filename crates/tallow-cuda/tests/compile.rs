@@ -94,6 +94,7 @@ fn training() -> Vec<KernelSpec> {
     };
     let ins = [[70, n], [n, k], [r, k], [n, r]].map(TensorType::f32);
     all.push((op.into(), ins.into()));
+    all.extend(in_front());
     let ins = [TensorType::f32([600, 896]), TensorType::f32([896])];
     all.push((RmsNorm { eps: 1e-5.into() }.into(), ins.into()));
     let spec = |(c, ins): &(Composite, Vec<TensorType>)| {
@@ -101,6 +102,39 @@ fn training() -> Vec<KernelSpec> {
         KernelSpec::composite(c, &refs, &vec![true; refs.len()], &[true; 8]).unwrap()
     };
     all.iter().map(spec).collect()
+}
+
+/// Linears with adapters whose rows a norm or a gate makes, by rows, inner extent and ranks: few rows and many, rows that
+/// stay in registers and longer ones, more columns of `h` than one turn takes.
+fn in_front() -> Vec<(Composite, Vec<TensorType>)> {
+    let sizes: [(usize, usize, &[usize]); 7] = [
+        (128, 512, &[8]),
+        (128, 2048, &[8]),
+        (4096, 896, &[8, 8, 8]),
+        (4096, 896, &[8, 8]),
+        (4096, 4864, &[8]),
+        (4096, 2048, &[16, 16, 16]),
+        (130, 70, &[33, 1]),
+    ];
+    let one = |(m, k, ranks): (usize, usize, &[usize])| {
+        let block = |r: &usize| Block {
+            n: 40,
+            bias: *r == 1,
+            adapters: vec![Some((*r, 1.5.into()))],
+        };
+        let op = Linear {
+            blocks: ranks.iter().map(block).collect(),
+            residual: false,
+        };
+        let mut ins = vec![TensorType::f32([m, k])];
+        for r in ranks {
+            ins.push(TensorType::f32([40, k]));
+            ins.extend((*r == 1).then(|| TensorType::f32([40])));
+            ins.extend([[*r, k], [40, *r]].map(TensorType::f32));
+        }
+        (op.into(), ins)
+    };
+    sizes.into_iter().map(one).collect()
 }
 
 /// Names of kernels in the assembler's report that spill.
@@ -138,6 +172,16 @@ fn kernels_compile_without_spills() {
     assert!(thin_ones >= 7, "{thin_ones} kernels of few outputs");
     let apart = all.iter().filter(|(_, s)| s.contains("#define APART"));
     assert!(apart.count() > 0, "a wide dy is copied");
+    let before = |source: &str| {
+        let here = |(_, s): &&(_, std::sync::Arc<str>)| s.contains(source);
+        all.iter()
+            .filter(|(name, _)| *name == "framed")
+            .filter(here)
+            .count()
+    };
+    for source in ["SOURCE 0", "SOURCE 1", "SOURCE 2"] {
+        assert!(before(source) >= 7, "{source}: {}", before(source));
+    }
     let bad = Mutex::new(vec![]);
     let next = std::sync::atomic::AtomicUsize::new(0);
     let jobs: Vec<_> = all

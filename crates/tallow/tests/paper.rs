@@ -134,6 +134,24 @@ fn training_half_a_billion_weights_fits_into_five_gib() {
     let parts = launched(&step, &session);
     let outer = |(n, l): &&(usize, Vec<String>)| *n > 1 && names(l) == ["outer"];
     assert!(parts.iter().filter(outer).count() >= 4 * 23, "{parts:?}");
+    // One launch stands in front of each of the four products of a layer with their adapters, and it is the norm or the
+    // gate too. What is computed again for gradients, and the last norm, have launches of their own.
+    let joined = |name: &str| -> Vec<usize> {
+        let starts = |l: &[String]| names(l).first() == Some(&name);
+        let found = parts.iter().filter(|(_, l)| starts(l));
+        found.map(|(n, _)| *n).collect()
+    };
+    let steps = joined("framed");
+    let two = steps.iter().filter(|n| **n == 2).count();
+    assert_eq!((steps.len(), two), (4 * 24, 3 * 24), "{parts:?}");
+    assert_eq!(
+        (joined("rms_norm").len(), joined("swiglu").len()),
+        (1 + 2 * 23, 23)
+    );
+    let all: Vec<&str> = parts.iter().flat_map(|(_, l)| names(l)).collect();
+    let launches = |name: &str| all.iter().filter(|n| **n == name).count();
+    // Backward alone: the first layer's queries, keys and values need no gradient of their input.
+    assert_eq!((launches("small"), launches("frame")), (95, 95), "{all:?}");
 }
 
 #[test]

@@ -3,8 +3,8 @@
 //! through `linear_thin` or the library's product and one pass that adds everything else. No gradient of a weight is formed.
 //! Absent on purpose: weights that change. In bf16 they have no candidate and fall to their decomposition.
 use super::{
-    Arg, Job, Offer, Target, elementwise, linear_few, linear_half, linear_thin, matmul::matrix,
-    source, word,
+    Arg, Job, Offer, Target, elementwise, framed::Front, linear_few, linear_half, linear_thin,
+    matmul::matrix, source, word,
 };
 use crate::{
     gemm::{Added, Matrix, Product},
@@ -279,13 +279,26 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     if c.m == 1 && t.weights == DType::BF16 && !all.is_empty() {
         return all;
     }
-    all.extend(linear_half::forward(t, &c, spec));
+    all.extend(linear_half::forward(t, &c, spec, None));
     // Exact products are only offered where nothing faster was asked for.
     if all.is_empty() || t.weights == DType::F32 {
         all.extend(many_rows(&c, spec));
         all.extend(linear_thin::forward(t, &c, spec));
     }
     all
+}
+
+/// The launches of a linear whose offer is [`linear_half::TAIL`], with what makes its rows taken in.
+pub(super) fn behind(t: &Target, l: &Linear, spec: &KernelSpec, front: Front) -> Option<Vec<Job>> {
+    let c = call(
+        spec,
+        &l.blocks,
+        l.ins(),
+        (l.ranks(), l.hidden()),
+        l.residual,
+    )?;
+    let offer = linear_half::forward(t, &c, spec, Some(front))?;
+    (offer.name == linear_half::TAIL).then_some(offer.jobs)
 }
 
 /// Code that finds, for row `o` of all outputs (or of all ranks), its block; one branch for each block.

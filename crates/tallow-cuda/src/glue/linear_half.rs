@@ -5,6 +5,7 @@
 use super::{
     Arg, Job, Offer, Target, blocks, c_type, early,
     elementwise::one_type,
+    framed::{Front, Kind, framed as framed_rows},
     kernel,
     linear::{Call, ROWS_BF16, Share, add_up, exact, low_rank_grad},
     matmul::matrix,
@@ -114,37 +115,34 @@ fn frame(
 }
 
 /// A kernel of small pieces: for each, how many threads it has and what thread `e` of them does.
-struct Small {
-    params: String,
-    args: Vec<Arg>,
-    body: String,
-    threads: usize,
+#[derive(Default)]
+pub(super) struct Small {
+    pub(super) params: String,
+    pub(super) names: String,
+    pub(super) args: Vec<Arg>,
+    pub(super) body: String,
+    pub(super) threads: usize,
 }
 
 impl Small {
-    fn new(out: Arg) -> Self {
-        Small {
-            params: String::new(),
-            args: vec![out],
-            body: String::new(),
-            threads: 0,
-        }
-    }
-    fn param(&mut self, name: &str, kind: &str, arg: Arg) {
+    pub(super) fn param(&mut self, name: &str, kind: &str, arg: Arg) {
         self.params += &format!(", {kind} {name}");
+        self.names += &format!(", {name}");
         self.args.push(arg);
     }
     fn piece(&mut self, threads: usize, body: &str) {
         self.body += &format!("if (e < {threads}u) {{ {body} return; }}\n  e -= {threads}u;\n  ");
         self.threads += threads;
     }
-    fn job(self) -> Option<Job> {
+    /// A launch of its own, with `out` in front of its parameters.
+    fn job(self, out: Arg) -> Option<Job> {
         let text = FILE
             .replace("PARAMS", &self.params)
             .replace("BODY", &self.body);
         let source = source(&text, &[("SMALL", "1".into())]);
         let grid = word(self.threads).map(|_| self.threads.div_ceil(256) as u32)?;
-        Some(kernel("small", source, grid, 256, self.args))
+        let args = [vec![out], self.args].concat();
+        Some(kernel("small", source, grid, 256, args))
     }
 }
 
@@ -222,8 +220,17 @@ fn plain_rows(
     Some((to, c))
 }
 
-/// `[x | h] · [W | s B]ᵀ` for each block; bias and residual go with the product.
-pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
+/// Name of the offer whose rows a step in front may make.
+pub(crate) const TAIL: &str = "lora_linear_tail_bf16";
+
+/// `[x | h] · [W | s B]ᵀ` for each block; bias and residual go with the product. `front`: what makes the rows of operand 0
+/// where nobody made them before.
+pub(super) fn forward(
+    t: &Target,
+    c: &Call,
+    spec: &KernelSpec,
+    front: Option<Front>,
+) -> Option<Offer> {
     if t.weights != DType::BF16 || !all_frozen(c, spec) {
         return None;
     }
@@ -241,21 +248,18 @@ pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> 
     let (x, pitch) = match share {
         Some(share) => {
             let pitch = (k + rank).next_multiple_of(8);
-            let (x, down) = (scratch.take(c.m * pitch * 2), scratch.take(rank * k * 2));
-            jobs.push(small_forward(
-                c,
-                &biases,
-                down,
-                [k, pitch - k, framed_row(k, rank)],
-            )?);
-            jobs.push(frame(
-                &spec.inputs[0],
-                share,
-                [x, down],
-                [k, c.in_row, pitch],
-                &[],
-                false,
-            )?);
+            let x = scratch.take(c.m * pitch * 2);
+            let small = small_forward(c, &biases, [k, pitch - k, framed_row(k, rank)]);
+            let lies = Front {
+                kind: Kind::Rows,
+                x: Arg::Read(0),
+                row: c.in_row,
+                dtype: spec.inputs[0].dtype,
+                plain: None,
+            };
+            let front = front.unwrap_or(lies);
+            front.fits(k).then_some(())?;
+            jobs.push(framed_rows(t, c, share, &front, (x, pitch, k), small)?);
             (x, pitch)
         }
         None => {
@@ -296,11 +300,7 @@ pub(super) fn forward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> 
     if own_adapters {
         jobs.extend(shares_forward(c, k)?);
     }
-    let name = if c.adapted() {
-        "lora_linear_tail_bf16"
-    } else {
-        "linear_bf16"
-    };
+    let name = if c.adapted() { TAIL } else { "linear_bf16" };
     Some(Offer {
         prepare,
         ..Offer::new(name, jobs).scratch(scratch.0)
@@ -354,23 +354,21 @@ fn bring_biases(c: &Call, biases: &Biases, small: &mut Small) {
 }
 
 fn small_biases(c: &Call, biases: &Biases) -> Option<Job> {
-    let mut small = Small::new(Arg::U64(0));
+    let mut small = Small::default();
     bring_biases(c, biases, &mut small);
-    (small.threads > 0).then(|| small.job())?
+    (small.threads > 0).then(|| small.job(Arg::U64(0)))?
 }
 
-/// `A` of every block below each other at `down`, and `s B` into the tail of every weight.
-fn small_forward(c: &Call, biases: &Biases, down: Arg, [k, width, row]: [usize; 3]) -> Option<Job> {
-    let mut small = Small::new(down);
+/// `s B` into the tail of every weight.
+fn small_forward(c: &Call, biases: &Biases, [k, width, row]: [usize; 3]) -> Small {
+    let mut small = Small::default();
     bring_biases(c, biases, &mut small);
     let mut r0 = 0;
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
         small.param(&format!("w{i}"), "u16*", Arg::Read(at.w));
         let mut value = "0".to_owned();
-        if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
-            small.param(&format!("a{i}"), "const float*", Arg::Read(ia));
+        if let (Some((r, scale)), Some((_, ib))) = (b.adapters[0], at.ab[0]) {
             small.param(&format!("b{i}"), "const float*", Arg::Read(ib));
-            small.piece(r * k, &format!("out[{}u + e] = to_bf16(a{i}[e]);", r0 * k));
             let s = scale.get();
             let end = r0 + r;
             value = format!(
@@ -383,7 +381,7 @@ fn small_forward(c: &Call, biases: &Biases, down: Arg, [k, width, row]: [usize; 
         );
         small.piece(b.n * width, &body);
     }
-    small.job()
+    small
 }
 
 /// Adapters of several shares, each over its own rows of f32.
@@ -496,7 +494,7 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
 
 /// `s Bᵀ` of every block at `up [rank, n]`, zeros around them, and `A` of all into the rows behind the last weight.
 fn small_backward(c: &Call, up: Arg, [n, k, rank, extra]: [usize; 4]) -> Option<(Job, Vec<Piece>)> {
-    let mut small = Small::new(up);
+    let mut small = Small::default();
     let (last_n, last_w) = c
         .blocks
         .iter()
@@ -533,7 +531,7 @@ fn small_backward(c: &Call, up: Arg, [n, k, rank, extra]: [usize; 4]) -> Option<
         );
         small.piece((extra - r0) * k, &body);
     }
-    Some((small.job()?, pieces))
+    Some((small.job(up)?, pieces))
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@ use crate::launch::Job;
 use std::{collections::BTreeMap, sync::Arc};
 use tallow_core::{
     backend::Half::{May, Wanted},
-    kernel::{KernelSpec, Offers},
+    kernel::{Body, KernelSpec, Offers},
+    op::Composite,
     types::DType,
 };
 
@@ -22,6 +23,11 @@ pub fn sources(specs: &[KernelSpec], weights: DType) -> Vec<(&'static str, Arc<s
             let mut jobs = table.get(c.kernel).jobs.clone();
             for (i, format) in c.prepare {
                 jobs.extend(prepare(&target, format, &spec.inputs[i]).unwrap_or_default());
+            }
+            if let (true, Body::Composite(Composite::Linear(l))) =
+                (c.name == super::TAIL, &spec.body)
+            {
+                jobs.extend(super::framed::examples(&target, l, &spec));
             }
             for job in jobs {
                 if let Job::Kernel(k) = job {

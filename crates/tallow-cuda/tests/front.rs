@@ -1,0 +1,220 @@
+//! A norm or a gate of many rows in front of projections with adapters: one launch makes the rows and their `h`.
+//! Invariant: what joins is checked without a card, what it computes with one. A machine without a usable card prints why and
+//! passes; `TALLOW_REQUIRE_CUDA=1` makes that a failure.
+use std::sync::Arc;
+use tallow_conformance::{Case, distance};
+use tallow_core::{
+    Result,
+    graph::{Builder, NodeId},
+    op::{Block, Linear, RmsNorm, Role, SwiGlu},
+    oracle::{Value, sample},
+    scalar::ScalarOp,
+    session::Session,
+    types::{DType, TensorType},
+};
+use tallow_cuda::{Cuda, CudaOptions, Paper};
+
+/// Rows `[m, k]`, and what is made of them.
+#[derive(Clone, Copy, Debug)]
+struct Front {
+    m: usize,
+    k: usize,
+    /// Of each projection's adapter; 0: it has none.
+    ranks: &'static [usize],
+    gate: bool,
+    /// Does another step read what the norm or the gate makes?
+    kept: bool,
+    /// Are the operands in bf16?
+    inside: bool,
+    /// Does a later step read them, as a residual sum does? If not, their memory may be given to the product's rows, which
+    /// nothing then joins.
+    alive: bool,
+}
+
+const NORM: Front = Front {
+    m: 128,
+    k: 512,
+    ranks: &[8],
+    gate: false,
+    kept: false,
+    inside: true,
+    alive: true,
+};
+
+struct Writer {
+    b: Builder,
+    inputs: Vec<Value>,
+}
+
+impl Writer {
+    fn input(&mut self, role: Role, shape: &[usize]) -> NodeId {
+        let ty = TensorType::new(shape, DType::F32);
+        let v = sample::random(&ty, 3, 57, self.inputs.len() as u32);
+        self.inputs.push(v);
+        self.b.input(role, ty)
+    }
+    fn rows(&mut self, f: &Front) -> Result<NodeId> {
+        let x = self.input(Role::Data, &[f.m, f.k]);
+        match f.inside {
+            true => self.b.map(ScalarOp::Tanh, &[x]),
+            false => Ok(x),
+        }
+    }
+    fn case(mut self, f: Front) -> Result<Case> {
+        let x = self.rows(&f)?;
+        let mut operands = vec![x];
+        let v = if f.gate {
+            let up = self.rows(&f)?;
+            operands.push(up);
+            self.b.composite(SwiGlu, &[x, up])?[0]
+        } else {
+            let w = self.input(Role::Frozen, &[f.k]);
+            self.b.composite(RmsNorm { eps: 1e-5.into() }, &[x, w])?[0]
+        };
+        let (mut ins, mut blocks, n) = (vec![v], vec![], 40);
+        for rank in f.ranks {
+            ins.push(self.input(Role::Frozen, &[n, f.k]));
+            let adapter = (*rank > 0).then_some((*rank, 0.5.into()));
+            if adapter.is_some() {
+                ins.push(self.input(Role::Data, &[*rank, f.k]));
+                ins.push(self.input(Role::Data, &[n, *rank]));
+            }
+            blocks.push(Block {
+                n,
+                bias: false,
+                adapters: vec![adapter],
+            });
+        }
+        let residual = false;
+        let mut outs = vec![self.b.composite(Linear { blocks, residual }, &ins)?[0]];
+        let kept = f.kept.then_some(v);
+        let later = operands.into_iter().filter(|_| f.alive).chain(kept);
+        for v in later {
+            outs.push(self.b.map(ScalarOp::Exp, &[v])?);
+        }
+        Ok(Case {
+            name: format!("{f:?}"),
+            graph: self.b.finish(outs, vec![]),
+            inputs: self.inputs,
+        })
+    }
+}
+
+fn case(f: Front) -> Case {
+    let writer = Writer {
+        b: Builder::default(),
+        inputs: vec![],
+    };
+    writer.case(f).unwrap()
+}
+
+/// Few rows and many, extents that are no multiple of a piece, ranks past one turn, projections without an adapter.
+fn all() -> Vec<Front> {
+    let some: [(usize, usize, &[usize]); 8] = [
+        (128, 512, &[8]),
+        (128, 2048, &[8]),
+        (9, 64, &[1]),
+        (130, 896, &[8, 8, 8]),
+        (4100, 328, &[8, 0, 16]),
+        (600, 77, &[33]),
+        (35, 4096, &[24]),
+        (131, 1336, &[1, 33, 5]),
+    ];
+    let gates = [(some[0], true), (some[4], false), (some[5], true)];
+    let norms = (some.into_iter().enumerate()).map(|(i, s)| (s, false, i % 2 == 1));
+    let mut all: Vec<_> = norms.collect();
+    all.extend(gates.map(|(s, kept)| (s, true, kept)));
+    let one = |((m, k, ranks), gate, kept): ((usize, usize, &'static [usize]), bool, bool)| Front {
+        m,
+        k,
+        ranks,
+        gate,
+        kept,
+        inside: m != 35 && m != 600,
+        alive: true,
+    };
+    all.into_iter().map(one).collect()
+}
+
+/// For each launch of the plan on paper, how many steps it does and the names of what is launched.
+fn launched(f: Front) -> Vec<(usize, Vec<String>)> {
+    let session = Session::new(Arc::new(Paper::hopper(DType::BF16)));
+    let c = session.compile(&case(f).graph).unwrap();
+    let parts = session.backend().launched(&c.plan).into_iter();
+    let name = |l: &String| l.split(' ').next().unwrap_or_default().to_owned();
+    let one = |l: tallow_core::backend::Launched| {
+        (l.steps.count(), l.launches.iter().map(name).collect())
+    };
+    parts.map(one).collect()
+}
+
+#[test]
+fn a_norm_or_a_gate_joins_the_product_behind_it() {
+    for f in all() {
+        let parts = launched(f);
+        let mut want = vec!["framed".to_owned()];
+        want.extend(f.ranks.iter().map(|_| "cublasLt".to_owned()));
+        assert!(parts.contains(&(2, want)), "{f:?}: {parts:?}");
+        let names = parts.iter().flat_map(|(_, l)| l);
+        let alone = |n: &&String| ["rms_norm", "swiglu", "small", "frame"].contains(&n.as_str());
+        assert_eq!(names.filter(alone).count(), 0, "{f:?}: {parts:?}");
+    }
+}
+
+#[test]
+fn without_an_adapter_or_with_few_rows_nothing_joins() {
+    let bare = Front {
+        ranks: &[0],
+        ..NORM
+    };
+    let names = |f| launched(f).into_iter().flat_map(|(_, l)| l);
+    for f in [bare, Front { m: 8, ..NORM }] {
+        assert!(names(f).any(|n| n == "rms_norm"), "{f:?}");
+        assert!(names(f).all(|n| n != "framed"), "{f:?}");
+    }
+    // The product's rows lie where the operand did.
+    let dead = Front {
+        alive: false,
+        ..NORM
+    };
+    // A longer row than the kernel has room for.
+    let long = Front { k: 4104, ..NORM };
+    for f in [dead, long] {
+        let count = |name: &str| names(f).filter(|n| n == name).count();
+        assert_eq!((count("rms_norm"), count("framed")), (1, 1), "{f:?}");
+    }
+}
+
+#[test]
+fn joined_rows_are_near_the_oracle() {
+    let options = CudaOptions {
+        ordinal: 0,
+        weights: DType::BF16,
+    };
+    let card = match Cuda::open(&options) {
+        Ok(c) => Arc::new(c),
+        Err(e) => {
+            assert!(
+                std::env::var_os("TALLOW_REQUIRE_CUDA").is_none(),
+                "TALLOW_REQUIRE_CUDA is set, but {e}"
+            );
+            eprintln!("SKIP: {e}");
+            return;
+        }
+    };
+    let session = Session::new(card);
+    let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
+    let dead = |f| Front { alive: false, ..f };
+    for f in all().into_iter().flat_map(|f| [f, dead(f)]) {
+        for d in distance(&session, &case(f)).unwrap() {
+            count += 1;
+            rounded += usize::from(d > 1e-5);
+            if d.is_nan() || d > 2e-2 {
+                bad.push(format!("{f:?}: {d:.2e}"));
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+    // Or bf16 did not run.
+    assert!(rounded * 3 > count, "{rounded} of {count} were rounded");
+}
