@@ -78,6 +78,9 @@ pub(crate) fn fuse(
             .position(|m| m.makes == found.source && !matches!(m.pairs.kind, Kind::Heads(_)));
         let maker = maker.filter(|m| !nexts.contains_key(m));
         let heads = f.attention(found, offers, &mut out);
+        if heads.is_none() && maker.is_none() && found.pairs.makes_own(target) {
+            continue;
+        }
         let count = match (&heads, maker.and_then(|m| all[m].pairs.blocks())) {
             (Some((_, count)), _) => *count,
             (None, Some(count)) => count,

@@ -19,6 +19,8 @@ use tallow_cuda::{Cuda, CudaOptions, Paper};
 struct Front {
     m: usize,
     k: usize,
+    /// Outputs of each projection.
+    n: usize,
     /// Of each projection's adapter; 0: it has none.
     ranks: &'static [usize],
     gate: bool,
@@ -34,6 +36,7 @@ struct Front {
 const NORM: Front = Front {
     m: 128,
     k: 512,
+    n: 40,
     ranks: &[8],
     gate: false,
     kept: false,
@@ -71,7 +74,7 @@ impl Writer {
             let w = self.input(Role::Frozen, &[f.k]);
             self.b.composite(RmsNorm { eps: 1e-5.into() }, &[x, w])?[0]
         };
-        let (mut ins, mut blocks, n) = (vec![v], vec![], 40);
+        let (mut ins, mut blocks, n) = (vec![v], vec![], f.n);
         for rank in f.ranks {
             ins.push(self.input(Role::Frozen, &[n, f.k]));
             let adapter = (*rank > 0).then_some((*rank, 0.5.into()));
@@ -127,6 +130,7 @@ fn all() -> Vec<Front> {
     let one = |((m, k, ranks), gate, kept): ((usize, usize, &'static [usize]), bool, bool)| Front {
         m,
         k,
+        n: NORM.n,
         ranks,
         gate,
         kept,
@@ -134,6 +138,30 @@ fn all() -> Vec<Front> {
         alive: true,
     };
     all.into_iter().map(one).collect()
+}
+
+/// One row: extents with all loads ahead of time and without, ranks of one turn, of some and of too many, outputs that are no
+/// whole group of blocks.
+fn one_row() -> Vec<Front> {
+    let some: [(usize, usize, &[usize]); 8] = [
+        (512, 512, &[8]),
+        (2048, 2048, &[8]),
+        (4096, 4096, &[8]),
+        (896, 1152, &[8, 0, 8]),
+        (2048, 512, &[16, 1, 15]),
+        (4864, 896, &[5]),
+        (512, 512, &[33]),
+        (512, 40, &[8]),
+    ];
+    let one = |(k, n, ranks)| Front {
+        m: 1,
+        k,
+        n,
+        ranks,
+        inside: false,
+        ..NORM
+    };
+    some.into_iter().map(one).collect()
 }
 
 /// For each launch of the plan on paper, how many steps it does and the names of what is launched.
@@ -186,6 +214,17 @@ fn without_an_adapter_or_with_few_rows_nothing_joins() {
 }
 
 #[test]
+fn blocks_of_one_row_make_its_h_themselves() {
+    for f in one_row() {
+        let own = f.n > 40 && f.ranks.iter().sum::<usize>() <= 32;
+        let want: &[&str] = if own { &["pairs"] } else { &["down", "pairs"] };
+        let want: Vec<_> = want.iter().map(|n| (*n).to_owned()).collect();
+        let parts = launched(f);
+        assert!(parts.contains(&(2, want)), "{f:?}: {parts:?}");
+    }
+}
+
+#[test]
 fn joined_rows_are_near_the_oracle() {
     let options = CudaOptions {
         ordinal: 0,
@@ -205,7 +244,8 @@ fn joined_rows_are_near_the_oracle() {
     let session = Session::new(card);
     let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
     let dead = |f| Front { alive: false, ..f };
-    for f in all().into_iter().flat_map(|f| [f, dead(f)]) {
+    let many = all().into_iter().flat_map(|f| [f, dead(f)]);
+    for f in many.chain(one_row()) {
         for d in distance(&session, &case(f)).unwrap() {
             count += 1;
             rounded += usize::from(d > 1e-5);

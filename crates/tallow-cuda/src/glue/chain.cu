@@ -529,10 +529,6 @@ DEV void attention(const Phase& d, Block& b) {
     *(float4*)(vs + r * stride + c) = y;
   };
   if (item < items) {
-    for (u32 e = tid; e < TILE * row4; e += THREADS) {
-      const u32 r = divide(e, row4, by_row4);
-      if (from + r != position) load(from, r, (e - r * row4) * 4);
-    }
     for (u32 i = tid; i < next * g * dim / 32; i += THREADS) {
       const u32 e = i * 32, rank = e / (g * dim);
       fetch(down_row(d, rank) + kv * g * dim + e - rank * g * dim);
@@ -658,6 +654,25 @@ DEV void feed(u32 count) {
     __syncwarp();
   }
 }
+// The first keys and values that this block's attention reads: all but this token's lie there since before the launch.
+// Not by the engine that copies weights: they would wait behind all of those.
+DEV void ahead(const Phase& d) {
+  const Keys s = keys_of(d, position);
+  const u32 lane = threadIdx.x & 31, dim = 2 * d.half, row4 = dim / 4, stride = dim + 4, item = blockIdx.x;
+  if (item >= d.keys * s.splits) return;
+  const u32 kv = item % d.keys, split = item / d.keys, from = s.lo + s.n * split / s.splits, to = s.lo + s.n * (split + 1) / s.splits;
+  const u32 by_row4 = over(row4);
+#pragma unroll 4
+  for (u32 e = lane; e < TILE * row4; e += 32) {
+    const u32 r = divide(e, row4, by_row4), c = (e - r * row4) * 4, row = from + r;
+    if (row == position) continue;
+    const u64 at = ((u64)min(row, position) * d.keys + kv) * dim + c;
+    float* k = (float*)TILES + r * stride + c;
+    const u32 bytes = row < to ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_at(k)), "l"(d.kc + at), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_at(k + TILE * stride)), "l"(d.vc + at), "r"(bytes) : "memory");
+  }
+}
 // Brings what the next step is while this one is computed, and sets the words of the other set to zeros.
 DEV void bring(const Phase* phases, u32 count, uint4* other, u32 words4) {
   const u32 lane = threadIdx.x & 31, blocks = gridDim.x * count;
@@ -672,7 +687,9 @@ DEV void bring(const Phase* phases, u32 count, uint4* other, u32 words4) {
 #pragma unroll
       for (u32 i = 0; i < (PHASE_WORDS + 31) / 32; ++i)
         if (lane + 32 * i < PHASE_WORDS) ((u32*)(desc + (f + 1 & 1)))[lane + 32 * i] = words[i];
+    asm volatile("cp.async.wait_all;" ::: "memory");
     ready();
+    if (f + 1 < count && desc[f + 1 & 1].kind == 3) ahead(desc[f + 1 & 1]);
     for (u32 i = (f * gridDim.x + blockIdx.x) * 32 + lane; i < words4; i += blocks * 32) other[i] = make_uint4(0, 0, 0, 0);
   }
   all_done();

@@ -36,7 +36,7 @@ pub fn sources(specs: &[KernelSpec], weights: DType) -> Vec<(&'static str, Arc<s
             }
         }
     }
-    let alone = super::pairs::examples().into_iter();
+    let alone = super::pairs::examples(&target).into_iter();
     for job in alone.chain(super::chain::examples(&target)) {
         if let Job::Kernel(k) = job {
             found.insert(k.source, k.entry);

@@ -3,6 +3,8 @@
 // KIND 0: two outputs side by side; 1: silu(gate) * up; 2: rotated queries and keys, keys and values into the cache.
 // The adapter is the tail of each sum. Its h comes as sums of parts, which whoever made x left behind: hp [R, PARTS];
 // and as many parts of the h that the next linear wants are left behind here: np [NEXT, blocks].
+// With OWN nobody left any: eight neighbouring blocks make h, each every eighth rank while x passes through its registers,
+// and write it into each other's memory while the products are made.
 // Constants: K inner extent, UNITS pairs, R and NEXT ranks, LOADS 16-byte loads a lane and row.
 #define LANES (32 * SPLIT)
 #define PAIRS (8 / SPLIT)
@@ -20,6 +22,32 @@ DEV Row row_of(u32 o LOCATE) {
   PICK
   return row;
 }
+#if __CUDA_ARCH__ < 900
+// Cards without groups of blocks are never asked for it.
+#undef OWN
+#define OWN 0
+#endif
+#if OWN
+#define GROUP __attribute__((cluster_dims(8, 1, 1)))
+#define MINE ((R + 7) / 8)
+// Loads of A of a thread that are on their way before the launch before is done.
+#define ALOADS (MINE * XLOADS <= 2 ? XLOADS : 0)
+DEV const float* row_of_a(u32 o LOCATE) {
+  PICK_A
+  return 0;
+}
+DEV void arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEV void meet() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// Writes v to where `p` is in block `to` of the eight.
+DEV void hand(float* p, u32 to, float v) {
+  u32 at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(p)), "r"(to));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
+}
+DEV float dot4(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+#else
+#define GROUP
+#endif
 DEV uint4 stream(const bf16* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
@@ -43,11 +71,14 @@ DEV float dot8(uint4 q, float4 a, float4 b) {
 #define BLOCKS 2
 #endif
 DEV void fetch(const bf16* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-extern "C" __global__ void __launch_bounds__(256, BLOCKS) pairs(const float* x, float* y, const float* past, const float* norm, float eps,
+extern "C" __global__ void GROUP __launch_bounds__(256, BLOCKS) pairs(const float* x, float* y, const float* past, const float* norm, float eps,
     const float* hp, float* np, const float* nw, const u32* pos, const float* freq, float* kc, float* vc, u32 slots PARAMS) {
   extern __shared__ float4 xs[];
 #if R > 0
   __shared__ float hs[R];
+#endif
+#if OWN
+  __shared__ float sums[8][MINE];
 #endif
 #if SPLIT > 1
   __shared__ float left[8][2];
@@ -82,6 +113,22 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) pairs(const float* x, 
   if (lane < b.rank) ub = b.scale * b.up[lane];
 #endif
   if (lane == 0) { ca = a.bias ? *a.bias : 0.f; cb = b.bias ? *b.bias : 0.f; }
+#if OWN
+  arrive();
+  const u32 first = blockIdx.x & 7;
+  const float* down[MINE];
+#pragma unroll
+  for (u32 k = 0; k < MINE; ++k) down[k] = first + 8 * k < R ? row_of_a(first + 8 * k NAMES) : 0;
+  float4 av[MINE][ALOADS + 1];
+#pragma unroll
+  for (u32 k = 0; k < MINE; ++k)
+#pragma unroll
+    for (u32 i = 0; i < ALOADS; ++i) {
+      const u32 at = i * 256 + threadIdx.x;
+      av[k][i] = down[k] && at < K / 4 ? *(const float4*)(down[k] + at * 4) : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+  float hv[MINE] = {};
+#endif
 #if NEXT > 0
   // What the next h makes of this block's values.
   for (u32 i = threadIdx.x; i < NEXT * VALUES; i += 256) {
@@ -106,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) pairs(const float* x, 
     if (at < K / 4) xv[i] = *(const float4*)(x + at * 4);
     if (NORM && at < K / 4) nv[i] = *(const float4*)(norm + at * 4);
   }
-#if R > 0
+#if R > 0 && !OWN
   // A warp has every eighth rank; many parts are asked for before the first is added.
   float part[ROUNDS][AHEAD];
 #pragma unroll
@@ -137,6 +184,11 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) pairs(const float* x, 
     s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     if (NORM) { v.x *= nv[i].x; v.y *= nv[i].y; v.z *= nv[i].z; v.w *= nv[i].w; }
     xs[(at & 1) * (K / 8) + at / 2] = v;
+#if OWN
+#pragma unroll
+    for (u32 k = 0; k < MINE; ++k)
+      if (down[k]) hv[k] += dot4(i < ALOADS ? av[k][i] : *(const float4*)(down[k] + at * 4), v);
+#endif
   }
 #if XREST
   for (u32 i = XLOADS * 256 + threadIdx.x; i < K / 4; i += 256) {
@@ -144,10 +196,34 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) pairs(const float* x, 
     s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     if (NORM) { const float4 k = *(const float4*)(norm + i * 4); v.x *= k.x; v.y *= k.y; v.z *= k.z; v.w *= k.w; }
     xs[(i & 1) * (K / 8) + i / 2] = v;
+#if OWN
+#pragma unroll
+    for (u32 k = 0; k < MINE; ++k)
+      if (down[k]) hv[k] += dot4(*(const float4*)(down[k] + i * 4), v);
+#endif
+  }
+#endif
+#if OWN
+#pragma unroll
+  for (u32 k = 0; k < MINE; ++k) {
+    const float v = warp_sum(hv[k]);
+    if ((threadIdx.x & 31) == 0) sums[warp][k] = v;
   }
 #endif
   const float r = NORM ? rsqrtf(block_sum(s) / K + eps) : 1.f;
   __syncthreads();
+#if OWN
+  // All eight have begun; then each has all of h.
+  meet();
+  for (u32 i = threadIdx.x; i < 8 * MINE; i += 256) {
+    const u32 k = i / 8, q = first + 8 * k;
+    float h = 0.f;
+#pragma unroll
+    for (u32 w = 0; w < 8; ++w) h += sums[w][k];
+    if (q < R) hand(hs + q, i & 7, h);
+  }
+  arrive();
+#endif
   float sa = 0.f, sb = 0.f;
 #pragma unroll
   for (int i = 0; i < LOADS; ++i) {
@@ -158,6 +234,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) pairs(const float* x, 
       sb += dot8(i < HOLD ? qb[i] : stream(b.w + c * 8), lo, hi);
     }
   }
+#if OWN
+  meet();
+#endif
 #if R > 0
   // h without the norm's factor, which the whole sum gets.
   if (lane < a.rank) sa += ua * hs[a.r0 + lane];

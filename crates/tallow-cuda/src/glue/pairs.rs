@@ -1,9 +1,9 @@
 //! Linears of one row with what stands around them in a decoder, as one launch: the norm in front, and the gate or the
 //! rotation and the cache behind.
-//! Invariant: `h` is never computed by the launch that needs it: whoever makes the row leaves parts of it behind, or a
-//! launch of its own does. Sums are made in one order: equal runs give equal bits.
+//! Invariant: `h` comes as parts that whoever makes the row leaves behind, from blocks that share it among themselves, or
+//! from a launch of its own; never does each block make all of it. Sums are made in one order: equal runs give equal bits.
 //! Absent on purpose: which steps of a plan these are; that is `crate::fused`.
-use super::{Arg, Job, early, kernel, linear::pick, source};
+use super::{Arg, Job, Target, early, kernel, linear::pick, source};
 use crate::launch::{Kernel, Start};
 
 const FILE: &str = include_str!("pairs.cu");
@@ -79,6 +79,11 @@ pub(crate) struct Next {
     pub(crate) norm: u64,
 }
 
+/// Blocks that make `h` together.
+const GROUP: usize = 8;
+/// Ranks up to which they do.
+const MOST_OWN: usize = 32;
+
 /// Loads of 16 bytes of a row that a lane can hold.
 const MOST_LOADS: usize = 8;
 
@@ -128,6 +133,13 @@ impl Pairs {
             && self.x.is_multiple_of(16)
             && self.split().is_some()
     }
+    /// Can its blocks make `h` themselves?
+    pub(crate) fn makes_own(&self, t: &Target) -> bool {
+        let mut adapters = self.parts.iter().filter_map(|p| p.adapter);
+        let aligned = adapters.all(|(_, _, a, _)| a.is_multiple_of(16));
+        let groups = self.blocks().is_some_and(|b| b.is_multiple_of(GROUP));
+        t.bulk && aligned && groups && self.rank() <= MOST_OWN
+    }
     /// The `h` of this linear as somebody else's next, with its parts at `parts`.
     pub(crate) fn wants(&self, parts: Arg) -> Next {
         let (mut params, mut args, mut rows) = (String::new(), vec![], vec![]);
@@ -160,11 +172,11 @@ impl Pairs {
         args.extend(&next.args);
         early(kernel("down", source, next.rank as u32, 256, args))
     }
-    /// The launch itself.
+    /// The launch itself, given parts of `h`; without them its blocks make it.
     pub(crate) fn job(&self, h: Option<Left>, next: Option<&Next>) -> Option<Job> {
         let split = self.split()?;
-        let (mut params, mut names, mut own, mut rows, mut r0) =
-            (String::new(), String::new(), vec![], vec![], 0);
+        let (mut params, mut names, mut own) = (String::new(), String::new(), vec![]);
+        let (mut rows, mut downs, mut r0) = (vec![], vec![], 0);
         let mut push = |name: String, kind: &str, at: u64| {
             params += &format!(", {kind} {name}");
             names += &format!(", {name}");
@@ -177,8 +189,10 @@ impl Pairs {
                 push(format!("c{i}"), "const float*", bias);
                 body += &format!(" row.bias = c{i} + j;");
             }
-            if let Some((r, scale, _, b)) = p.adapter {
+            if let Some((r, scale, a, b)) = p.adapter {
                 push(format!("b{i}"), "const float*", b);
+                push(format!("a{i}"), "const float*", a);
+                downs.push((r, format!("return a{i} + (u64)j * {}u;", self.k)));
                 body += &format!(
                     " row.up = b{i} + (u64)j * {r}u; row.scale = {scale:?}f; row.r0 = {r0}; row.rank = {r};"
                 );
@@ -206,7 +220,8 @@ impl Pairs {
             ("OUTPUTS", number(self.outputs())),
             ("LOADS", self.k.div_ceil(256 * split).to_string()),
             ("R", r0.to_string()),
-            ("PARTS", number(h.map_or(0, |h| h.count))),
+            ("OWN", usize::from(r0 > 0 && h.is_none()).to_string()),
+            ("PARTS", number(h.map_or(1, |h| h.count))),
             ("NORM", usize::from(self.norm.is_some()).to_string()),
             ("NEXT", next_rank.to_string()),
             ("NEXT_K", number(next_k)),
@@ -216,6 +231,7 @@ impl Pairs {
         ];
         let text = FILE
             .replace("LOCATE", &locate)
+            .replace("PICK_A", &pick(downs.into_iter()))
             .replace("PICK", &pick(rows.into_iter()))
             .replace("PARAMS", &params)
             .replace("NAMES", &names)
@@ -292,7 +308,7 @@ pub(super) fn examples_of_all() -> [Pairs; 4] {
 }
 
 /// Their launches.
-pub(super) fn examples() -> Vec<Job> {
+pub(super) fn examples(t: &Target) -> Vec<Job> {
     let all = examples_of_all();
     let left = Left {
         at: Arg::Own(0),
@@ -303,6 +319,7 @@ pub(super) fn examples() -> Vec<Job> {
         let next = all[(i + 1) % all.len()].wants(Arg::Own(0));
         let next = (!matches!(p.kind, Kind::Heads(_))).then_some(next);
         jobs.extend(p.job(Some(left), next.as_ref()));
+        jobs.extend(p.makes_own(t).then(|| p.job(None, next.as_ref())).flatten());
         jobs.push(p.down(&p.wants(Arg::Own(0))));
     }
     jobs
