@@ -23,6 +23,8 @@ struct Front {
     n: usize,
     /// Of each projection's adapter; 0: it has none.
     ranks: &'static [usize],
+    /// Parts of the rows with adapters of their own.
+    shares: usize,
     gate: bool,
     /// Does another step read what the norm or the gate makes?
     kept: bool,
@@ -38,6 +40,7 @@ const NORM: Front = Front {
     k: 512,
     n: 40,
     ranks: &[8],
+    shares: 1,
     gate: false,
     kept: false,
     inside: true,
@@ -78,14 +81,14 @@ impl Writer {
         for rank in f.ranks {
             ins.push(self.input(Role::Frozen, &[n, f.k]));
             let adapter = (*rank > 0).then_some((*rank, 0.5.into()));
-            if adapter.is_some() {
+            for _ in 0..f.shares * usize::from(adapter.is_some()) {
                 ins.push(self.input(Role::Data, &[*rank, f.k]));
                 ins.push(self.input(Role::Data, &[n, *rank]));
             }
             blocks.push(Block {
                 n,
                 bias: false,
-                adapters: vec![adapter],
+                adapters: vec![adapter; f.shares],
             });
         }
         let residual = false;
@@ -132,6 +135,7 @@ fn all() -> Vec<Front> {
         k,
         n: NORM.n,
         ranks,
+        shares: 1,
         gate,
         kept,
         inside: m != 35 && m != 600,
@@ -205,6 +209,9 @@ fn without_an_adapter_or_with_few_rows_nothing_joins() {
         alive: false,
         ..NORM
     };
+    // Rows with adapters of their own make their `h` of rows that lie there.
+    let shared = Front { shares: 2, ..NORM };
+    assert!(names(shared).any(|n| n == "rms_norm"));
     // A longer row than the kernel has room for.
     let long = Front { k: 4104, ..NORM };
     for f in [dead, long] {
@@ -245,7 +252,8 @@ fn joined_rows_are_near_the_oracle() {
     let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
     let dead = |f| Front { alive: false, ..f };
     let many = all().into_iter().flat_map(|f| [f, dead(f)]);
-    for f in many.chain(one_row()) {
+    let shared = [2, 4].map(|shares| Front { shares, ..NORM });
+    for f in many.chain(one_row()).chain(shared) {
         for d in distance(&session, &case(f)).unwrap() {
             count += 1;
             rounded += usize::from(d > 1e-5);

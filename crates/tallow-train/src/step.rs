@@ -27,16 +27,16 @@ const CLIP_EPS: f32 = 1e-6;
 
 /// Where batches of one shape are uploaded to, all at once. `b` rows of `t` tokens, of all adapters together.
 pub struct Inputs {
-    /// All of the following, `[n, b, t]`.
-    all: Tensor,
+    /// All that follow, in their order: what is uploaded, `[n, b, t]`.
+    pub all: Tensor,
     /// Token ids `[b, t]`.
     pub ids: Tensor,
     /// Positions `[b, t]`.
     pub pos: Tensor,
-    /// Where documents begin in packed rows, `[b, t]`.
-    pub starts: Option<Tensor>,
     /// Targets `[b, t]`.
     pub targets: Tensor,
+    /// Where documents begin in packed rows, `[b, t]`.
+    pub starts: Option<Tensor>,
 }
 
 /// Losses of the adapters, `[g]`, and the gradient `[P]` of each.

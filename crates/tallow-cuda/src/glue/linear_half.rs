@@ -262,6 +262,8 @@ pub(super) fn forward(
             jobs.push(framed_rows(t, c, share, &front, (x, pitch, k), small)?);
             (x, pitch)
         }
+        // Shares make their own `h`, of rows that lie there.
+        None if front.is_some() => return None,
         None => {
             if let Some(job) = small_biases(c, &biases) {
                 jobs.push(job);
