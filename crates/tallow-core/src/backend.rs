@@ -124,6 +124,12 @@ pub trait Backend: Send + Sync {
     fn spare(&self, c: &Composite) -> bool {
         self.cheap(c)
     }
+    /// May one launch do `first` and, right behind it, `second`, which reads what it makes? What `first` reads then keeps its
+    /// memory until both are done.
+    fn joins(&self, first: &KernelSpec, second: &KernelSpec) -> bool {
+        let _ = (first, second);
+        false
+    }
     /// Writes a frozen operand into `dst` in a format named by one of this backend's candidates.
     /// `src` holds the operand, strides as in `op`, from byte `at` on.
     fn prepare(

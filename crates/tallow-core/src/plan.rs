@@ -172,7 +172,7 @@ pub fn plan(mut f: Fused, be: &dyn Backend, ch: &dyn Chooser) -> Result<Plan> {
     for (from, slot) in copies {
         p.copy_to_state(from, slot)?;
     }
-    let plan = place::place(p.roots, p.drafts, &f.outputs, &placed, be.info().arena);
+    let plan = place::place(p.roots, p.drafts, &f.outputs, &placed, be);
     plan.verify()?;
     Ok(plan)
 }

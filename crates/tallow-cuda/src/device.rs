@@ -242,6 +242,9 @@ impl Backend for Cuda {
     fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
         glue::halves(&self.target(), spec)
     }
+    fn joins(&self, first: &KernelSpec, second: &KernelSpec) -> bool {
+        fused::joins(first, second)
+    }
     fn prepare(
         &self,
         format: Format,

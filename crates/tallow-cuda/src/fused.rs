@@ -117,6 +117,13 @@ pub(crate) fn fuse(
     out
 }
 
+/// Is `first` something that the launches of a linear may take in?
+pub(crate) fn joins(first: &KernelSpec, second: &KernelSpec) -> bool {
+    let in_front = |c: &Composite| matches!(c, Composite::RmsNorm(_) | Composite::SwiGlu(_));
+    matches!(&first.body, Body::Composite(c) if in_front(c))
+        && matches!(&second.body, Body::Composite(Composite::Linear(_)))
+}
+
 fn ends(step: &Step) -> impl Iterator<Item = &Span> {
     step.writes.iter().flatten()
 }

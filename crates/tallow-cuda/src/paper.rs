@@ -89,6 +89,9 @@ impl Backend for Paper {
     fn halves(&self, spec: &KernelSpec) -> Vec<Half> {
         glue::halves(&self.target, spec)
     }
+    fn joins(&self, first: &KernelSpec, second: &KernelSpec) -> bool {
+        fused::joins(first, second)
+    }
     fn prepare(&self, _: Format, _: &Buffer, _: usize, _: &Operand, _: &Buffer) -> Result<()> {
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Decides where every root lives: in a bound buffer, in the place of an operand that dies, or in the arena.
 use super::{Draft, Place, Plan, Prepared, Span, Step, arena};
 use crate::{
-    backend::ArenaRules,
+    backend::Backend,
     kernel::Body,
     op::Role,
     pass::fuse::{Root, RootId, RootKind, View},
@@ -101,15 +101,24 @@ fn lifetimes(
     lives
 }
 
+/// For each step, whether a device may do it together with the next, which reads what it makes.
+fn joined(drafts: &[Draft], be: &dyn Backend) -> Vec<bool> {
+    let both = |w: &[Draft]| {
+        let made = |r: RootId| w[0].writes.iter().flatten().any(|v| v.root == r);
+        w[1].reads.iter().any(|v| made(v.root)) && be.joins(&w[0].spec, &w[1].spec)
+    };
+    drafts.windows(2).map(both).collect()
+}
+
 /// Turns drafts into steps with memory.
 pub(super) fn place(
     roots: Vec<Root>,
     drafts: Vec<Draft>,
     outputs: &[RootId],
     in_state: &[(RootId, u32)],
-    rules: ArenaRules,
+    be: &dyn Backend,
 ) -> Plan {
-    let homes = Homes::find(&roots, &drafts, outputs, in_state, rules);
+    let homes = Homes::find(&roots, &drafts, outputs, in_state, be);
     let mut plan = Plan {
         steps: vec![],
         prepared: vec![],
@@ -190,7 +199,7 @@ impl Homes {
         drafts: &[Draft],
         outputs: &[RootId],
         in_state: &[(RootId, u32)],
-        rules: ArenaRules,
+        be: &dyn Backend,
     ) -> Self {
         let mut fixed: Vec<Option<Place>> = roots
             .iter()
@@ -214,12 +223,19 @@ impl Homes {
             arena_bytes: 0,
             naive_bytes: 0,
         };
-        homes.pack(roots, drafts, rules);
+        homes.pack(roots, drafts, be);
         homes
     }
     /// Gives a place in the arena to every root that has none elsewhere, and to every workspace.
-    fn pack(&mut self, roots: &[Root], drafts: &[Draft], rules: ArenaRules) {
-        let lives = lifetimes(drafts, roots.len(), |r| self.rep(r));
+    fn pack(&mut self, roots: &[Root], drafts: &[Draft], be: &dyn Backend) {
+        let mut lives = lifetimes(drafts, roots.len(), |r| self.rep(r));
+        // One launch for two steps writes what the second makes while it reads what the first does.
+        for (t, both) in joined(drafts, be).into_iter().enumerate() {
+            for v in drafts[t].reads.iter().filter(|_| both) {
+                let life = &mut lives[self.rep(v.root).index()];
+                *life = life.map(|(first, last)| (first, last.max(t + 1)));
+            }
+        }
         let computed = |i: &usize| self.fixed[*i].is_none();
         self.naive_bytes = (0..roots.len())
             .filter(computed)
@@ -241,7 +257,7 @@ impl Homes {
         };
         let workspaces = drafts.iter().enumerate().map(during);
         let all: Vec<arena::Life> = wanted.iter().map(|w| w.1).chain(workspaces).collect();
-        let (offsets, arena_bytes) = arena::pack(&all, rules);
+        let (offsets, arena_bytes) = arena::pack(&all, be.info().arena);
         for ((i, _), at) in wanted.iter().zip(&offsets) {
             self.arena[*i] = Some(*at);
         }

@@ -14,6 +14,8 @@ use crate::{
 struct Null {
     info: DeviceInfo,
     strided: bool,
+    /// Does it do two equal steps in one launch?
+    joins: bool,
 }
 
 impl Null {
@@ -23,6 +25,7 @@ impl Null {
         Null {
             info: DeviceInfo { name, arena },
             strided,
+            joins: false,
         }
     }
     fn refuse<T>(&self) -> Result<T> {
@@ -57,6 +60,9 @@ impl Backend for Null {
             prepare: vec![],
         };
         Ok(if fits { vec![one] } else { vec![] })
+    }
+    fn joins(&self, first: &KernelSpec, second: &KernelSpec) -> bool {
+        self.joins && first.name() == second.name()
     }
     fn prepare(&self, _: Format, _: &Buffer, _: usize, _: &Operand, _: &Buffer) -> Result<()> {
         self.refuse()
@@ -105,6 +111,30 @@ fn maps_fuse_and_memory_is_used_again() {
             .flat_map(|s| &s.reads)
             .all(|r| r.offset % 256 == 0)
     );
+}
+
+#[test]
+fn what_a_joined_step_reads_outlives_the_one_it_is_joined_with() {
+    let mut b = Builder::default();
+    let mut x = f32s(&mut b, &[16, 32]);
+    let w = f32s(&mut b, &[32]);
+    for _ in 0..6 {
+        x = b.composite(RmsNorm { eps: 1e-5.into() }, &[x, w]).unwrap()[0];
+    }
+    let graph = b.finish(vec![x], vec![]);
+    let written_over = |joins: bool| {
+        let device = Null {
+            joins,
+            ..Null::like(256, true)
+        };
+        let p = plan(fuse(&graph).unwrap(), &device, &ByCost).unwrap();
+        let both = p.steps.windows(2).filter(|s| {
+            let (read, made) = (&s[0].reads[0], s[1].writes[0].as_ref().unwrap());
+            (read.place, read.offset) == (made.place, made.offset)
+        });
+        both.count()
+    };
+    assert_eq!((written_over(true), written_over(false)), (0, 3));
 }
 
 #[test]
