@@ -10,8 +10,8 @@ use std::sync::Arc;
 use half::bf16;
 use tallow::{DType, Plan, Program, Role, Session, Tensor, TensorType};
 
-use crate::Result;
 use crate::work::{Chained, Check, Clock, Looped, Work, link};
+use crate::{Error, Result};
 
 mod chain;
 pub mod judge;
@@ -410,7 +410,12 @@ impl Work for Ours {
 fn upload(session: &Session, t: &Tensor, values: &[f64]) -> Result<()> {
     match t.buffer() {
         Some(b) => Ok(session.backend().upload(b, 0, &t.dtype().encode(values))?),
-        None => Ok(()),
+        // It would keep what it holds, and peers would be given something else.
+        None => Err(Error::Setting {
+            name: "an operand",
+            want: "a tensor with memory",
+            got: format!("{t:?}"),
+        }),
     }
 }
 

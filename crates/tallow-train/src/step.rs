@@ -25,18 +25,16 @@ pub use trainer::{Snapshot, Trainer, Turn};
 /// Added to the norm before dividing by it, as in PyTorch's `clip_grad_norm_`.
 const CLIP_EPS: f32 = 1e-6;
 
-/// Where batches of one shape are uploaded to, all at once. `b` rows of `t` tokens, of all adapters together.
+/// Where batches of one shape are uploaded to. `b` rows of `t` tokens, of all adapters together.
 pub struct Inputs {
-    /// All that follow, in their order: what is uploaded, `[n, b, t]`.
-    pub all: Tensor,
     /// Token ids `[b, t]`.
     pub ids: Tensor,
     /// Positions `[b, t]`.
     pub pos: Tensor,
-    /// Targets `[b, t]`.
-    pub targets: Tensor,
     /// Where documents begin in packed rows, `[b, t]`.
     pub starts: Option<Tensor>,
+    /// Targets `[b, t]`.
+    pub targets: Tensor,
 }
 
 /// Losses of the adapters, `[g]`, and the gradient `[P]` of each.
@@ -48,23 +46,23 @@ struct Backward {
 impl Inputs {
     fn new(s: &Session, shape: BatchShape) -> Result<Self> {
         let [b, t] = shape.dims;
-        let n = 3 + usize::from(shape.packed);
-        let all = s.zeros(TensorType::u32([n, b, t]), Role::Data)?;
-        let part = |i: usize| all.slice(0, i, 1)?.reshape([b, t]);
+        let ints = || s.zeros(TensorType::u32([b, t]), Role::Data);
         Ok(Inputs {
-            ids: part(0)?,
-            pos: part(1)?,
-            targets: part(2)?,
-            starts: shape.packed.then(|| part(3)).transpose()?,
-            all,
+            ids: ints()?,
+            pos: ints()?,
+            starts: shape.packed.then(ints).transpose()?,
+            targets: ints()?,
         })
     }
 
     /// Uploads a batch of this shape.
     fn upload(&self, session: &Session, batch: &Batch) -> Result<()> {
-        let starts = self.starts.as_ref().map_or(&[][..], |_| &batch.starts);
-        let all = [&batch.ids, &batch.pos, &batch.targets, starts].concat();
-        Ok(session.write_u32(&self.all, &all)?)
+        session.write_u32(&self.ids, &batch.ids)?;
+        session.write_u32(&self.pos, &batch.pos)?;
+        if let Some(starts) = &self.starts {
+            session.write_u32(starts, &batch.starts)?;
+        }
+        Ok(session.write_u32(&self.targets, &batch.targets)?)
     }
 
     /// Each adapter's summed loss over its share of the rows times its `scale [g]`, where given, and its gradient.

@@ -252,11 +252,14 @@ pub(super) fn train(
     let mut floats = vec![(g.inv_counts, vec![1.0 / (b * t) as f32; count])];
     floats.extend(optimizers.iter().map(|o| (o.hyper.clone(), hyper.clone())));
     let rows = count * b;
-    let ids = some_ids(model, rows * t);
     Ok(Subject {
         outs: vec![g.losses, g.norms],
         updates: g.updates,
-        ints: vec![(g.inputs.all, [&ids[..], &iota([rows, t]), &ids].concat())],
+        ints: vec![
+            (g.inputs.ids, some_ids(model, rows * t)),
+            (g.inputs.pos, iota([rows, t])),
+            (g.inputs.targets, some_ids(model, rows * t)),
+        ],
         floats,
     })
 }
