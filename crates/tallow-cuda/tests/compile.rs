@@ -56,7 +56,7 @@ fn thin() -> impl Iterator<Item = KernelSpec> {
     })
 }
 
-/// What training in bf16 asks for at sizes that the suite's examples have not: heads of 64, `dy` far wider than `dx`,
+/// What training in bf16 asks for at sizes that the suite's examples have not: heads of 64 to 128, `dy` far wider than `dx`,
 /// many rows.
 fn training() -> Vec<KernelSpec> {
     let mut all: Vec<(Composite, Vec<TensorType>)> = vec![];
@@ -64,7 +64,9 @@ fn training() -> Vec<KernelSpec> {
         (64, None, false, None),
         (64, Some(90), true, None),
         (64, None, false, Some(50.0)),
+        (128, None, false, None),
         (128, Some(90), true, Some(50.0)),
+        (96, None, true, None),
     ] {
         let mask = Mask::Causal { window };
         let scale = 0.125.into();

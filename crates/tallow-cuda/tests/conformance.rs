@@ -288,16 +288,19 @@ fn shapes_of_training_are_near_the_oracle() {
     }
 }
 
-/// Both directions of attention over heads of 64, with one document in a row and with several.
+/// Both directions of attention over heads of 64 to 128, with one document in a row and with several.
 fn attention_of_models() -> Vec<(Composite, Vec<TensorType>)> {
-    let (b, t, s, d) = (2, 150, 200, 64);
+    let (b, t, s) = (2, 150, 200);
     let mut all = vec![];
-    for (h, hk, window, packed, cap) in [
-        (7, 1, None, false, None),
-        (4, 2, Some(90), false, None),
-        (2, 2, None, true, None),
-        (4, 2, Some(90), true, Some(0.5)),
-        (2, 1, None, false, Some(50.0)),
+    for (h, hk, d, window, packed, cap) in [
+        (7, 1, 64, None, false, None),
+        (4, 2, 64, Some(90), false, None),
+        (2, 2, 64, None, true, None),
+        (4, 2, 64, Some(90), true, Some(0.5)),
+        (2, 1, 64, None, false, Some(50.0)),
+        (4, 1, 128, None, false, None),
+        (2, 1, 128, Some(90), true, Some(0.5)),
+        (2, 1, 72, None, true, None),
     ] {
         let mask = Mask::Causal { window };
         let a = Attention {

@@ -28,8 +28,8 @@ const DELTA: &str = include_str!("attention_delta.cu");
 const HALF: &str = include_str!("attention_half.cu");
 /// Longest head.
 const MAX_HEAD: usize = 256;
-/// Longest head on tensor cores, forward and backward.
-const MAX_HALF: [usize; 2] = [128, 64];
+/// Longest head on tensor cores.
+const MAX_HALF: usize = 128;
 /// Rows of a tile on tensor cores.
 const HALF_ROWS: usize = 64;
 /// Query rows of one key head that the decoding kernel takes.
@@ -213,7 +213,7 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
     }
     let types = named(&["TQ", "TK", "TV"], spec.inputs[..3].iter().map(Some))?;
     let types = [types, named(&["TO"], [spec.outputs[0].as_ref()])?].concat();
-    if t.weights == DType::BF16 && z.d <= MAX_HALF[0] {
+    if t.weights == DType::BF16 && z.d <= MAX_HALF {
         let source = text(&[HALF], a, z, ("FORWARD", 1), starts, &types);
         let grid = half_grid(z, z.t)?;
         let job = launch("attention", &source, grid, 128, half_bytes(z.d), args);
@@ -315,7 +315,7 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
     if !dense.into_iter().all(|i| spec.inputs[i].is_dense()) {
         return None;
     }
-    let half = t.weights == DType::BF16 && z.d <= MAX_HALF[1];
+    let half = t.weights == DType::BF16 && z.d <= MAX_HALF;
     let reads = [0, 1, 2, 4, 6].map(|i| Some(&spec.inputs[i]));
     let types = named(&["TQ", "TK", "TV", "TO", "TG"], reads)?;
     let writes = (0..3).map(|i| spec.outputs[i].as_ref());

@@ -228,10 +228,11 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
 // Columns of a tile whose scores are held at once: what a lane holds of them has to stay in registers.
 #define PART 16
 #define EIGHTS (PART / 8)
-// Blocks of `grad_q` that share a processor, as many as its registers allow without a spill.
-#define Q_BLOCKS (CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
+// Blocks that share a processor, as many as its registers allow without a spill.
+#define KV_BLOCKS (DP > 64 ? 2 : 3)
+#define Q_BLOCKS (DP > 64 ? 2 : CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
 //cap #undef Q_BLOCKS
-//cap #define Q_BLOCKS 3
+//cap #define Q_BLOCKS KV_BLOCKS
 // A block for 64 queries of a head.
 extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
   extern __shared__ float4 memory[];
@@ -312,7 +313,7 @@ DEV void tiles_seen(u32* some, u32* every, const u32* pos, const u32* starts, u3
   __syncthreads();
 }
 // A block for 64 keys of a key head and one of its query heads; `parts` of several heads are joined by `join_kv`.
-extern "C" __global__ void __launch_bounds__(128, 3) grad_kv(ARGS, float* parts) {
+extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float* parts) {
   extern __shared__ float4 memory[];
   u16* tiles = (u16*)memory;
   __shared__ Query queries[2][ROWS];
