@@ -402,6 +402,15 @@ fn small_biases(c: &Call, biases: &Biases) -> Option<Job> {
     (small.threads > 0).then(|| small.job(Arg::U64(0)))?
 }
 
+/// What rows of other shares multiply by zero has to be finite: an adapter that diverged spoils its own rows alone, with the
+/// greatest number that bf16 has.
+fn bounded(c: &Call, value: &str) -> String {
+    match c.shares.len() {
+        1 => value.to_owned(),
+        _ => format!("fminf(fmaxf({value}, -3.3895313e38f), 3.3895313e38f)"),
+    }
+}
+
 /// `s B` of all shares side by side into the tail of every weight.
 fn small_forward(c: &Call, biases: &Biases, [k, width, row]: [usize; 3]) -> Small {
     let mut small = Small::default();
@@ -418,7 +427,8 @@ fn small_forward(c: &Call, biases: &Biases, [k, width, row]: [usize; 3]) -> Smal
             let (s, from) = (scale.get(), g * share.rank + r0);
             let end = from + r;
             value = format!(
-                "(int)q >= {from} && q < {end}u ? to_bf16({s:?}f * b{i}_{g}[j * {r}u + q - {from}u]) : {value}"
+                "(int)q >= {from} && q < {end}u ? to_bf16({}) : {value}",
+                bounded(c, &format!("{s:?}f * b{i}_{g}[j * {r}u + q - {from}u]"))
             );
         }
         r0 += b.adapters[0].map_or(0, |a| a.0);
@@ -566,8 +576,9 @@ fn small_backward(c: &Call, up: Arg, [n, k, rank, extra]: [usize; 4]) -> Option<
             );
             small.piece(n * r, &body);
             let body = format!(
-                "const u32 q = e / {k}u, j = e - q * {k}u; w[(u64)({}u + q) * {row}u + j] = to_bf16(a{i}_{g}[e]);",
-                last_n + from
+                "const u32 q = e / {k}u, j = e - q * {k}u; w[(u64)({}u + q) * {row}u + j] = to_bf16({});",
+                last_n + from,
+                bounded(c, &format!("a{i}_{g}[e]"))
             );
             small.piece(r * k, &body);
         }
