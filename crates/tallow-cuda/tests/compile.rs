@@ -97,11 +97,12 @@ fn training() -> Vec<KernelSpec> {
     let ins = [[70, n], [n, k], [r, k], [n, r]].map(TensorType::f32);
     all.push((op.into(), ins.into()));
     all.extend(in_front());
+    all.extend(shared());
     let ins = [TensorType::f32([600, 896]), TensorType::f32([896])];
     all.push((RmsNorm { eps: 1e-5.into() }.into(), ins.into()));
     let spec = |(c, ins): &(Composite, Vec<TensorType>)| {
         let refs: Vec<&TensorType> = ins.iter().collect();
-        KernelSpec::composite(c, &refs, &vec![true; refs.len()], &[true; 8]).unwrap()
+        KernelSpec::composite(c, &refs, &vec![true; refs.len()], &[true; 9]).unwrap()
     };
     all.iter().map(spec).collect()
 }
@@ -139,6 +140,42 @@ fn in_front() -> Vec<(Composite, Vec<TensorType>)> {
     sizes.into_iter().map(one).collect()
 }
 
+/// Both directions of projections whose rows are divided into shares with adapters of their own.
+fn shared() -> Vec<(Composite, Vec<TensorType>)> {
+    let sizes: [(usize, usize, usize, &[usize], usize); 4] = [
+        (4096, 896, 128, &[8, 8, 8], 8),
+        (4096, 896, 128, &[8, 0], 2),
+        (74, 24, 168, &[5], 2),
+        (74, 70, 40, &[5, 33], 2),
+    ];
+    let both = |(m, k, n, ranks, shares): (usize, usize, usize, &[usize], usize)| {
+        let adapter = |r: usize| (r > 0).then_some((r, 1.5.into()));
+        let block = |r: &usize| Block {
+            n,
+            bias: false,
+            adapters: vec![adapter(*r); shares],
+        };
+        let blocks: Vec<Block> = ranks.iter().map(block).collect();
+        let mut ins = vec![TensorType::f32([m, k])];
+        for r in ranks {
+            ins.push(TensorType::f32([n, k]));
+            let ab = [[*r, k], [n, *r]].map(TensorType::f32);
+            let all = (0..shares * usize::from(*r > 0)).flat_map(|_| ab.clone());
+            ins.extend(all);
+        }
+        let mut grad = ins.clone();
+        grad[0] = TensorType::f32([m, n * ranks.len()]);
+        let residual = false;
+        let forward = Linear {
+            blocks: blocks.clone(),
+            residual,
+        };
+        let backward = LinearGrad { blocks, residual };
+        [(forward.into(), ins), (backward.into(), grad)]
+    };
+    sizes.into_iter().flat_map(both).collect()
+}
+
 /// Names of kernels in the assembler's report that spill.
 fn spills(report: &str) -> Vec<&str> {
     let spilled = |l: &&str| {
@@ -174,6 +211,13 @@ fn kernels_compile_without_spills() {
     assert!(thin_ones >= 7, "{thin_ones} kernels of few outputs");
     let apart = all.iter().filter(|(_, s)| s.contains("#define APART"));
     assert!(apart.count() > 0, "a wide dy is copied");
+    for shares in ["SHARES 2u", "SHARES 8u"] {
+        for entry in ["frame", "framed"] {
+            let found =
+                |(name, s): &(&str, std::sync::Arc<str>)| *name == entry && s.contains(shares);
+            assert!(all.iter().any(found), "{entry} of {shares}");
+        }
+    }
     let before = |source: &str| {
         let here = |(_, s): &&(_, std::sync::Arc<str>)| s.contains(source);
         all.iter()

@@ -9,7 +9,7 @@ use tallow_core::{
     graph::Builder,
     kernel::{Candidate, KernelSpec},
     op::{
-        Attention, AttentionGrad, Bits, Block, Composite, LinearGrad, Mask, Op, RmsNorm,
+        Attention, AttentionGrad, Bits, Block, Composite, Linear, LinearGrad, Mask, Op, RmsNorm,
         RmsNormGrad, Role, SwiGlu,
     },
     oracle::sample,
@@ -281,7 +281,7 @@ fn shapes_of_training_are_near_the_oracle() {
         inside(&case).unwrap()
     };
     let all = attention_of_models().into_iter().chain(many_rows());
-    let cases = all.chain([wide_grad()]);
+    let cases = all.chain([wide_grad()]).chain(shared());
     let cases: Vec<Case> = cases.map(case).collect();
     if card().is_some() {
         near(&rounding(), cases);
@@ -356,6 +356,61 @@ fn wide_grad() -> (Composite, Vec<TensorType>) {
         residual: true,
     };
     (op.into(), ins)
+}
+
+/// Both directions of projections whose rows are divided into shares with adapters of their own: of one row, of no whole
+/// block, of many; extents on 16 bytes and not; `dy` copied and not.
+fn shared() -> Vec<(Composite, Vec<TensorType>)> {
+    let sizes: [(usize, usize, usize, [usize; 3]); 7] = [
+        (2, 37, 72, [40, 24, 32]),
+        (4, 19, 72, [40, 24, 32]),
+        (4, 301, 136, [64, 40, 8]),
+        (2, 35, 24, [96, 72, 8]),
+        (4, 21, 33, [17, 5, 9]),
+        (8, 67, 512, [64, 64, 64]),
+        (9, 1, 64, [24, 8, 16]),
+    ];
+    let both = |(shares, m, k, ns): (usize, usize, usize, [usize; 3])| {
+        let kinds = ns.into_iter().zip([(8, true), (0, false), (5, false)]);
+        let kinds = kinds.map(|(n, (r, bias))| (n, r, bias));
+        let block = |(n, r, bias): (usize, usize, bool)| Block {
+            n,
+            bias,
+            adapters: (0..shares)
+                .map(|g| (r > 0).then_some((r, (0.5 + g as f32).into())))
+                .collect(),
+        };
+        let blocks: Vec<Block> = kinds.clone().map(block).collect();
+        let (rows, outputs) = (shares * m, ns.iter().sum());
+        let (x, y) = ([rows, k], [rows, outputs]);
+        let ins = |first: [usize; 2], last: Option<[usize; 2]>, biases: bool| {
+            let mut ins = vec![first];
+            for (n, r, _) in kinds.clone() {
+                ins.push([n, k]);
+                let all = (0..shares * usize::from(r > 0)).flat_map(|_| [[r, k], [n, r]]);
+                ins.extend(all);
+            }
+            ins.extend(last);
+            let mut tys: Vec<_> = ins.into_iter().map(TensorType::f32).collect();
+            if biases {
+                tys.insert(2, TensorType::f32([ns[0]]));
+            }
+            tys
+        };
+        [false, true].map(|residual| {
+            let blocks = blocks.clone();
+            let forward = Linear {
+                blocks: blocks.clone(),
+                residual,
+            };
+            let backward = LinearGrad { blocks, residual };
+            [
+                (forward.into(), ins(x, residual.then_some(y), true)),
+                (backward.into(), ins(y, residual.then_some(x), false)),
+            ]
+        })
+    };
+    sizes.into_iter().flat_map(both).flatten().collect()
 }
 
 /// `dA = dhᵀ x` and `dB = dyᵀ h` where the wide side is an intermediate in bf16.

@@ -25,6 +25,8 @@ struct Front {
     ranks: &'static [usize],
     /// Parts of the rows with adapters of their own.
     shares: usize,
+    /// Is each one's rank greater than that of the one before?
+    unlike: bool,
     gate: bool,
     /// Does another step read what the norm or the gate makes?
     kept: bool,
@@ -40,6 +42,7 @@ const NORM: Front = Front {
     n: 40,
     ranks: &[8],
     shares: 1,
+    unlike: false,
     gate: false,
     kept: false,
     inside: true,
@@ -79,15 +82,20 @@ impl Writer {
         let (mut ins, mut blocks, n) = (vec![v], vec![], f.n);
         for rank in f.ranks {
             ins.push(self.input(Role::Frozen, &[n, f.k]));
-            let adapter = (*rank > 0).then_some((*rank, 0.5.into()));
-            for _ in 0..f.shares * usize::from(adapter.is_some()) {
-                ins.push(self.input(Role::Data, &[*rank, f.k]));
-                ins.push(self.input(Role::Data, &[n, *rank]));
+            let mut adapters = vec![];
+            for g in 0..f.shares {
+                let rank = rank + g * usize::from(f.unlike);
+                let scale = 0.5 + g as f32;
+                adapters.push((rank > 0).then_some((rank, scale.into())));
+                if rank > 0 {
+                    ins.push(self.input(Role::Data, &[rank, f.k]));
+                    ins.push(self.input(Role::Data, &[n, rank]));
+                }
             }
             blocks.push(Block {
                 n,
                 bias: false,
-                adapters: vec![adapter; f.shares],
+                adapters,
             });
         }
         let residual = false;
@@ -135,12 +143,38 @@ fn all() -> Vec<Front> {
         n: NORM.n,
         ranks,
         shares: 1,
+        unlike: false,
         gate,
         kept,
         inside: m != 35 && m != 600,
         alive: true,
     };
     all.into_iter().map(one).collect()
+}
+
+/// Rows of several shares, each with adapters of its own: of one row, of some that are no whole block, of many.
+fn shared() -> Vec<Front> {
+    let some: [(usize, usize, &[usize], usize); 7] = [
+        (128, 512, &[8], 8),
+        (9, 64, &[1], 9),
+        (130, 896, &[8, 8, 8], 2),
+        (4100, 328, &[8, 0, 16], 4),
+        (600, 77, &[33], 3),
+        (35, 4096, &[24], 5),
+        (264, 1336, &[1, 33, 5], 4),
+    ];
+    let one = |(gate, (m, k, ranks, shares))| Front {
+        m,
+        k,
+        ranks,
+        shares,
+        gate,
+        kept: gate && m == 600,
+        inside: m != 35 && m != 600,
+        ..NORM
+    };
+    let both = [false, true].into_iter();
+    both.flat_map(|g| some.map(|s| one((g, s)))).collect()
 }
 
 fn dead(f: Front) -> Front {
@@ -185,7 +219,8 @@ fn launched(f: Front) -> Vec<(usize, Vec<String>)> {
 
 #[test]
 fn a_norm_or_a_gate_joins_the_product_behind_it() {
-    for f in all().into_iter().flat_map(|f| [f, dead(f)]) {
+    let many = all().into_iter().chain(shared());
+    for f in many.flat_map(|f| [f, dead(f)]) {
         let parts = launched(f);
         let mut want = vec!["framed".to_owned()];
         want.extend(f.ranks.iter().map(|_| "cublasLt".to_owned()));
@@ -194,6 +229,17 @@ fn a_norm_or_a_gate_joins_the_product_behind_it() {
         let alone = |n: &&String| ["rms_norm", "swiglu", "small", "frame"].contains(&n.as_str());
         assert_eq!(names.filter(alone).count(), 0, "{f:?}: {parts:?}");
     }
+}
+
+/// Shares whose adapters do not fit into one tail: of different ranks, or of too many together.
+fn apart() -> [Front; 2] {
+    let unlike = Front {
+        shares: 2,
+        unlike: true,
+        ..NORM
+    };
+    let many = Front { shares: 64, ..NORM };
+    [unlike, many]
 }
 
 #[test]
@@ -207,9 +253,11 @@ fn without_an_adapter_or_with_few_rows_nothing_joins() {
         assert!(names(f).any(|n| n == "rms_norm"), "{f:?}");
         assert!(names(f).all(|n| n != "framed"), "{f:?}");
     }
-    // Rows with adapters of their own make their `h` of rows that lie there.
-    let shared = Front { shares: 2, ..NORM };
-    assert!(names(shared).any(|n| n == "rms_norm"));
+    // Shares that differ make their `h` of rows that lie there.
+    for f in apart() {
+        assert!(names(f).any(|n| n == "rms_norm"), "{f:?}");
+        assert!(names(f).all(|n| n != "framed"), "{f:?}");
+    }
     // A longer row than the kernel has room for.
     let long = Front { k: 4104, ..NORM };
     let count = |name: &str| names(long).filter(|n| n == name).count();
@@ -246,9 +294,9 @@ fn joined_rows_are_near_the_oracle() {
     };
     let session = Session::new(card);
     let (mut bad, mut rounded, mut count) = (vec![], 0, 0);
-    let many = all().into_iter().flat_map(|f| [f, dead(f)]);
-    let shared = [2, 4].map(|shares| Front { shares, ..NORM });
-    for f in many.chain(one_row()).chain(shared) {
+    let many = all().into_iter().chain(shared());
+    let many = many.flat_map(|f| [f, dead(f)]);
+    for f in many.chain(one_row()).chain(apart()) {
         for d in distance(&session, &case(f)).unwrap() {
             count += 1;
             rounded += usize::from(d > 1e-5);

@@ -5,6 +5,8 @@
 // order. The columns inside such a piece are counted in another order, the same for v and a, so that a lane reads 16 bytes of
 // a row at once. What else has to be done before the product (`piece`, PIECES times) is done by blocks of its own past
 // `blocks`, or by all of them if there are no such blocks.
+// Rows of SHARES equal parts have an `a` and an `h` each; in y their `h` lie side by side, with zeros where a row has none. A
+// block's rows are of one part; m counts those of a part.
 // Rows that do not lie in whole eights at 16 bytes go another way. XW: registers that eight columns of x take.
 #define WARPS 16u
 #define STEPS ((K + 511u) / 512u)
@@ -65,7 +67,7 @@ DEV void put(float* row, const float* f, uint4) {
   *(float4*)(row + 4) = make_float4(f[4], f[5], f[6], f[7]);
 }
 DEV float silu(float a) { return ratio((const X*)0, a, 1.f + exp_of((const X*)0, -a)); }
-struct Ends { const X* x; const X* up; const float* w; Y* plain; u16* y; float* h; u32 m, xs, us, ps, pitch, hs; float eps; };
+struct Ends { const X* x; const X* up; const float* w; Y* plain; u16* y; float* h; u32 first, base, m, xs, us, ps, pitch, hs; float eps; };
 DEV uint4 eight_of_a(const float* row, u32 c) {
   Eight<float> e;
   get(e, row, c, row != 0);
@@ -75,7 +77,7 @@ DEV uint4 eight_of_a(const float* row, u32 c) {
 }
 DEV void rows(const Ends& z, float* ws, float* part PARAMS) {
   const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const u32 first = blockIdx.x * ROWS, mine = warp * 32 + t * 8;
+  const u32 first = z.first, mine = warp * 32 + t * 8;
   bool in[HALVES];
 #pragma unroll
   for (u32 i = 0; i < HALVES; ++i) in[i] = (ROWS >= 8u || g < ROWS) && first + g + 8 * i < z.m;
@@ -100,7 +102,7 @@ DEV void rows(const Ends& z, float* ws, float* part PARAMS) {
   uint4 ahead[STEPS][TG];
 #pragma unroll
   for (u32 n = 0; n < TG; ++n) {
-    const float* from = n * 8 + g < R ? row_of_a(n * 8 + g NAMES) : 0;
+    const float* from = n * 8 + g < R ? row_of_a(z.base + n * 8 + g NAMES) : 0;
 #pragma unroll
     for (u32 s = 0; s < STEPS; ++s) ahead[s][n] = eight_of_a(from, mine + s * 512);
   }
@@ -138,7 +140,7 @@ DEV void rows(const Ends& z, float* ws, float* part PARAMS) {
 #if !AHEAD
     const float* from[TG];
 #pragma unroll
-    for (u32 n = 0; n < TG; ++n) from[n] = (tile + n) * 8 + g < R ? row_of_a((tile + n) * 8 + g NAMES) : 0;
+    for (u32 n = 0; n < TG; ++n) from[n] = (tile + n) * 8 + g < R ? row_of_a(z.base + (tile + n) * 8 + g NAMES) : 0;
 #endif
     UNROLL
     for (u32 s = 0; s < STEPS; ++s) {
@@ -207,17 +209,19 @@ DEV void rows(const Ends& z, float* ws, float* part PARAMS) {
 #pragma unroll
         for (u32 i = 0; i < WARPS; ++i) sum += part[i * 16 * TG * 8 + e];
         z.h[(u64)(first + row) * z.hs + k] = sum;
-        z.y[(u64)(first + row) * z.pitch + K + k] = to_bf16(sum);
+        z.y[(u64)(first + row) * z.pitch + K + z.base + k] = to_bf16(sum);
       }
     }
   }
   const u32 rest = z.pitch - K - R;
-  for (u32 e = threadIdx.x; e < ROWS * rest; e += 512)
-    if (first + e / rest < z.m) z.y[(u64)(first + e / rest) * z.pitch + K + R + e % rest] = 0;
+  for (u32 e = threadIdx.x; e < ROWS * rest; e += 512) {
+    const u32 row = first + e / rest, k = e % rest;
+    if (row < z.m) z.y[(u64)row * z.pitch + K + (k < z.base ? k : k + R)] = 0;
+  }
 }
 // The same for any extent and address: a warp for each row, and its lanes for each sum.
 DEV void any_rows(const Ends& z PARAMS) {
-  const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = blockIdx.x * ROWS;
+  const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = z.first;
   for (u32 i = warp; i < ROWS && first + i < z.m; i += WARPS) {
     const u64 row = first + i;
     const X* x = z.x + row * z.xs;
@@ -240,13 +244,13 @@ DEV void any_rows(const Ends& z PARAMS) {
 #endif
     }
     for (u32 k = 0; k < R; ++k) {
-      const float* a = row_of_a(k NAMES);
+      const float* a = row_of_a(z.base + k NAMES);
       float sum = 0.f;
       for (u32 c = lane; c < K; c += 32) sum += as_f32((u32)y[c] << 16) * as_f32((u32)to_bf16(a[c]) << 16);
       sum = warp_sum(sum);
-      if (lane == 0) { z.h[row * z.hs + k] = sum; y[K + k] = to_bf16(sum); }
+      if (lane == 0) { z.h[row * z.hs + k] = sum; y[K + z.base + k] = to_bf16(sum); }
     }
-    for (u32 c = K + R + lane; c < z.pitch; c += 32) y[c] = 0;
+    for (u32 k = lane; k < z.pitch - K - R; k += 32) y[K + (k < z.base ? k : k + R)] = 0;
   }
 }
 extern "C" __global__ void __launch_bounds__(512, 1) framed(const X* x, const X* up, const float* w, Y* plain, u16* y, float* h,
@@ -255,7 +259,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) framed(const X* x, const X*
   __shared__ float part[WARPS * 16 * TG * 8];
   GRID_WAIT;
   if (blockIdx.x < blocks) {
-    const Ends z = {x, up, w, plain, y, h, m, xs, us, ps, pitch, hs, eps};
+    const u32 each = blocks / SHARES, share = SHARES > 1u ? blockIdx.x / each : 0u;
+    HIDDEN_OF
+    const u64 r = (u64)share * m;
+    const Ends z = {x + r * xs, up + r * us, w, plain + r * ps, y + r * pitch, h, (blockIdx.x - share * each) * ROWS, share * R, m, xs, us, ps, pitch, hs, eps};
     const bool wide = ((K | xs | us | ps) & 7) == 0 && (((u64)x | (u64)up | (u64)plain ALIGNED) & 15) == 0;
     if (wide) rows(z, (float*)weights, part NAMES);
     else any_rows(z NAMES);

@@ -5,7 +5,7 @@
 use super::{
     Arg, Job, Target, c_type, early, kernel,
     linear::{Call, Share, behind, pick},
-    linear_half::Small,
+    linear_half::{Small, hidden_of},
     source, word,
 };
 use crate::launch::Kernel;
@@ -55,11 +55,12 @@ const SHARED: usize = 24;
 /// Cycles that a round of blocks takes at least.
 const ROUND: usize = 1500;
 
-/// Rows of a block: few enough to keep all processors busy, and enough that `a`, which every block reads, weighs little.
-fn rows_of_a_block(t: &Target, m: usize, row_bytes: usize, a_bytes: usize) -> usize {
+/// Rows of a block, of `shares` times `m` rows: few enough to keep all processors busy, and enough that `a`, which every
+/// block reads, weighs little.
+fn rows_of_a_block(t: &Target, [shares, m]: [usize; 2], row_bytes: usize, a_bytes: usize) -> usize {
     let processors = (t.processors as usize).max(1);
     let cycles = |rows: &usize| {
-        let (blocks, bytes) = (m.div_ceil(*rows), a_bytes + rows * row_bytes);
+        let (blocks, bytes) = (shares * m.div_ceil(*rows), a_bytes + rows * row_bytes);
         let rounds = blocks.div_ceil(processors);
         let port = rounds * bytes / PORT;
         port.max(blocks * bytes / (SHARED * processors)) + rounds * ROUND
@@ -68,23 +69,27 @@ fn rows_of_a_block(t: &Target, m: usize, row_bytes: usize, a_bytes: usize) -> us
     all.min_by_key(cycles).unwrap_or(16)
 }
 
-/// `[v | h | 0]` at `to`, rows of `pitch`, and `h` of `share`; `small`: what else is to be done.
+/// `[v | h | 0]` at `to`, rows of `pitch`, and `h` of all `shares`, which are alike; `small`: what else is to be done.
 pub(super) fn framed(
     t: &Target,
     c: &Call,
-    share: &Share,
+    shares: &[Share],
     front: &Front,
     (to, pitch, k): (Arg, usize, usize),
     mut small: Small,
 ) -> Option<Job> {
     let (mut picks, mut aligned) = (vec![], String::new());
-    for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        if let (Some((r, _)), Some((a, _))) = (b.adapters[0], at.ab[0]) {
-            small.param(&format!("a{i}"), "const float*", Arg::Read(a));
-            aligned += &format!(" | (u64)a{i}");
-            picks.push((r, format!("return a{i} + (u64)j * {k}u;")));
+    let (share, count) = (shares.first()?, shares.len());
+    for g in 0..count {
+        for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
+            if let (Some((r, _)), Some((a, _))) = (b.adapters[g], at.ab[g]) {
+                small.param(&format!("a{i}_{g}"), "const float*", Arg::Read(a));
+                aligned += &format!(" | (u64)a{i}_{g}");
+                picks.push((r, format!("return a{i}_{g} + (u64)j * {k}u;")));
+            }
         }
     }
+    let hidden = hidden_of(shares, &mut small);
     let size = front.dtype.bytes();
     let (number, w, up, eps) = match front.kind {
         Kind::Rows => (0, None, None, 0.0),
@@ -93,8 +98,8 @@ pub(super) fn framed(
     };
     let made = front.plain.map_or(0, |p| p.2.bytes()) + 2;
     let read = if up.is_some() { 2 * size } else { size };
-    let rows = rows_of_a_block(t, share.m, k * (read + made), share.rank * k * 4);
-    let blocks = share.m.div_ceil(rows);
+    let rows = rows_of_a_block(t, [count, share.m], k * (read + made), share.rank * k * 4);
+    let blocks = count * share.m.div_ceil(rows);
     let pieces = small.threads;
     // Idle processors do the rest; if there are none, the blocks do it when their rows are done.
     let idle = (t.processors as usize).saturating_sub(blocks);
@@ -108,6 +113,7 @@ pub(super) fn framed(
         ("XW", format!("{}u", size * 2)),
         ("K", format!("{k}u")),
         ("R", format!("{}u", share.rank)),
+        ("SHARES", format!("{count}u")),
         ("ROWS", format!("{rows}u")),
         ("PIECES", format!("{pieces}u")),
     ];
@@ -118,6 +124,7 @@ pub(super) fn framed(
         .replace("PARAMS", &small.params)
         .replace("NAMES", &small.names)
         .replace("ALIGNED", &aligned)
+        .replace("HIDDEN_OF", &hidden)
         .replace("BODY", &small.body)
         .replace("PICK", &pick(picks.into_iter()));
     let (up, up_row) = up.unwrap_or((Arg::U64(0), 0));
@@ -181,9 +188,12 @@ mod tests {
     #[test]
     fn a_block_takes_few_of_few_rows_and_many_of_many() {
         let t = Target::hopper(DType::BF16);
-        let rows = |m: usize, k: usize, rank: usize| rows_of_a_block(&t, m, k * 4, rank * k * 4);
+        let rows =
+            |m: usize, k: usize, rank: usize| rows_of_a_block(&t, [1, m], k * 4, rank * k * 4);
         assert_eq!(rows(1, 896, 8), 1);
         assert_eq!((rows(128, 512, 8), rows(128, 2048, 8)), (4, 4));
         assert_eq!((rows(4096, 896, 24), rows(4096, 4864, 8)), (32, 32));
+        // A block has rows of one share.
+        assert_eq!(rows_of_a_block(&t, [128, 1], 4096, 4096), 1);
     }
 }

@@ -2,7 +2,7 @@
 //! Invariant: what is marked here is read and written by the kernels offered for it; a planner that finds none anyway
 //! goes back to f32. Losses, statistics, gradients of adapters and everything the host sees stay f32.
 //! Absent on purpose: a card that was asked for exact arithmetic; it stores nothing in bf16.
-use super::{Target, attention, linear_few::FEW_ROWS, matmul};
+use super::{Target, attention, linear_few::FEW_ROWS, linear_half::alike, matmul};
 use tallow_core::{
     backend::Half::{self, May, Never, Wanted},
     kernel::{Body, KernelSpec},
@@ -61,8 +61,8 @@ pub(super) fn halves(t: &Target, spec: &KernelSpec) -> Vec<Half> {
     votes
 }
 
-/// Is this a linear for the tensor cores: frozen weights, one adapter at most, many rows?
+/// Is this a linear for the tensor cores: frozen weights, many rows, one adapter at most or several that are alike?
 fn many(blocks: &[Block], spec: &KernelSpec) -> bool {
     let one = blocks.iter().all(|b| b.adapters.len() == 1);
-    one && spec.inputs[1].frozen && spec.inputs[0].layout.shape.rows() > FEW_ROWS
+    (one || alike(blocks)) && spec.inputs[1].frozen && spec.inputs[0].layout.shape.rows() > FEW_ROWS
 }

@@ -21,6 +21,8 @@ extern "C" __global__ void __launch_bounds__(256) narrow(const X* x, u16* y, u32
 // y [m, pitch] = [x | x aᵀ | 0] in bf16 and h [m, R] = x aᵀ in f32, for x [m, K] and a [R, K]. A block takes 16 rows; its
 // eight warps take 32 columns each by turns, on tensor cores, and their sums are joined in order. The columns inside
 // such a piece are counted in another order, the same for x and a, so that a lane reads 16 bytes of a row at once.
+// Rows of SHARES equal parts have an `a` (one behind the other) and an `h` each; in y these lie side by side, with zeros
+// where a row has none. A block's rows are of one part; m counts those of a part.
 // APART: x is not copied and y holds what lies behind it alone.
 // ONLY: code that limits the tiles of eight rows of `a` to those that are not zero in columns c.. c + 31.
 #ifdef APART
@@ -50,10 +52,15 @@ DEV void keep(u16* row, u32 c, uint4 v, bool wide) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) if (c + i < K) row[c + i] = (u16)(w[i / 2] >> (i % 2 * 16));
 }
-extern "C" __global__ void __launch_bounds__(256, 3) frame(const X* x, u16* y, float* h, const bf16* a, u32 m, u32 xs, u32 pitch, u32 hs) {
+extern "C" __global__ void __launch_bounds__(256, 3) frame(const X* x, u16* y, float* h, const bf16* a, u32 m, u32 xs, u32 pitch, u32 hs PARAMS) {
   GRID_WAIT;
+  const u32 each = gridDim.x / SHARES, share = SHARES > 1u ? blockIdx.x / each : 0u, base = share * R;
+  HIDDEN_OF
+  x += (u64)share * m * xs;
+  y += (u64)share * m * pitch;
+  a += (u64)base * K;
   __shared__ float part[8][16][TG * 8];
-  const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, first = blockIdx.x * 16;
+  const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, first = (blockIdx.x - share * each) * 16;
   const bool wide = ((K | xs | pitch) & 7) == 0 && (((u64)x | (u64)y | (u64)a) & 15) == 0;
   const bool in0 = first + g < m, in1 = first + g + 8 < m;
   const X* x0 = x + (u64)(first + g) * xs;
@@ -92,12 +99,14 @@ extern "C" __global__ void __launch_bounds__(256, 3) frame(const X* x, u16* y, f
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += part[i][row][j];
       h[(u64)(first + row) * hs + q] = sum;
-      y[(u64)(first + row) * pitch + TAIL + q] = to_bf16(sum);
+      y[(u64)(first + row) * pitch + TAIL + base + q] = to_bf16(sum);
     }
   }
   const u32 rest = pitch - TAIL - R;
-  for (u32 e = threadIdx.x; e < 16 * rest; e += 256)
-    if (first + e / rest < m) y[(u64)(first + e / rest) * pitch + TAIL + R + e % rest] = 0;
+  for (u32 e = threadIdx.x; e < 16 * rest; e += 256) {
+    const u32 row = first + e / rest, q = e % rest;
+    if (row < m) y[(u64)row * pitch + TAIL + (q < base ? q : q + R)] = 0;
+  }
 }
 #endif
 #ifdef SMALL

@@ -14,7 +14,7 @@ use super::{
 use crate::gemm::{Added, Matrix, Product};
 use tallow_core::{
     kernel::{Format, KernelSpec, Operand},
-    op::Bits,
+    op::{Bits, Block},
     types::DType,
 };
 
@@ -82,29 +82,47 @@ fn only(pieces: &[Piece]) -> String {
     text
 }
 
-/// Operand 0 with its tail at `to`, or the tail alone, and `h` of `share`; `a [rank, k]` in bf16, written by the
-/// launch before.
+/// Adds where `h` of all shares but the first goes to `small`; code that makes `h` that of a block's `share`.
+pub(super) fn hidden_of(shares: &[Share], small: &mut Small) -> String {
+    let mut code = String::new();
+    for (g, share) in shares.iter().enumerate().skip(1) {
+        small.param(&format!("h{g}"), "float*", share.hidden.0);
+        code += &format!("if (share == {g}u) h = h{g}; ");
+    }
+    code
+}
+
+/// Operand 0 with its tail at `to`, or the tail alone, and `h` of all `shares`, which are alike; `a [rank, k]` of one behind
+/// the other in bf16, written by the launch before. `pieces`: those of one share.
 fn frame(
     x: &Operand,
-    share: &Share,
+    shares: &[Share],
     [to, a]: [Arg; 2],
     [k, row, pitch]: [usize; 3],
     pieces: &[Piece],
     apart: bool,
 ) -> Option<Job> {
+    let share = shares.first()?;
     let mut args = vec![Arg::Read(0), to, share.hidden.0, a];
     for n in [share.m, row, pitch, share.hidden.1] {
         args.push(word(n)?);
     }
+    let mut others = Small::default();
+    let hidden = hidden_of(shares, &mut others);
+    args.extend(others.args);
     let mut defines = vec![
         ("FRAME", "1".to_owned()),
         ("X", c_type(one_type([x])?).to_owned()),
         ("K", format!("{k}u")),
         ("R", format!("{}u", share.rank)),
+        ("SHARES", format!("{}u", shares.len())),
     ];
     defines.extend(apart.then(|| ("APART", "1".to_owned())));
-    let text = FILE.replace("ONLY\n", &(only(pieces) + "\n"));
-    let grid = u32::try_from(share.m.div_ceil(16)).ok()?;
+    let text = FILE
+        .replace("ONLY\n", &(only(pieces) + "\n"))
+        .replace("PARAMS", &others.params)
+        .replace("HIDDEN_OF", &hidden);
+    let grid = u32::try_from(shares.len() * share.m.div_ceil(16)).ok()?;
     Some(early(kernel(
         "frame",
         source(&text, &defines),
@@ -188,12 +206,35 @@ pub(super) fn plain(spec: &KernelSpec, w: usize) -> Option<(usize, Format)> {
     (!lies_well).then(|| (w, format(ROWS_BF16, o.layout.shape.numel())))
 }
 
-/// The only share, if its adapters can be the tail.
-fn tailed<'a>(c: &'a Call) -> Option<&'a Share> {
-    match &c.shares[..] {
-        [one] if one.rank > 0 => Some(one),
-        _ => None,
-    }
+/// Columns of the tail, and adapters, of several shares together.
+const MOST_RANKS: usize = 256;
+const MOST_ADAPTERS: usize = 64;
+
+/// Have all shares adapters of the same ranks, few enough to be one tail side by side?
+pub(super) fn alike(blocks: &[Block]) -> bool {
+    let ranks = |b: &Block| -> Vec<usize> {
+        let all = b.adapters.iter();
+        all.map(|a| a.map_or(0, |a| a.0)).collect()
+    };
+    let all: Vec<Vec<usize>> = blocks.iter().map(ranks).collect();
+    let same = all.iter().all(|r| r.iter().all(|n| *n == r[0]));
+    let total: usize = all.iter().flatten().sum();
+    let adapters = all.iter().flatten().filter(|r| **r > 0).count();
+    let few = total <= MOST_RANKS && adapters <= MOST_ADAPTERS;
+    let one = all.iter().all(|r| r.len() == 1);
+    same && total > 0 && (one || few)
+}
+
+/// All shares, if their adapters can be the tail: a row has its `h` in the columns of its share and zeros in the others.
+fn tailed<'a>(c: &'a Call) -> Option<&'a [Share]> {
+    let row = c.shares.first()?.hidden.1;
+    let same = c.shares.iter().all(|s| s.hidden.1 == row);
+    (same && alike(c.blocks)).then_some(&c.shares)
+}
+
+/// Sum of the ranks of all shares.
+fn total(shares: &[Share]) -> usize {
+    shares.iter().map(|s| s.rank).sum()
 }
 
 /// The type of the result, and of what is added to it, which must be the same.
@@ -236,17 +277,17 @@ pub(super) fn forward(
     }
     let k = spec.inputs[0].layout.shape.last();
     let result = result_type(c, spec)?;
-    let share = tailed(c);
-    let own_adapters = share.is_none() && c.adapted();
+    let shares = tailed(c);
+    let own_adapters = shares.is_none() && c.adapted();
     if own_adapters && !exact(spec, c.residual) {
         return None;
     }
-    let rank = share.map_or(0, |s| s.rank);
+    let rank = shares.map_or(0, total);
     let mut scratch = Scratch(c.hidden_scratch);
     let mut jobs = vec![];
     let biases = biases(c, result, own_adapters, &mut scratch);
-    let (x, pitch) = match share {
-        Some(share) => {
+    let (x, pitch) = match shares {
+        Some(shares) => {
             let pitch = (k + rank).next_multiple_of(8);
             let x = scratch.take(c.m * pitch * 2);
             let small = small_forward(c, &biases, [k, pitch - k, framed_row(k, rank)]);
@@ -259,10 +300,10 @@ pub(super) fn forward(
             };
             let front = front.unwrap_or(lies);
             front.fits(k).then_some(())?;
-            jobs.push(framed_rows(t, c, share, &front, (x, pitch, k), small)?);
+            jobs.push(framed_rows(t, c, shares, &front, (x, pitch, k), small)?);
             (x, pitch)
         }
-        // Shares make their own `h`, of rows that lie there.
+        // Shares that differ make their own `h`, of rows that lie there.
         None if front.is_some() => return None,
         None => {
             if let Some(job) = small_biases(c, &biases) {
@@ -334,7 +375,7 @@ pub(super) fn row_of(f: Format, [n, k]: [usize; 2]) -> Option<usize> {
 type Biases = Vec<Option<(Option<usize>, Arg)>>;
 
 fn biases(c: &Call, result: DType, later: bool, scratch: &mut Scratch) -> Biases {
-    let one = |(b, at): (&tallow_core::op::Block, &tallow_core::op::LinearIns)| {
+    let one = |(b, at): (&Block, &tallow_core::op::LinearIns)| {
         let i = at.bias.filter(|_| !later)?;
         Some(match result {
             DType::BF16 => (Some(i), scratch.take(b.n * 2)),
@@ -361,7 +402,16 @@ fn small_biases(c: &Call, biases: &Biases) -> Option<Job> {
     (small.threads > 0).then(|| small.job(Arg::U64(0)))?
 }
 
-/// `s B` into the tail of every weight.
+/// What rows of other shares multiply by zero has to be finite: an adapter that diverged spoils its own rows alone, with the
+/// greatest number that bf16 has.
+fn bounded(c: &Call, value: &str) -> String {
+    match c.shares.len() {
+        1 => value.to_owned(),
+        _ => format!("fminf(fmaxf({value}, -3.3895313e38f), 3.3895313e38f)"),
+    }
+}
+
+/// `s B` of all shares side by side into the tail of every weight.
 fn small_forward(c: &Call, biases: &Biases, [k, width, row]: [usize; 3]) -> Small {
     let mut small = Small::default();
     bring_biases(c, biases, &mut small);
@@ -369,15 +419,19 @@ fn small_forward(c: &Call, biases: &Biases, [k, width, row]: [usize; 3]) -> Smal
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
         small.param(&format!("w{i}"), "u16*", Arg::Read(at.w));
         let mut value = "0".to_owned();
-        if let (Some((r, scale)), Some((_, ib))) = (b.adapters[0], at.ab[0]) {
-            small.param(&format!("b{i}"), "const float*", Arg::Read(ib));
-            let s = scale.get();
-            let end = r0 + r;
+        for (g, share) in c.shares.iter().enumerate() {
+            let (Some((r, scale)), Some((_, ib))) = (b.adapters[g], at.ab[g]) else {
+                continue;
+            };
+            small.param(&format!("b{i}_{g}"), "const float*", Arg::Read(ib));
+            let (s, from) = (scale.get(), g * share.rank + r0);
+            let end = from + r;
             value = format!(
-                "(int)q >= {r0} && q < {end}u ? to_bf16({s:?}f * b{i}[j * {r}u + q - {r0}u]) : 0"
+                "(int)q >= {from} && q < {end}u ? to_bf16({}) : {value}",
+                bounded(c, &format!("{s:?}f * b{i}_{g}[j * {r}u + q - {from}u]"))
             );
-            r0 = end;
         }
+        r0 += b.adapters[0].map_or(0, |a| a.0);
         let body = format!(
             "const u32 j = e / {width}u, q = e - j * {width}u; w{i}[(u64)j * {row}u + {k}u + q] = {value};"
         );
@@ -408,20 +462,20 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
     let k = spec.inputs[1].layout.shape.last();
     let n: usize = c.blocks.iter().map(|b| b.n).sum();
     let result = result_type(c, spec)?;
-    let share = tailed(c);
-    let own_adapters = share.is_none() && c.adapted();
+    let shares = tailed(c);
+    let own_adapters = shares.is_none() && c.adapted();
     if own_adapters && !exact(spec, c.residual) {
         return None;
     }
-    let rank = share.map_or(0, |s| s.rank);
+    let rank = shares.map_or(0, total);
     let mut scratch = Scratch(c.hidden_scratch);
     let mut jobs = vec![];
     let aligned = n.is_multiple_of(8) && c.in_row.is_multiple_of(8);
     let lies = aligned && spec.inputs[0].dtype == DType::BF16;
     let apart = rank > 0 && lies && n >= APART * k;
     let width = (n + rank).next_multiple_of(8) - n;
-    let (tail, (dy, pitch)) = match share {
-        Some(share) => {
+    let (tail, (dy, pitch)) = match shares {
+        Some(shares) => {
             let pitch = if apart { width } else { n + width };
             let (to, up) = (scratch.take(c.m * pitch * 2), scratch.take(rank * n * 2));
             let (small, pieces) = small_backward(c, up, [n, k, rank, width])?;
@@ -429,7 +483,7 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
             jobs.push(small);
             jobs.push(frame(
                 &spec.inputs[0],
-                share,
+                shares,
                 [to, up],
                 sizes,
                 &pieces,
@@ -494,7 +548,8 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
     })
 }
 
-/// `s Bᵀ` of every block at `up [rank, n]`, zeros around them, and `A` of all into the rows behind the last weight.
+/// `s Bᵀ` of every block at `up [rank, n]`, share behind share, zeros around them, and `A` of all into the rows behind the last
+/// weight. Also where the rows of one share are not zero.
 fn small_backward(c: &Call, up: Arg, [n, k, rank, extra]: [usize; 4]) -> Option<(Job, Vec<Piece>)> {
     let mut small = Small::default();
     let (last_n, last_w) = c
@@ -507,31 +562,38 @@ fn small_backward(c: &Call, up: Arg, [n, k, rank, extra]: [usize; 4]) -> Option<
     small.param("w", "u16*", Arg::Read(last_w));
     let (mut r0, mut n0, mut pieces) = (0, 0, vec![]);
     for (i, (b, at)) in c.blocks.iter().zip(&c.at).enumerate() {
-        if let (Some((r, scale)), Some((ia, ib))) = (b.adapters[0], at.ab[0]) {
-            small.param(&format!("a{i}"), "const float*", Arg::Read(ia));
-            small.param(&format!("b{i}"), "const float*", Arg::Read(ib));
-            let (s, n1) = (scale.get(), n0 + b.n);
+        let n1 = n0 + b.n;
+        for (g, share) in c.shares.iter().enumerate() {
+            let (Some((r, scale)), Some((ia, ib))) = (b.adapters[g], at.ab[g]) else {
+                continue;
+            };
+            small.param(&format!("a{i}_{g}"), "const float*", Arg::Read(ia));
+            small.param(&format!("b{i}_{g}"), "const float*", Arg::Read(ib));
+            let (s, from) = (scale.get(), g * share.rank + r0);
             let body = format!(
-                "const u32 q = e / {n}u, j = e - q * {n}u; out[(u64)({r0}u + q) * {n}u + j] = \
-                 (int)j >= {n0} && j < {n1}u ? to_bf16({s:?}f * b{i}[(j - {n0}u) * {r}u + q]) : 0;"
+                "const u32 q = e / {n}u, j = e - q * {n}u; out[(u64)({from}u + q) * {n}u + j] = \
+                 (int)j >= {n0} && j < {n1}u ? to_bf16({s:?}f * b{i}_{g}[(j - {n0}u) * {r}u + q]) : 0;"
             );
             small.piece(n * r, &body);
             let body = format!(
-                "const u32 q = e / {k}u, j = e - q * {k}u; w[(u64)({}u + q) * {row}u + j] = to_bf16(a{i}[e]);",
-                last_n + r0
+                "const u32 q = e / {k}u, j = e - q * {k}u; w[(u64)({}u + q) * {row}u + j] = to_bf16({});",
+                last_n + from,
+                bounded(c, &format!("a{i}_{g}[e]"))
             );
             small.piece(r * k, &body);
+        }
+        if let Some((r, _)) = b.adapters[0] {
             pieces.push(([n0, n1], [r0, r0 + r]));
             r0 += r;
         }
-        n0 += b.n;
+        n0 = n1;
     }
-    if extra > r0 {
+    if extra > rank {
         let body = format!(
             "const u32 q = e / {k}u, j = e - q * {k}u; w[(u64)({}u + q) * {row}u + j] = 0;",
-            last_n + r0
+            last_n + rank
         );
-        small.piece((extra - r0) * k, &body);
+        small.piece((extra - rank) * k, &body);
     }
     Some((small.job(up)?, pieces))
 }
