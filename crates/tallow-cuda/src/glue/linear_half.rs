@@ -261,7 +261,7 @@ fn plain_rows(
     Some((to, c))
 }
 
-/// Name of the offer whose rows a step in front may make.
+/// Name of the offer whose rows a step in front may make. Where adapters are products beside the others it has another.
 pub(crate) const TAIL: &str = "lora_linear_tail_bf16";
 
 /// `[x | h] · [W | s B]ᵀ` for each block; bias and residual go with the product. `front`: what makes the rows of operand 0
@@ -343,7 +343,11 @@ pub(super) fn forward(
     if own_adapters {
         jobs.extend(shares_forward(c, k)?);
     }
-    let name = if c.adapted() { TAIL } else { "linear_bf16" };
+    let name = match (c.adapted(), own_adapters) {
+        (false, _) => "linear_bf16",
+        (true, false) => TAIL,
+        (true, true) => "lora_linear_beside_bf16",
+    };
     Some(Offer {
         prepare,
         ..Offer::new(name, jobs).scratch(scratch.0)
@@ -537,10 +541,10 @@ pub(super) fn backward(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer>
             jobs.extend(low_rank_grad(c, g, share, (k, true))?);
         }
     }
-    let name = if c.adapted() {
-        "lora_linear_grad_tail_bf16"
-    } else {
-        "linear_grad_bf16"
+    let name = match (c.adapted(), own_adapters) {
+        (false, _) => "linear_grad_bf16",
+        (true, false) => "lora_linear_grad_tail_bf16",
+        (true, true) => "lora_linear_grad_beside_bf16",
     };
     Some(Offer {
         prepare,
