@@ -303,8 +303,6 @@ pub(super) fn forward(
             jobs.push(framed_rows(t, c, shares, &front, (x, pitch, k), small)?);
             (x, pitch)
         }
-        // Shares that differ make their own `h`, of rows that lie there.
-        None if front.is_some() => return None,
         None => {
             if let Some(job) = small_biases(c, &biases) {
                 jobs.push(job);
