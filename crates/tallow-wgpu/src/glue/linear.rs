@@ -377,12 +377,14 @@ pub(crate) fn with_neighbours(
     Some((made.jobs, made.scratch))
 }
 
-/// `h` of every share, then one dispatch for all blocks.
+/// `h` of every share, unless its kernel makes it, then one dispatch for all blocks.
 fn by_few(t: &Target, c: &Call, spec: &KernelSpec) -> Option<Offer> {
     let k = spec.inputs[0].layout.shape.last();
     let mut jobs = vec![];
     for (g, share) in c.shares.iter().enumerate() {
-        jobs.extend(c.down_to_adapters(t, spec, g, k)?);
+        if !linear_few::makes_hidden(c, spec, g, share) {
+            jobs.extend(c.down_to_adapters(t, spec, g, k)?);
+        }
         jobs.push(linear_few::forward(t, c, spec, g, share)?);
     }
     Some(offer(c, ["linear_few", "lora_linear_few"], jobs))

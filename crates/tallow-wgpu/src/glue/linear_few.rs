@@ -3,13 +3,13 @@
 //! Absent on purpose: many rows; their products are tiled.
 use super::{
     Arg, Target,
-    linear::{Call, Share},
+    linear::{Call, Piece, Share},
     matmul::SUMS,
     rows::part,
     word,
 };
 use crate::{
-    launch::{Kernel, read},
+    launch::{Kernel, read, wide},
     shader::{Draft, kernel, line},
 };
 use std::fmt::Write;
@@ -20,6 +20,15 @@ const FILE: &str = include_str!("few.wgsl");
 pub(super) const FEW_ROWS: usize = 8;
 /// Threads for the sum of one column.
 const EACH: usize = 32;
+/// Threads of a workgroup.
+const THREADS: usize = 256;
+/// Columns of a workgroup, and of `h` that it makes at once.
+const COLUMNS: usize = THREADS / EACH;
+/// Most elements of the weights that every workgroup makes `h` for itself beside: A is read again for each eight of
+/// their columns, from a cache, where a dispatch of its own would cost 2 µs of the host and 3 of the GPU (H200).
+const OWN_WEIGHTS: usize = 1 << 20;
+/// Most columns of `h` of a block made so.
+const OWN_RANK: usize = 2 * COLUMNS;
 
 /// WGSL that picks a block by column `o`: `code` sees `j`, the column inside it, and `_I`.
 pub(super) fn pick(ends: impl Iterator<Item = usize>, code: &str) -> String {
@@ -34,6 +43,17 @@ pub(super) fn pick(ends: impl Iterator<Item = usize>, code: &str) -> String {
         start = end;
     }
     text + "{ }"
+}
+
+/// Does the kernel make `h` of `share` `g` by itself?
+pub(super) fn makes_hidden(c: &Call, spec: &KernelSpec, g: usize, share: &Share) -> bool {
+    let k = spec.inputs[0].layout.shape.last();
+    let wanted = !matches!(share.hidden.0, Arg::Scratch { .. });
+    let rank = |p: &Piece| p.adapters[g].map_or(0, |(rank, _)| rank);
+    // A workgroup's columns are of one block.
+    let apart = |p: &Piece| p.n.is_multiple_of(COLUMNS) && rank(p) <= OWN_RANK;
+    let weights: usize = c.pieces.iter().map(|p| p.n * k).sum();
+    share.rank > 0 && !wanted && weights <= OWN_WEIGHTS && c.pieces.iter().all(apart)
 }
 
 /// One dispatch for the rows of `share` of a forward linear whose weights are dense along the sum.
@@ -53,11 +73,27 @@ pub(super) fn forward(
     let outputs = c.pieces.iter().map(|p| p.n).sum::<usize>() / if gate { 2 } else { 1 };
     let mut args = vec![x.arg, y.arg];
     args.extend(c.around.norm_args());
-    args.push(if share.rank > 0 {
+    let own = makes_hidden(c, spec, g, share);
+    args.push(if share.rank > 0 && !own {
         share.hidden.0.clone()
     } else {
         Arg::Absent("h".into())
     });
+    let most = c
+        .pieces
+        .iter()
+        .filter_map(|p| p.adapters[g])
+        .map(|(r, _)| r);
+    let turns = if own {
+        most.max().unwrap_or(0).div_ceil(COLUMNS)
+    } else {
+        0
+    };
+    let h_of = match own {
+        true => "own[row * TURNS * (WG / G) + r]",
+        false => "ld_h(row * a.hr + R0_I + r)",
+    };
+    let block = part(FILE, "few_block").replace("H_OF", h_of);
     let (mut text, mut r0) = (String::new(), 0);
     for (i, p) in c.pieces.iter().enumerate() {
         args.push(p.weight(format!("w_{i}")));
@@ -66,12 +102,17 @@ pub(super) fn forward(
             None => Arg::Absent(format!("bias_{i}").into()),
         });
         let (rank, scale) = match (p.adapters[g], p.at.ab[g]) {
-            (Some((rank, scale)), Some((_, ib))) => {
+            (Some((rank, scale)), Some((ia, ib))) => {
                 args.push(read(format!("b_{i}"), ib, SUMS));
+                args.push(match own {
+                    true => wide(format!("a_{i}"), ia, SUMS),
+                    false => Arg::Absent(format!("a_{i}").into()),
+                });
                 (rank, scale.get())
             }
             _ => {
                 args.push(Arg::Absent(format!("b_{i}").into()));
+                args.push(Arg::Absent(format!("a_{i}").into()));
                 (0, 0.0)
             }
         };
@@ -80,7 +121,7 @@ pub(super) fn forward(
             "const WC_{i} = {}u; const FIRST_{i} = {}u; const RANK_{i} = {rank}u; const R0_{i} = {r0}u; const SCALE_{i} = f32({scale:?});",
             p.strides[0], p.first
         );
-        text += &part(FILE, "few_block").replace("_I", &format!("_{i}"));
+        text += &block.replace("_I", &format!("_{i}"));
         r0 += if p.ends() { rank } else { 0 };
     }
     match c.past {
@@ -99,10 +140,13 @@ pub(super) fn forward(
     args.push(word("hr", share.hidden.1)?);
     let ends = || c.pieces.iter().map(|p| p.n);
     let main = part(FILE, "few")
-        .replace("DOTS", &pick(ends(), "dots_I(j, lane);"))
-        .replace("ADDED", &pick(ends(), "mine += added_I(j, lane);"));
+        .replace("DOTS", &pick(ends(), "dots_I(j, lane, g);"))
+        .replace("ADDED", &pick(ends(), "mine += added_I(j, lane);"))
+        .replace("OWN\n", if own { part(FILE, "few_own") } else { "\n" });
     let body = format!(
-        "var<private> acc: array<f32, ROWS>;\nvar<private> squares: array<f32, ROWS>;\n{text}{main}"
+        "var<private> acc: array<f32, ROWS>;\nvar<private> squares: array<f32, ROWS>;\n\
+         var<private> into: array<f32, max(TURNS, 1u) * ROWS>;\n\
+         var<workgroup> own: array<f32, max(TURNS, 1u) * ROWS * (WG / G)>;\n{text}{main}"
     );
     let draft = Draft {
         entry: "few",
@@ -112,9 +156,10 @@ pub(super) fn forward(
             ("G", format!("{EACH}u")),
             ("OUTPUTS", format!("{outputs}u")),
             ("GATE", gate.to_string()),
+            ("TURNS", format!("{turns}u")),
         ],
-        threads: 256,
-        grid: line(outputs.div_ceil(256 / EACH))?,
+        threads: THREADS as u32,
+        grid: line(outputs.div_ceil(COLUMNS))?,
         args,
     };
     kernel(t, spec, draft)
