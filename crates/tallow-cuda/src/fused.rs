@@ -11,7 +11,7 @@ pub(crate) use launched::launched;
 use crate::{
     glue::{
         self, Target, attention_then,
-        matmul::{MOST_OUTERS, OUTER_NAME, Outer, side_by_side},
+        outer::{MOST_OUTERS, OUTER_NAME, Outer, side_by_side},
         pairs::{Heads, Kind, Left, Pairs, Part},
         row_weights,
     },
@@ -409,7 +409,7 @@ impl Finder<'_> {
         let (_, count) = attention_then(a, &step.spec, &next)?;
         Some((i, count))
     }
-    /// Outer products one after another that do not read each other: one launch for up to a handful.
+    /// Outer products one after another that do not read each other: one launch.
     fn outers(&self, offers: &[Offer], out: &mut Fused) {
         // One launch after another uses the same memory for parts.
         let (mut i, mut most) = (0, 0);

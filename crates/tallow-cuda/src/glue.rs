@@ -22,6 +22,7 @@ mod linear_thin;
 mod listing;
 mod loss;
 pub(crate) mod matmul;
+pub(crate) mod outer;
 pub(crate) mod pairs;
 mod reduce;
 mod rows;

@@ -15,7 +15,7 @@ use tallow_core::kernel::Format;
 const EARLY: (u32, u32) = (9, 0);
 
 /// An argument of a kernel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Arg {
     /// Address of operand.
     Read(usize),

@@ -2,7 +2,7 @@
 //! Invariant: what is marked here is read and written by the kernels offered for it; a planner that finds none anyway
 //! goes back to f32. Losses, statistics, gradients of adapters and everything the host sees stay f32.
 //! Absent on purpose: a card that was asked for exact arithmetic; it stores nothing in bf16.
-use super::{Target, attention, linear_few::FEW_ROWS, linear_half::alike, matmul};
+use super::{Target, attention, linear_few::FEW_ROWS, linear_half::alike, outer};
 use tallow_core::{
     backend::Half::{self, May, Never, Wanted},
     kernel::{Body, KernelSpec},
@@ -24,7 +24,7 @@ pub(super) fn halves(t: &Target, spec: &KernelSpec) -> Vec<Half> {
         }
         // Rows of a table that is not frozen may be activations.
         Body::Gather => mark(&[0, ins], May),
-        Body::MatMul { ta, tb, .. } if matmul::outer(*ta, *tb, 1.0, spec).is_some() => {
+        Body::MatMul { ta, tb, .. } if outer::offer(*ta, *tb, 1.0, spec).is_some() => {
             mark(&[0, 1], May);
         }
         Body::Composite(c) => match c {

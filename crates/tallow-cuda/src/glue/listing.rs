@@ -37,7 +37,8 @@ pub fn sources(specs: &[KernelSpec], weights: DType) -> Vec<(&'static str, Arc<s
         }
     }
     let alone = super::pairs::examples(&target).into_iter();
-    for job in alone.chain(super::chain::examples(&target)) {
+    let alone = alone.chain(super::chain::examples(&target));
+    for job in alone.chain(super::outer::examples()) {
         if let Job::Kernel(k) = job {
             found.insert(k.source, k.entry);
         }
