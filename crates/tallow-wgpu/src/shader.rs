@@ -119,17 +119,7 @@ pub(crate) fn kernel(t: &Target, spec: &KernelSpec, d: Draft<'_>) -> Option<Kern
     if !fits {
         return None;
     }
-    let mut text = String::new();
-    let enables = [
-        ("array<f16", "enable f16;\n"),
-        ("coop_mat", "enable wgpu_cooperative_matrix;\n"),
-    ];
-    for (named, line) in enables {
-        if d.body.contains(named) {
-            text += line;
-        }
-    }
-    text += PRELUDE;
+    let mut text = enables(d.body) + PRELUDE;
     let functions = [
         "exp_of(",
         "log_of(",
@@ -168,6 +158,16 @@ pub(crate) fn kernel(t: &Target, spec: &KernelSpec, d: Draft<'_>) -> Option<Kern
         uniform,
         unless_same: None,
     })
+}
+
+/// The extensions that `body` names something of.
+fn enables(body: &str) -> String {
+    let all = [
+        ("array<f16", "enable f16;\n"),
+        ("coop_mat", "enable wgpu_cooperative_matrix;\n"),
+    ];
+    let named = all.iter().filter(|(of, _)| body.contains(of));
+    named.map(|(_, line)| *line).collect()
 }
 
 /// The struct of all numbers: where buffers begin, then those passed.

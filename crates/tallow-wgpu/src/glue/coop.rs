@@ -147,34 +147,41 @@ impl Unit {
             // Sums go where x was.
             false => ("", "xs"),
         };
-        let mut text = FILE
+        let units = match self.by {
+            Units::Adapter => "",
+            #[cfg(test)]
+            Units::Threads => THREADS,
+        };
+        let text = FILE
             .replace("SUMS\n", &format!("{sums}\n"))
             .replace("  FIND\n", &format!("  {find}\n"))
             .replace("  ZEROS\n", &zeros)
             .replace("    MULTIPLY\n", &multiply)
             .replace("  END\n", &end);
-        #[cfg(test)]
-        if matches!(self.by, Units::Threads) {
-            text += THREADS;
-        }
-        text = text.replace("OUT[", &format!("{out}["));
-        for (name, [rows, upto, row, along], into, scaled) in [
-            ("x", ["a.m", "a.k", "a.xr", "a.xi"], "xs", "v"),
-            ("w", ["a.n", "a.k", "a.wc", "a.wi"], "ws", "v"),
-            ("h", ["a.m", "RANK", "a.hr", "1u"], "xs", "v"),
-            ("b", ["a.n", "RANK", "a.bc", "a.bi"], "ws", "v * a.scale"),
-        ] {
-            text += &BRING
-                .replace('@', name)
-                .replace("ROW_STRIDE", row)
-                .replace("SUM_STRIDE", along)
-                .replace("ROWS", rows)
-                .replace("UPTO", upto)
-                .replace("INTO", into)
-                .replace("SCALED", scaled);
-        }
-        text.replace("NUMBER", self.number)
+        let text = (text + units).replace("OUT[", &format!("{out}["));
+        (text + &bring()).replace("NUMBER", self.number)
     }
+}
+
+/// How each matrix comes into shared memory.
+fn bring() -> String {
+    let one = |(name, [rows, upto, row, along], into, scaled): (&str, [&str; 4], &str, &str)| {
+        BRING
+            .replace('@', name)
+            .replace("ROW_STRIDE", row)
+            .replace("SUM_STRIDE", along)
+            .replace("ROWS", rows)
+            .replace("UPTO", upto)
+            .replace("INTO", into)
+            .replace("SCALED", scaled)
+    };
+    let all = [
+        ("x", ["a.m", "a.k", "a.xr", "a.xi"], "xs", "v"),
+        ("w", ["a.n", "a.k", "a.wc", "a.wi"], "ws", "v"),
+        ("h", ["a.m", "RANK", "a.hr", "1u"], "xs", "v"),
+        ("b", ["a.n", "RANK", "a.bc", "a.bi"], "ws", "v * a.scale"),
+    ];
+    all.into_iter().map(one).collect()
 }
 
 /// Row and column of each matrix that a subgroup makes.
