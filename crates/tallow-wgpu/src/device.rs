@@ -1,6 +1,8 @@
 //! The device as the core sees it: memory, candidates, recordings.
 //! Invariant: uploads, downloads and replays happen on the GPU in the order the host asked for them.
 //! Absent on purpose: arithmetic, and how the GPU is spoken to.
+#[cfg(test)]
+use crate::shader::Coop;
 use crate::{
     adapter::{self, Choice},
     error::Error,
@@ -100,6 +102,12 @@ impl Wgpu {
             landing: Landing::default(),
             table: Mutex::default(),
         })
+    }
+    /// The same GPU with other units.
+    #[cfg(test)]
+    pub(crate) fn with_units(mut self, coop: Coop) -> Self {
+        self.target.coop = Some(coop);
+        self
     }
     pub(crate) fn target(&self) -> &Target {
         &self.target

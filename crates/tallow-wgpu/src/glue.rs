@@ -13,6 +13,7 @@ use tallow_core::{
 };
 
 mod attention;
+mod coop;
 mod elementwise;
 mod heads;
 mod linear;
@@ -30,7 +31,7 @@ mod table;
 mod top;
 pub(crate) use heads::{Heads, heads};
 pub(crate) use linear::{Around, Gate, Norm, with_neighbours};
-pub use listing::{Source, sources};
+pub use listing::{Source, Wanted, sources};
 pub(crate) use mps::Gemm;
 
 /// All ways to run `spec`.

@@ -2,11 +2,12 @@
 //! Invariant: all work goes through one queue, in the order asked; a failure is kept and told by every later call.
 //! Absent on purpose: specs and plans.
 use crate::{
+    adapter,
     ahead::Ahead,
     cache::Cache,
     error::{Error, Result},
     launch::Kernel,
-    shader::Target,
+    shader::{Coop, Target},
 };
 use std::{
     collections::{HashMap, VecDeque},
@@ -35,6 +36,8 @@ pub(crate) struct Gpu {
     pub(crate) info: wgpu::AdapterInfo,
     pub(crate) limits: wgpu::Limits,
     pub(crate) features: wgpu::Features,
+    /// Units for small matrices.
+    coop: Option<Coop>,
     pipelines: Mutex<HashMap<Key, wgpu::ComputePipeline>>,
     /// Layouts by number of storage buffers, bytes of immediates, and whether numbers come in a uniform buffer.
     layouts: Mutex<HashMap<(usize, u32, bool), Layout>>,
@@ -98,12 +101,24 @@ impl Gpu {
     /// Opens `adapter` with all that it has of what is wanted.
     pub(crate) fn open(adapter: &wgpu::Adapter) -> Result<Self> {
         let (info, limits) = (adapter.get_info(), adapter.limits());
-        let features = adapter.features() & wanted();
+        let coop = adapter::coop(adapter);
+        let (units, experimental) = match coop {
+            // SAFETY: experimental is nothing but the units, which one kernel uses (`product_coop`). Its texts are this
+            // crate's own, and are checked against the oracle wherever an adapter has units.
+            Some(_) => (wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, unsafe {
+                wgpu::ExperimentalFeatures::enabled()
+            }),
+            None => (
+                wgpu::Features::empty(),
+                wgpu::ExperimentalFeatures::disabled(),
+            ),
+        };
+        let features = adapter.features() & (wanted() | units);
         let how = wgpu::DeviceDescriptor {
             label: None,
             required_features: features,
             required_limits: limits.clone(),
-            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            experimental_features: experimental,
             memory_hints: wgpu::MemoryHints::Performance,
             trace: wgpu::Trace::Off,
         };
@@ -121,6 +136,7 @@ impl Gpu {
             info,
             limits,
             features,
+            coop,
             pipelines: Mutex::default(),
             layouts: Mutex::default(),
             under_way: Mutex::default(),
@@ -153,6 +169,7 @@ impl Gpu {
             mps: crate::mps::has(&self.info) && !plain,
             #[cfg(not(target_os = "macos"))]
             mps: false,
+            coop: self.coop.filter(|_| !plain),
         }
     }
     /// What went wrong since the GPU was opened, if anything did.
@@ -262,7 +279,7 @@ impl Gpu {
     }
     /// Asks for a while whether it is `done`. A GPU in software needs the processor more.
     fn awake(&self, mut done: impl FnMut(wgpu::PollStatus) -> bool) -> Result<bool> {
-        if crate::adapter::is_software(&self.info) {
+        if adapter::is_software(&self.info) {
             return Ok(false);
         }
         let start = Instant::now();
@@ -420,7 +437,7 @@ fn watch(device: &wgpu::Device, failure: &Arc<Mutex<Option<Error>>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::{self, Choice};
+    use crate::adapter::Choice;
 
     #[test]
     fn a_lost_gpu_is_told_by_every_later_call() {

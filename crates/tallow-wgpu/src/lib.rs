@@ -21,4 +21,4 @@ mod transfer;
 pub use adapter::{Choice, Found, found};
 pub use device::{Wgpu, WgpuOptions};
 pub use error::Error;
-pub use glue::{Source, sources};
+pub use glue::{Source, Wanted, sources};

@@ -44,6 +44,39 @@ pub(crate) struct Target {
     pub(crate) weights: DType,
     /// Are Apple's own products there?
     pub(crate) mps: bool,
+    /// Units for small matrices, if kernels may use some.
+    pub(crate) coop: Option<Coop>,
+}
+
+/// Units that multiply small square matrices, the threads of a subgroup together (cooperative matrices).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Coop {
+    /// Side of the matrices of a unit that multiplies f32 and adds f32.
+    pub(crate) f32s: Option<u32>,
+    /// The same of f16, added as f32.
+    pub(crate) f16s: Option<u32>,
+    /// Threads of every subgroup.
+    pub(crate) lanes: u32,
+    pub(crate) by: Units,
+}
+
+impl Coop {
+    /// What there are units for.
+    pub(crate) fn multiplied(&self) -> impl Iterator<Item = DType> + use<> {
+        let all = [(DType::F32, self.f32s), (DType::F16, self.f16s)];
+        all.into_iter()
+            .filter(|(_, side)| side.is_some())
+            .map(|(d, _)| d)
+    }
+}
+
+/// What does the work of a unit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Units {
+    Adapter,
+    /// Nothing but threads, to test what is around units where there are none.
+    #[cfg(test)]
+    Threads,
 }
 
 /// A kernel before its text is complete.
@@ -86,7 +119,7 @@ pub(crate) fn kernel(t: &Target, spec: &KernelSpec, d: Draft<'_>) -> Option<Kern
     if !fits {
         return None;
     }
-    let mut text = String::from(PRELUDE);
+    let mut text = enables(d.body) + PRELUDE;
     let functions = [
         "exp_of(",
         "log_of(",
@@ -125,6 +158,16 @@ pub(crate) fn kernel(t: &Target, spec: &KernelSpec, d: Draft<'_>) -> Option<Kern
         uniform,
         unless_same: None,
     })
+}
+
+/// The extensions that `body` names something of.
+fn enables(body: &str) -> String {
+    let all = [
+        ("array<f16", "enable f16;\n"),
+        ("coop_mat", "enable wgpu_cooperative_matrix;\n"),
+    ];
+    let named = all.iter().filter(|(of, _)| body.contains(of));
+    named.map(|(_, line)| *line).collect()
 }
 
 /// The struct of all numbers: where buffers begin, then those passed.
@@ -321,6 +364,7 @@ mod tests {
             binding: 1 << 27,
             weights: DType::F32,
             mps: false,
+            coop: None,
         }
     }
 

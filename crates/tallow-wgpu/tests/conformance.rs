@@ -192,6 +192,40 @@ fn products_that_are_offered_but_not_chosen() {
     run_by("outer", Way::Usual, structural.filter(outer).collect());
 }
 
+/// By units and by the tiled kernel, both against the oracle.
+#[test]
+fn products_by_units() {
+    let Some(gpu) = gpu(Way::Usual) else { return };
+    let number = gpu.info().name.trim_start_matches("wgpu:").parse::<usize>();
+    let adapter = found().swap_remove(number.expect("a number"));
+    let of = [
+        (DType::F32, products::coop as fn() -> Vec<Case>),
+        (DType::F16, products::coop_f16),
+    ];
+    for (d, cases) in of {
+        if !adapter.used_units.contains(&d) {
+            let (name, units) = (&adapter.name, &adapter.units);
+            eprintln!("SKIP: {name} has no units that multiply {d} and add f32: {units:?}");
+            continue;
+        }
+        let half = || Operand::dense(&TensorType::new([64, 64], d));
+        let alpha = 1.0.into();
+        let spec = KernelSpec {
+            body: Body::MatMul {
+                ta: false,
+                tb: true,
+                alpha,
+            },
+            inputs: vec![half(), half()],
+            outputs: vec![Some(half())],
+        };
+        let offers = gpu.candidates(&spec).expect("offers");
+        assert!(offers.iter().any(|c| c.name == "matmul_coop"));
+        run_by("coop", Way::Usual, cases());
+        run_by("tiled", Way::Usual, cases());
+    }
+}
+
 #[test]
 fn skinny_products_without_subgroups_and_immediates() {
     run_by("skinny", Way::Plain, products::skinny());
@@ -213,7 +247,9 @@ fn few_columns_get_a_kernel_of_their_own() {
         };
         let mut all = gpu.candidates(&spec).expect("offers");
         all.sort_by(|a, b| a.cost.total_cmp(&b.cost));
-        all.into_iter().map(|c| c.name).collect::<Vec<_>>()
+        let names = all.into_iter().map(|c| c.name);
+        // Where there are units, they have offers too.
+        names.filter(|n| *n != "matmul_coop").collect::<Vec<_>>()
     };
     let seed = names(false, false, [[128, 512], [512, 8], [128, 8]]);
     assert_eq!(seed, ["matmul_skinny", "matmul_tiled_64"]);

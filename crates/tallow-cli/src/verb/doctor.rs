@@ -134,7 +134,7 @@ fn adapters() -> Vec<String> {
             ""
         };
         format!(
-            "wgpu:{i}      {}{kind}, {} ({}), {subgroups}, {}f16, operands to {}, buffers to {}, {} shared by a workgroup",
+            "wgpu:{i}      {}{kind}, {} ({}), {subgroups}, {}f16, operands to {}, buffers to {}, {} shared by a workgroup, {}",
             f.name,
             f.api,
             f.driver,
@@ -142,6 +142,7 @@ fn adapters() -> Vec<String> {
             out::bytes(f.binding_bytes as usize),
             out::bytes(f.buffer_bytes as usize),
             out::bytes(f.shared_bytes as usize),
+            units(f),
         )
     };
     let found = tallow::wgpu::found();
@@ -149,6 +150,20 @@ fn adapters() -> Vec<String> {
         true => vec![format!("wgpu        {}", tallow::wgpu::Error::NoAdapter)],
         false => found.iter().enumerate().map(one).collect(),
     }
+}
+
+/// The units for small matrices of an adapter, and which of them are used.
+#[cfg(feature = "wgpu")]
+fn units(f: &tallow::wgpu::Found) -> String {
+    if f.units.is_empty() {
+        return "no cooperative matrices".to_owned();
+    }
+    let used: Vec<String> = f.used_units.iter().map(ToString::to_string).collect();
+    let used = match used.is_empty() {
+        true => "none used".to_owned(),
+        false => format!("used for {}", used.join(" and ")),
+    };
+    format!("cooperative matrices {} ({used})", f.units.join(", "))
 }
 
 #[cfg(not(feature = "wgpu"))]

@@ -352,7 +352,7 @@ pub(super) fn forward(t: &Target, l: &Linear, spec: &KernelSpec) -> Vec<Offer> {
     if few.is_some() && spec.inputs[0].layout.shape.rows() == 1 {
         return few.into_iter().collect();
     }
-    let ways = [Way::Skinny, Way::Tiled].map(|way| by_products(t, &c, spec, way));
+    let ways = Way::ALL.map(|way| by_products(t, &c, spec, way));
     few.into_iter().chain(ways.into_iter().flatten()).collect()
 }
 
@@ -427,7 +427,7 @@ fn by_products(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offe
                 past: c.past(spec, share, n0),
                 add: false,
             };
-            any |= product.is_narrow();
+            any |= product.suits(t, way);
             let (job, seconds) = product.by(t, spec, way)?;
             jobs.push(job);
             extra += seconds;
@@ -436,6 +436,7 @@ fn by_products(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offe
     }
     let names = match way {
         Way::Skinny => ["linear_skinny", "lora_linear_skinny"],
+        Way::Coop => ["linear_coop", "lora_linear_coop"],
         Way::Tiled => ["linear_tiled", "lora_linear_tiled"],
     };
     any.then(|| Offer {
@@ -450,7 +451,7 @@ pub(super) fn backward(t: &Target, l: &LinearGrad, spec: &KernelSpec) -> Vec<Off
     let Some(c) = call(t, spec, &l.blocks, l.ins(), ranks, l.residual) else {
         return vec![];
     };
-    let ways = [Way::Skinny, Way::Tiled].map(|way| back_by(t, &c, spec, way));
+    let ways = Way::ALL.map(|way| back_by(t, &c, spec, way));
     ways.into_iter().flatten().collect()
 }
 
@@ -495,7 +496,7 @@ fn back_by(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offer> {
                 past: if i == 0 { c.past(spec, share, 0) } else { None },
                 add: i > 0,
             };
-            any |= product.is_narrow();
+            any |= product.suits(t, way);
             let (job, seconds) = product.by(t, spec, way)?;
             jobs.push(job);
             extra += seconds;
@@ -508,6 +509,7 @@ fn back_by(t: &Target, c: &Call, spec: &KernelSpec, way: Way) -> Option<Offer> {
     let prepare = if wants_dx { c.prepare.clone() } else { vec![] };
     let names = match way {
         Way::Skinny => ["linear_grad_skinny", "lora_linear_grad_skinny"],
+        Way::Coop => ["linear_grad_coop", "lora_linear_grad_coop"],
         Way::Tiled => ["linear_grad_tiled", "lora_linear_grad_tiled"],
     };
     Some(Offer {

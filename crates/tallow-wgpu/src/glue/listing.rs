@@ -2,7 +2,10 @@
 //! Invariant: the texts come from the same offers that a GPU gets.
 //! Absent on purpose: which specs; whoever asks brings them.
 use super::{Around, Gate, Heads, Norm, candidates, heads, prepare, with_neighbours};
-use crate::{launch::Kernel, shader::Target};
+use crate::{
+    launch::Kernel,
+    shader::{Coop, Target, Units},
+};
 use std::{collections::BTreeMap, sync::Arc};
 use tallow_core::{
     kernel::{Body, KernelSpec, Offers, Operand},
@@ -25,18 +28,38 @@ pub struct Source {
     pub uniform: bool,
 }
 
-/// The kernels for `specs`, each text once, on a GPU with the limits that every adapter of WebGPU has: 8 buffers, 128
-/// bytes of numbers, 16 KiB of shared memory. `subgroups`: their smallest size; `None`: kernels use none.
-pub fn sources(specs: &[KernelSpec], subgroups: Option<u32>, weights: DType) -> Vec<Source> {
+/// What kernels are listed for, beside the limits that every adapter of WebGPU has: 8 buffers, 128 bytes of numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Smallest size of a subgroup; `None`: kernels use none.
+    pub subgroups: Option<u32>,
+    /// What frozen weights are multiplied as.
+    pub weights: DType,
+    /// Sides of the units that multiply f32, and of those that multiply f16; both add f32.
+    pub units: [Option<u32>; 2],
+    /// Memory that a workgroup shares; 16 KiB are everywhere.
+    pub shared_bytes: usize,
+}
+
+/// The kernels for `specs`, each text once.
+pub fn sources(specs: &[KernelSpec], wanted: &Wanted) -> Vec<Source> {
+    let [f32s, f16s] = wanted.units;
+    let any = wanted.units.iter().any(Option::is_some);
     let target = Target {
-        subgroups,
+        subgroups: wanted.subgroups,
         buffers: 8,
         immediates: 128,
-        shared: 16 << 10,
+        shared: wanted.shared_bytes,
         threads: 256,
         binding: 128 << 20,
-        weights,
+        weights: wanted.weights,
         mps: false,
+        coop: wanted.subgroups.filter(|_| any).map(|lanes| Coop {
+            f32s,
+            f16s,
+            lanes,
+            by: Units::Adapter,
+        }),
     };
     let (mut table, mut found) = (Offers::default(), BTreeMap::new());
     let mut keep = |k: Kernel| {

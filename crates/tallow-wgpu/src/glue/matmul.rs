@@ -1,7 +1,7 @@
 //! Products: one tiled kernel for matrices of any strides and float types, with all that a linear adds to it.
 //! Invariant: a product of f32 matrices is exact f32 arithmetic.
 //! Absent on purpose: sums cut into pieces. A result is made by one workgroup.
-use super::{FLOPS_PER_S, Offer, Target, elementwise::index, one_float, outer, skinny, word};
+use super::{FLOPS_PER_S, Offer, Target, coop, elementwise::index, one_float, outer, skinny, word};
 use crate::{
     launch::{Arg, Kernel, wide, write},
     shader::{Draft, kernel},
@@ -130,7 +130,7 @@ const STARTS: &str = "let x0 = a.x_first; let w0 = a.w_first; let y0 = a.y_first
 
 impl Product {
     /// Buffers and numbers, but where the matrices begin.
-    fn args(&self) -> Option<Vec<Arg>> {
+    pub(super) fn args(&self) -> Option<Vec<Arg>> {
         let mut args = vec![self.x.arg.clone(), self.w.arg.clone(), self.y.arg.clone()];
         let [m, n, k] = self.sizes;
         args.extend([word("m", m)?, word("n", n)?, word("k", k)?]);
@@ -238,28 +238,42 @@ impl Product {
     }
     /// By the kernel `way`, where it takes this product; else tiled. With the seconds of [`Offer::extra`].
     pub(super) fn by(&self, t: &Target, spec: &KernelSpec, way: Way) -> Option<(Kernel, f64)> {
-        let skinny = match way {
-            Way::Skinny => skinny::product(t, spec, self, (STARTS, 1), &self.starts()?),
+        let find = (STARTS, 1);
+        let other = match way {
+            Way::Skinny => skinny::product(t, spec, self, find, &self.starts()?)
+                .map(|job| (job, skinny::seconds(self.sizes))),
+            Way::Coop => {
+                coop::product(t, spec, self, find, &self.starts()?).zip(coop::seconds(t, self))
+            }
             Way::Tiled => None,
         };
-        if let Some(job) = skinny {
-            return Some((job, skinny::seconds(self.sizes)));
+        if other.is_some() {
+            return other;
         }
         let [m, n, _] = self.sizes;
         let tile = if LARGE.suits(m, n) { LARGE } else { SMALL };
         Some((self.alone(t, spec)?, tile.seconds(self.sizes)))
     }
-    /// Does the kernel for few rows or columns take it?
-    pub(super) fn is_narrow(&self) -> bool {
-        self.sizes[0].min(self.sizes[1]) <= skinny::NARROW
+    /// Is the kernel `way` for products like it?
+    pub(super) fn suits(&self, t: &Target, way: Way) -> bool {
+        match way {
+            Way::Tiled => true,
+            Way::Skinny => self.sizes[0].min(self.sizes[1]) <= skinny::NARROW,
+            Way::Coop => coop::seconds(t, self).is_some(),
+        }
     }
 }
 
 /// Kernels of a product.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
-    Tiled,
     Skinny,
+    Coop,
+    Tiled,
+}
+
+impl Way {
+    pub(super) const ALL: [Way; 3] = [Way::Skinny, Way::Coop, Way::Tiled];
 }
 
 pub(super) fn offers(t: &Target, ta: bool, tb: bool, alpha: f32, spec: &KernelSpec) -> Vec<Offer> {
@@ -267,7 +281,8 @@ pub(super) fn offers(t: &Target, ta: bool, tb: bool, alpha: f32, spec: &KernelSp
     let general = general(ta, tb, alpha, spec);
     let skinny = general.as_ref().and_then(|g| g.skinny(t, spec));
     let tile = |tile| general.as_ref().and_then(|g| g.tiled(t, spec, tile));
-    let all = [outer, skinny, tile(LARGE), tile(SMALL)];
+    let coop = general.as_ref().and_then(|g| g.coop(t, spec));
+    let all = [outer, skinny, coop, tile(LARGE), tile(SMALL)];
     all.into_iter().flatten().collect()
 }
 
@@ -340,6 +355,14 @@ impl Batch {
         Some(Offer {
             extra: tile.seconds(self.product.sizes),
             ..Offer::new(name, vec![job])
+        })
+    }
+    fn coop(&self, t: &Target, spec: &KernelSpec) -> Option<Offer> {
+        let find = (&self.find[..], self.count);
+        let job = coop::product(t, spec, &self.product, find, &[])?;
+        Some(Offer {
+            extra: coop::seconds(t, &self.product)?,
+            ..Offer::new("matmul_coop", vec![job])
         })
     }
     fn skinny(&self, t: &Target, spec: &KernelSpec) -> Option<Offer> {
