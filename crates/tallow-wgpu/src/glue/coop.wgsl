@@ -1,5 +1,5 @@
 // As product.wgsl, by units: the threads of a subgroup multiply matrices of SIDE x SIDE together. A workgroup of four
-// subgroups makes TILE x TILE of the result, a subgroup four by four matrices. Products of NUMBERs, sums in f32.
+// subgroups makes TILE x TILE of the result, a subgroup four by four matrices. Factors are NUMBER, sums f32.
 // The texts put in say where each matrix begins (x0, w0, y0), make sums of zeros, multiply what was brought, and end
 // rows of matrices. In shared memory a row of x, and of w, lies along the sum.
 const TILE: u32 = 8u * SIDE;
