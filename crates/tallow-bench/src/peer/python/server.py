@@ -177,6 +177,8 @@ class Mlx:
     lazy = True
 
     def __init__(self, name, threads, place):
+        # In f32 its products round to TF32 unless told not to, and are then INVALID; read once, at import.
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
         import mlx.core as mx
 
         self.mx, self.name, self.dtype = mx, name, mx.float32
