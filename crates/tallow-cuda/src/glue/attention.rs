@@ -213,10 +213,17 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
     }
     let types = named(&["TQ", "TK", "TV"], spec.inputs[..3].iter().map(Some))?;
     let types = [types, named(&["TO"], [spec.outputs[0].as_ref()])?].concat();
-    if t.weights == DType::BF16 && z.d <= MAX_HALF {
+    if t.weights == DType::BF16 && z.d <= MAX_HALF && a.scale.get() > 0.0 {
         let source = text(&[HALF], a, z, ("FORWARD", 1), starts, &types);
         let grid = half_grid(z, z.t)?;
-        let job = launch("attention", &source, grid, 128, half_bytes(z.d), args);
+        let job = early(launch(
+            "attention",
+            &source,
+            grid,
+            128,
+            half_bytes(z.d),
+            args,
+        ));
         return Some(Offer::new("attention_mma_bf16", vec![job]));
     }
     let tile = if z.d <= 128 { 64 } else { 32 };
@@ -354,14 +361,17 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
         word(rows)?,
     ];
     args.extend(strides(&[&spec.inputs[o], &spec.inputs[go]])?);
-    let mut jobs = vec![launch(
-        "delta",
-        &source,
-        [rows.div_ceil(4), 1, 1],
-        128,
-        0,
-        args,
-    )];
+    // Lanes of a query, as in the kernel.
+    let lanes = match z.d {
+        ..=32 => 4,
+        33..=64 => 8,
+        65..=128 => 16,
+        _ => 32,
+    };
+    let grid = [rows.div_ceil(128 / lanes), 1, 1];
+    let mut jobs = vec![early(launch("delta", &source, grid, 128, 0, args))];
+    // Only the kernels on tensor cores know how to wait.
+    let started = if half { early } else { |job| job };
     let mut common = vec![Arg::Read(q), Arg::Read(k), Arg::Read(v), Arg::Read(3)];
     common.push(if starts { Arg::Read(7) } else { Arg::U64(0) });
     common.extend([Arg::Read(5), Arg::Read(go), delta]);
@@ -382,7 +392,9 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             true => half_grid(z, z.t)?,
             false => [z.t.div_ceil(tile), z.h, z.b],
         };
-        jobs.push(launch("grad_q", &source, grid, block, shared, args));
+        jobs.push(started(launch(
+            "grad_q", &source, grid, block, shared, args,
+        )));
     }
     if spec.outputs[1].is_some() || spec.outputs[2].is_some() {
         let mut results = vec![Arg::Write(1), Arg::Write(2)];
@@ -400,21 +412,17 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             scratch = at + 2 * z.b * z.h * z.s * z.d * 4;
             args.push(Arg::Scratch(at));
             let grid = half_grid(z, z.s)?;
-            jobs.push(launch("grad_kv", &source, grid, block, shared, args));
+            jobs.push(started(launch(
+                "grad_kv", &source, grid, block, shared, args,
+            )));
             let n = z.b * z.hk * z.s * z.d;
             let wide = if z.d.is_multiple_of(4) { 4 } else { 1 };
             let mut join = vec![Arg::Scratch(at)];
             join.append(&mut results);
             join.extend([word(n)?, word(z.s)?, word(z.hk)?]);
             join.extend(lie);
-            jobs.push(launch(
-                "join_kv",
-                &source,
-                [blocks(t, n / wide) as usize, 1, 1],
-                THREADS,
-                0,
-                join,
-            ));
+            let grid = [blocks(t, n / wide) as usize, 1, 1];
+            jobs.push(started(launch("join_kv", &source, grid, THREADS, 0, join)));
         } else {
             args.append(&mut results);
             args.extend(lie);

@@ -3,7 +3,7 @@
 // mma m16n8k16: with g = lane / 4, t = lane % 4 a lane holds, of a 16 x 8 result, (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
 // Tiles lie in shared memory as rows of DP bf16 and 8 more, so that neighbouring rows use other banks. There are two
 // pairs of them: one is multiplied while the other is on its way. Blocks with most to do come first in the grid,
-// [heads, batch, tiles]. Powers are of two: scores times SCALE log2(e).
+// [heads, batch, tiles]. Powers are of two: scores times SCALE log2(e), where SCALE > 0: the largest score is the largest then.
 #define ROWS 64
 #define HS (DP + 8)
 #define KT (DP / 16)
@@ -23,14 +23,23 @@ DEV void copy16(u16* to, const bf16* from, bool there) {
 DEV void copy16(u16* to, const float* from, bool there) { *(uint4*)to = there ? halves8(from) : make_uint4(0, 0, 0, 0); }
 // Asks for rows first.. of a head as bf16, zeros past the end and past D; they lie there after `arrived`.
 template <class T> DEV void ask(u16* tile, const T* head, u32 first, u32 limit, u32 stride) {
-  if ((D & 7) == 0 && (stride & 7) == 0 && ((u64)head & 15) == 0) {
-#pragma unroll 4
+  const bool lies_well = (D & 7) == 0 && (stride & 7) == 0 && ((u64)head & 15) == 0;
+  // A whole tile of bf16 needs no questions, which are a fifth of the instructions of a tile.
+  if (lies_well && sizeof(T) == 2 && D == DP && 128 % (DP / 8) == 0 && first + ROWS <= limit) {
+    const u32 r = threadIdx.x / (DP / 8), c = threadIdx.x % (DP / 8) * 8, step = 128 / (DP / 8) * stride;
+    u16* to = tile + r * HS + c;
+    const T* from = head + (u64)(first + r) * stride + c;
+#pragma unroll
+    for (int i = 0; i < ROWS * (DP / 8) / 128; ++i, from += step) copy16(to + i * (128 / (DP / 8)) * HS, from, true);
+  } else if (lies_well) {
+#pragma unroll 1
     for (u32 e = threadIdx.x; e < ROWS * (DP / 8); e += 128) {
       const u32 r = e / (DP / 8), c = e % (DP / 8) * 8;
       const bool there = first + r < limit && c < D;
       copy16(tile + r * HS + c, there ? head + (u64)(first + r) * stride + c : head, there);
     }
   } else {
+#pragma unroll 1
     for (u32 e = threadIdx.x; e < ROWS * DP; e += 128) {
       const u32 r = e / DP, c = e % DP;
       tile[r * HS + c] = first + r < limit && c < D ? to_bf16(ld(head + (u64)(first + r) * stride + c)) : 0;
@@ -145,6 +154,7 @@ template <class T> DEV void write_rows(T* head, u32 stride, u32 first, u32 limit
 extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(const TQ* q, const TK* k, const TV* v, const u32* pos,
     const u32* starts, TO* o, float* lse, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh,
     u32 vb, u32 vt, u32 vh, u32 ob, u32 ot, u32 oh) {
+  GRID_WAIT;
   extern __shared__ float4 memory[];
   u16* tiles = (u16*)memory;
   // The last queries see the most keys: they go first.
@@ -176,31 +186,40 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
       float p[8][4];
       dots<8>(a, ks, p);
       const bool whole = k0 >= w.from && k0 + ROWS <= w.to;
+//cap #pragma unroll
+//cap       for (int n = 0; n < 8; ++n)
+//cap #pragma unroll
+//cap         for (int e = 0; e < 4; ++e) p[n][e] = bent(p[n][e]);
+      if (!whole) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const u32 key = k0 + n * 8 + 2 * tt + e;
+            if (key < r0.lo || key >= r0.hi) p[n][e] = -inff;
+            if (key < r1.lo || key >= r1.hi) p[n][e + 2] = -inff;
+          }
+      }
       float n0 = m0, n1 = m1;
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const u32 key = k0 + n * 8 + 2 * tt + e;
-//cap           p[n][e] = bent(p[n][e]);
-//cap           p[n][e + 2] = bent(p[n][e + 2]);
-          p[n][e] = whole || (key >= r0.lo && key < r0.hi) ? p[n][e] * (SCALE * LOG2E) : -inff;
-          p[n][e + 2] = whole || (key >= r1.lo && key < r1.hi) ? p[n][e + 2] * (SCALE * LOG2E) : -inff;
           n0 = fmaxf(n0, p[n][e]);
           n1 = fmaxf(n1, p[n][e + 2]);
         }
       n0 = quad_max(n0);
       n1 = quad_max(n1);
-      const float z0 = n0 == -inff ? 0.f : n0, z1 = n1 == -inff ? 0.f : n1;
-      const float f0 = two_to(m0 - z0), f1 = two_to(m1 - z1);
+      const float z0 = n0 == -inff ? 0.f : n0 * (SCALE * LOG2E), z1 = n1 == -inff ? 0.f : n1 * (SCALE * LOG2E);
+      const float f0 = two_to(m0 * (SCALE * LOG2E) - z0), f1 = two_to(m1 * (SCALE * LOG2E) - z1);
       l0 *= f0;
       l1 *= f1;
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          p[n][e] = two_to(p[n][e] - z0);
-          p[n][e + 2] = two_to(p[n][e + 2] - z1);
+          p[n][e] = two_to(p[n][e] * (SCALE * LOG2E) - z0);
+          p[n][e + 2] = two_to(p[n][e + 2] * (SCALE * LOG2E) - z1);
           l0 += p[n][e];
           l1 += p[n][e + 2];
         }
@@ -217,8 +236,8 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
   if (o) write_rows(o + (u64)b * ob + (u64)head * oh, ot, first, t, acc, l0 > 0.f ? 1.f / l0 : 0.f, l1 > 0.f ? 1.f / l1 : 0.f);
   if (lse && tt == 0) {
     float* to = lse + ((u64)b * h + head) * t;
-    if (first + mine < t) to[first + mine] = l0 > 0.f ? logf(l0) + m0 / LOG2E : 0.f;
-    if (first + mine + 8 < t) to[first + mine + 8] = l1 > 0.f ? logf(l1) + m1 / LOG2E : 0.f;
+    if (first + mine < t) to[first + mine] = l0 > 0.f ? logf(l0) + m0 * SCALE : 0.f;
+    if (first + mine + 8 < t) to[first + mine + 8] = l1 > 0.f ? logf(l1) + m1 * SCALE : 0.f;
   }
 }
 #else
@@ -235,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
 //cap #define Q_BLOCKS KV_BLOCKS
 // A block for 64 queries of a head.
 extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
+  GRID_WAIT;
   extern __shared__ float4 memory[];
   u16* tiles = (u16*)memory;
   const u32 b = blockIdx.y, head = blockIdx.x, first = (gridDim.z - 1 - blockIdx.z) * ROWS;
@@ -275,20 +295,31 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
       float p[EIGHTS][4], d[EIGHTS][4];
       dots<EIGHTS>(aq, ks + c * HS, p);
       dots<EIGHTS>(ag, ks + TILE + c * HS, d);
+//cap       float w[EIGHTS][4];
 #pragma unroll
       for (int n = 0; n < EIGHTS; ++n)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const u32 key = from + n * 8 + 2 * tt + e;
+        for (int e = 0; e < 4; ++e) {
 //cap           p[n][e] = bent(p[n][e]);
-//cap           p[n][e + 2] = bent(p[n][e + 2]);
-//cap           const float w0 = slope(p[n][e]), w1 = slope(p[n][e + 2]);
-          const float x = whole || (key >= r0.lo && key < r0.hi) ? two_to(p[n][e] * (SCALE * LOG2E) - l0) : 0.f;
-          const float y = whole || (key >= r1.lo && key < r1.hi) ? two_to(p[n][e + 2] * (SCALE * LOG2E) - l1) : 0.f;
-          p[n][e] = x * (d[n][e] - e0);
-          p[n][e + 2] = y * (d[n][e + 2] - e1);
-//cap           p[n][e] *= w0;
-//cap           p[n][e + 2] *= w1;
+//cap           w[n][e] = slope(p[n][e]);
+          p[n][e] = two_to(p[n][e] * (SCALE * LOG2E) - (e < 2 ? l0 : l1));
+        }
+      if (!whole) {
+#pragma unroll
+        for (int n = 0; n < EIGHTS; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const u32 key = from + n * 8 + 2 * tt + e;
+            if (key < r0.lo || key >= r0.hi) p[n][e] = 0.f;
+            if (key < r1.lo || key >= r1.hi) p[n][e + 2] = 0.f;
+          }
+      }
+#pragma unroll
+      for (int n = 0; n < EIGHTS; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          p[n][e] *= d[n][e] - (e < 2 ? e0 : e1);
+//cap           p[n][e] *= w[n][e];
         }
       accumulate<EIGHTS>(p, ks + c * HS, acc);
     }
@@ -296,8 +327,8 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
   }
   write_rows(dq + (u64)b * ob + (u64)head * oh, ot, first, t, acc, SCALE, SCALE);
 }
-// A query as the tile of keys needs it: what it sees, log2 of its sum, what the gradient of softmax subtracts.
-struct __align__(16) Query { u32 lo, hi; float l, e; };
+// The queries of a tile as the keys need them: what they see, log2 of their sums, what the gradient of softmax subtracts.
+struct __align__(16) Queries { float l[ROWS], e[ROWS]; Range range[ROWS]; };
 // Bit j: does one of the queries q0 + 64 j.. see one of the keys first.., and do all see all?
 DEV void tiles_seen(u32* some, u32* every, const u32* pos, const u32* starts, u32 b, u32 t, u32 s, u32 q0, u32 first) {
   __syncthreads();
@@ -314,9 +345,10 @@ DEV void tiles_seen(u32* some, u32* every, const u32* pos, const u32* starts, u3
 }
 // A block for 64 keys of a key head and one of its query heads; `parts` of several heads are joined by `join_kv`.
 extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float* parts) {
+  GRID_WAIT;
   extern __shared__ float4 memory[];
   u16* tiles = (u16*)memory;
-  __shared__ Query queries[2][ROWS];
+  __shared__ Queries queries[2];
   __shared__ u32 some, every;
   // The first keys are seen by most queries.
   const u32 b = blockIdx.y, head = blockIdx.x, kv = head / G, first = blockIdx.z * ROWS;
@@ -338,7 +370,8 @@ extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float
     // The first round only asks.
     for (bool begun = false; begun || left; ) {
       const bool more = left != 0;
-      Query mine_next = {};
+      float next_l = 0.f, next_e = 0.f;
+      Range next_range = {};
       if (more) {
         next = __ffs(left) - 1;
         left &= left - 1;
@@ -347,38 +380,60 @@ extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float
         ask(to, rows, q0, t, qt);
         ask(to + TILE, grads, q0, t, gt);
         if (threadIdx.x < ROWS && i < t) {
-          const Range r = seen(pos, starts, b * t + i, s);
-          mine_next = {r.lo, r.hi, lse[stat + i] * LOG2E, delta_[stat + i]};
+          next_range = seen(pos, starts, b * t + i, s);
+          next_l = lse[stat + i] * LOG2E;
+          next_e = delta_[stat + i];
         }
       }
       if (begun) {
         const u16* qs = tiles + stage * 2 * TILE;
         const bool all = whole >> now & 1;
+        const Queries& of = queries[stage];
 #pragma unroll 1
         for (u32 c = 0; c < ROWS; c += PART) {
           float p[EIGHTS][4], d[EIGHTS][4];
           dots<EIGHTS>(ak, qs + c * HS, p);
           dots<EIGHTS>(av, qs + TILE + c * HS, d);
+//cap           float w[EIGHTS][4];
 #pragma unroll
-          for (int n = 0; n < EIGHTS; ++n)
+          for (int n = 0; n < EIGHTS; ++n) {
+            const float2 l = *(const float2*)&of.l[c + n * 8 + 2 * tt];
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const Query r = queries[stage][c + n * 8 + 2 * tt + e];
+            for (int e = 0; e < 4; ++e) {
 //cap               p[n][e] = bent(p[n][e]);
-//cap               p[n][e + 2] = bent(p[n][e + 2]);
-//cap               const float w0 = slope(p[n][e]), w1 = slope(p[n][e + 2]);
-              p[n][e] = all || (mine >= r.lo && mine < r.hi) ? two_to(p[n][e] * (SCALE * LOG2E) - r.l) : 0.f;
-              p[n][e + 2] = all || (mine + 8 >= r.lo && mine + 8 < r.hi) ? two_to(p[n][e + 2] * (SCALE * LOG2E) - r.l) : 0.f;
-              d[n][e] = p[n][e] * (d[n][e] - r.e);
-              d[n][e + 2] = p[n][e + 2] * (d[n][e + 2] - r.e);
-//cap               d[n][e] *= w0;
-//cap               d[n][e + 2] *= w1;
+//cap               w[n][e] = slope(p[n][e]);
+              p[n][e] = two_to(p[n][e] * (SCALE * LOG2E) - (e & 1 ? l.y : l.x));
             }
+          }
+          if (!all) {
+#pragma unroll
+            for (int n = 0; n < EIGHTS; ++n)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const Range r = of.range[c + n * 8 + 2 * tt + e];
+                if (mine < r.lo || mine >= r.hi) p[n][e] = 0.f;
+                if (mine + 8 < r.lo || mine + 8 >= r.hi) p[n][e + 2] = 0.f;
+              }
+          }
+#pragma unroll
+          for (int n = 0; n < EIGHTS; ++n) {
+            const float2 less = *(const float2*)&of.e[c + n * 8 + 2 * tt];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              d[n][e] = p[n][e] * (d[n][e] - (e & 1 ? less.y : less.x));
+//cap               d[n][e] *= w[n][e];
+            }
+          }
           accumulate<EIGHTS>(p, qs + TILE + c * HS, dv);
           accumulate<EIGHTS>(d, qs + c * HS, dk);
         }
       }
-      if (more && threadIdx.x < ROWS) queries[stage ^ 1][threadIdx.x] = mine_next;
+      if (more && threadIdx.x < ROWS) {
+        Queries& to = queries[stage ^ 1];
+        to.l[threadIdx.x] = next_l;
+        to.e[threadIdx.x] = next_e;
+        to.range[threadIdx.x] = next_range;
+      }
       arrived();
       begun = more;
       now = next;
@@ -402,6 +457,7 @@ template <class T> DEV void put4(T* p, float4 v) {
 // Sums the parts of the query heads of a key head, in order. n: elements of one result.
 extern "C" __global__ void join_kv(const float* parts, DK* dk, DV* dv, u32 n, u32 s, u32 hk,
     u32 ab, u32 at, u32 ah, u32 bb, u32 bt, u32 bh) {
+  GRID_WAIT;
   const u64 size = (u64)n * G;
   const u32 wide = D % 4 ? 1 : 4;
   for (u32 e = blockIdx.x * blockDim.x + threadIdx.x; e < n / wide; e += gridDim.x * blockDim.x) {
