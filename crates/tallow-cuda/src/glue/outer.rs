@@ -109,6 +109,14 @@ fn resident(tiles: usize) -> usize {
     }
 }
 
+/// Rows of a chunk, where `slots` blocks run at once: what ends soonest if a block takes one turn more than its rows, to begin
+/// and to join.
+fn chunk(rows: usize, columns: usize, slots: usize) -> usize {
+    let turns = rows.div_ceil(TURN).max(1);
+    let time = |n: &usize| (columns * turns.div_ceil(*n)).div_ceil(slots) * (n + 1);
+    TURN * (1..=turns).rev().min_by_key(time).unwrap_or(turns)
+}
+
 /// Code that describes group `g`, whose parts lie from float `offset` on.
 fn described(g: &Group, number: usize, all: &[(Outer, [Arg; 3])], offset: usize) -> String {
     let (n, mr, tiles) = (g.one.many, g.one.row[1], g.tiles);
@@ -140,9 +148,7 @@ pub(crate) fn side_by_side(all: &[(Outer, [Arg; 3])], parts: Arg) -> Option<(Job
     let groups = groups(all);
     let columns: usize = groups.iter().map(Group::columns).sum();
     let most = groups.first()?.tiles;
-    // All blocks at once, where there are not too many columns for that; each has at least one turn.
-    let chunks = (PROCESSORS * resident(most) / columns).max(1);
-    let chunk = one.rows.div_ceil(chunks).next_multiple_of(TURN);
+    let chunk = chunk(one.rows, columns, PROCESSORS * resident(most));
     let chunks = one.rows.div_ceil(chunk);
     let (mut params, mut names, mut args) = (String::new(), String::new(), vec![]);
     args.extend([parts, word(one.rows)?, word(chunk)?]);
