@@ -40,8 +40,13 @@ pub(crate) enum Arg {
         bytes: usize,
         ty: Ty,
     },
-    /// A result; nothing is bound where nobody wants it.
-    Write { name: Name, result: usize, ty: Ty },
+    /// A result, or `bytes` of it from byte `at` on; nothing is bound where nobody wants it.
+    Write {
+        name: Name,
+        result: usize,
+        part: Option<[usize; 2]>,
+        ty: Ty,
+    },
     /// `bytes` of the scratch memory, from byte `at` on.
     Scratch {
         name: Name,
@@ -72,7 +77,12 @@ pub(crate) fn wide(name: impl Into<Name>, operand: usize, d: DType) -> Arg {
 /// Result `result`.
 pub(crate) fn write(name: impl Into<Name>, result: usize, d: DType) -> Arg {
     let (name, ty) = (name.into(), Ty::Plain(d));
-    Arg::Write { name, result, ty }
+    Arg::Write {
+        name,
+        result,
+        part: None,
+        ty,
+    }
 }
 
 /// Scratch memory.

@@ -60,7 +60,14 @@ impl<'a> Places<'a> {
                 bytes: *bytes,
                 ..*r
             }),
-            Arg::Write { result, .. } => self.writes.get(*result).copied().flatten(),
+            Arg::Write { result, part, .. } => {
+                let whole = self.writes.get(*result).copied().flatten()?;
+                Some(part.map_or(whole, |[at, bytes]| Window {
+                    offset: whole.offset + at,
+                    bytes,
+                    ..whole
+                }))
+            }
             Arg::Scratch { at, bytes, .. } => self.scratch.map(|s| Window {
                 offset: s.offset + at,
                 bytes: *bytes,

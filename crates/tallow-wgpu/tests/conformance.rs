@@ -261,7 +261,7 @@ fn few_columns_get_a_kernel_of_their_own() {
 
 #[test]
 fn weights_larger_than_a_binding() {
-    let tables = ["cross_entropy", "gather", "Sum", "Max", "reduce"];
+    let tables = ["cross_entropy", "gather", "scatter", "Sum", "Max", "reduce"];
     let read = |c: &Case| is_linear(c) || tables.iter().any(|t| c.name.starts_with(t));
     let cases = composites().into_iter().chain(structural());
     run(

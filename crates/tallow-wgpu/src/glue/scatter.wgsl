@@ -4,7 +4,8 @@ fn scatter(id: Id) {
   let k = group(id);
   if (k >= a.n) { return; }
   let to_row = ld_ids(k);
-  if (to_row >= a.v) { return; }
+  // Rows of another piece of the result; below `first` the difference is large.
+  if (to_row - a.first >= a.rows) { return; }
   var before = 0.0;
   for (var i = id.t; i < k; i += WG) {
     if (ld_ids(i) == to_row) { before = 1.0; }
@@ -15,6 +16,6 @@ fn scatter(id: Id) {
     for (var i = k + 1u; i < a.n; i++) {
       if (ld_ids(i) == to_row) { sum += ld_x(i * a.xs + col); }
     }
-    st_y(to_row * a.ys + col, sum);
+    st_y((to_row - a.first) * a.ys + col, sum);
   }
 }

@@ -102,6 +102,22 @@ pub(super) fn rows_of(
     }
 }
 
+/// Rows `[first, count]` of result 0, a matrix.
+fn rows_written(o: &Operand, [first, count]: [usize; 2]) -> Arg {
+    let (n, row, size) = (
+        o.layout.shape.0[0],
+        o.layout.row_stride().unwrap_or(0),
+        o.dtype.bytes(),
+    );
+    let bytes = ((count - 1) * row + o.layout.shape.last()) * size;
+    Arg::Write {
+        name: "y".into(),
+        result: 0,
+        part: (count < n).then_some([first * row * size, bytes]),
+        ty: Ty::Plain(o.dtype),
+    }
+}
+
 pub(super) fn scatter_add(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let (ids, rows, out) = (&spec.inputs[0], &spec.inputs[1], spec.outputs[0].as_ref()?);
     if !ids.is_dense() || rows.dtype != DType::F32 || out.dtype != DType::F32 {
@@ -109,34 +125,38 @@ pub(super) fn scatter_add(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     }
     let n = ids.layout.shape.0[0];
     let (v, c) = (out.layout.shape.0[0], out.layout.shape.last());
-    let y = write("y", 0, DType::F32);
     let ys = word("ys", out.layout.row_stride()?)?;
-    let clear = Draft {
-        entry: "clear",
-        body: CLEAR,
-        consts: &zero(DType::F32),
-        threads: THREADS,
-        grid: line((v * c).div_ceil(THREADS as usize))?,
-        args: vec![y.clone(), word("n", v * c)?, word("c", c)?, ys.clone()],
-    };
-    let add = Draft {
-        entry: "scatter",
-        body: SCATTER,
-        consts: &[],
-        threads: THREADS,
-        grid: line(n)?,
-        args: vec![
-            read("ids", 0, DType::U32),
-            read("x", 1, DType::F32),
-            y,
-            word("n", n)?,
-            word("c", c)?,
-            word("v", v)?,
-            word("xs", rows.layout.row_stride()?)?,
-            ys,
-        ],
-    };
-    let jobs = vec![kernel(t, spec, clear)?, kernel(t, spec, add)?];
+    let mut jobs = vec![];
+    for (first, count) in pieces(t, out, v) {
+        let y = rows_written(out, [first, count]);
+        let clear = Draft {
+            entry: "clear",
+            body: CLEAR,
+            consts: &zero(DType::F32),
+            threads: THREADS,
+            grid: line((count * c).div_ceil(THREADS as usize))?,
+            args: vec![y.clone(), word("n", count * c)?, word("c", c)?, ys.clone()],
+        };
+        let add = Draft {
+            entry: "scatter",
+            body: SCATTER,
+            consts: &[],
+            threads: THREADS,
+            grid: line(n)?,
+            args: vec![
+                read("ids", 0, DType::U32),
+                read("x", 1, DType::F32),
+                y,
+                word("n", n)?,
+                word("c", c)?,
+                word("first", first)?,
+                word("rows", count)?,
+                word("xs", rows.layout.row_stride()?)?,
+                ys.clone(),
+            ],
+        };
+        jobs.extend([kernel(t, spec, clear)?, kernel(t, spec, add)?]);
+    }
     Some(Offer::new("scatter_add_rows", jobs))
 }
 

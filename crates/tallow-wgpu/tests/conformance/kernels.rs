@@ -116,6 +116,20 @@ pub(crate) fn tables() -> Vec<Case> {
             ],
         }
     };
+    let scatter = || {
+        let tys = [TensorType::u32([77]), TensorType::f32([77, 41])];
+        let mut b = Builder::default();
+        let ins = tys.clone().map(|t| b.input(Role::Data, t));
+        let out = b.push(Op::ScatterAdd(130), &ins).unwrap();
+        Case {
+            name: "scatter to pieces".to_owned(),
+            graph: b.finish(vec![out], vec![]),
+            inputs: vec![
+                sample::random(&tys[0], 131, 3, 0),
+                sample::random(&tys[1], 5, 3, 1),
+            ],
+        }
+    };
     let reduce = |axis: usize| {
         let ty = TensorType::f32([50, 33, 7]);
         let mut b = Builder::default();
@@ -130,7 +144,8 @@ pub(crate) fn tables() -> Vec<Case> {
     let both = [DType::F32, DType::BF16];
     let reduced = [1, 2].map(reduce).into_iter();
     let gathered = both.map(gather).into_iter().chain(reduced);
-    both.map(cross).into_iter().chain(gathered).collect()
+    let all = both.map(cross).into_iter().chain(gathered);
+    all.chain([scatter()]).collect()
 }
 
 /// More logits than are held at a time.
