@@ -42,6 +42,16 @@ DEV float4 ld4(const bf16* p) {
   const uint2 w = *(const uint2*)p;
   return make_float4(as_f32(w.x << 16), as_f32(w.x & 0xffff0000u), as_f32(w.y << 16), as_f32(w.y & 0xffff0000u));
 }
+DEV void ld8(const float* p, float* v) {
+  const float4 a = ld4(p), b = ld4(p + 4);
+  v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+}
+DEV void ld8(const bf16* p, float* v) {
+  const uint4 q = *(const uint4*)p;
+  const u32 w[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) { v[2 * i] = as_f32(w[i] << 16); v[2 * i + 1] = as_f32(w[i] & 0xffff0000u); }
+}
 DEV void st4(float* p, float4 v) { *(float4*)p = v; }
 DEV void st4(bf16* p, float4 v) { *(uint2*)p = make_uint2(pack2(v.x, v.y), pack2(v.z, v.w)); }
 template <class T> DEV bool aligned4(const T* p) { return ((u64)p & (4 * sizeof(T) - 1)) == 0; }

@@ -31,6 +31,17 @@ pub(crate) struct Window<'a> {
     pub(crate) bytes: usize,
 }
 
+impl Window<'_> {
+    /// `bytes` from byte `at` of it on.
+    fn part(self, [at, bytes]: [usize; 2]) -> Self {
+        Window {
+            offset: self.offset + at,
+            bytes,
+            ..self
+        }
+    }
+}
+
 /// Where everything of one step lies.
 pub(crate) struct Places<'a> {
     pub(crate) reads: Vec<Window<'a>>,
@@ -55,24 +66,12 @@ impl<'a> Places<'a> {
             Arg::Read { operand, .. } => self.reads.get(*operand).copied(),
             Arg::Part {
                 operand, at, bytes, ..
-            } => self.reads.get(*operand).map(|r| Window {
-                offset: r.offset + at,
-                bytes: *bytes,
-                ..*r
-            }),
+            } => self.reads.get(*operand).map(|r| r.part([*at, *bytes])),
             Arg::Write { result, part, .. } => {
                 let whole = self.writes.get(*result).copied().flatten()?;
-                Some(part.map_or(whole, |[at, bytes]| Window {
-                    offset: whole.offset + at,
-                    bytes,
-                    ..whole
-                }))
+                Some(part.map_or(whole, |p| whole.part(p)))
             }
-            Arg::Scratch { at, bytes, .. } => self.scratch.map(|s| Window {
-                offset: s.offset + at,
-                bytes: *bytes,
-                ..s
-            }),
+            Arg::Scratch { at, bytes, .. } => self.scratch.map(|s| s.part([*at, *bytes])),
             Arg::U32(..) | Arg::F32(..) | Arg::Absent(_) => None,
         }
     }

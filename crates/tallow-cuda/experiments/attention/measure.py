@@ -18,7 +18,7 @@ def rd(name, beside=None):
 
 
 def text(half, fwd):
-    d = dict(D=64, G="7u", SCALE="(0.125f)", CAUSAL=1, WINDOW="0u", STARTS=0, TQ="bf16", TK="bf16", TV="bf16", TO="bf16")
+    d = dict(D=64, G="7u", SCALE="(0.125f)", CAUSAL=1, WINDOW="0u", STARTS=0, LANES=8, TQ="bf16", TK="bf16", TV="bf16", TO="bf16")
     d["FORWARD" if fwd else "BACKWARD"] = 1
     if not fwd:
         d.update(TG="bf16", DQ="bf16", DK="bf16", DV="bf16")
@@ -80,7 +80,7 @@ for i,(n,fw) in enumerate(V):
             l=launcher(fn(i,'attention'),(Hh,B,8),128,sh,[P_(q),P_(k),P_(v),P_(pos),P_(None),P_(o),P_(lse),U(T),U(Hh),U(T)]+st(q)+st(k)+st(v)+st(o))
             o.zero_(); t=time(l); print(f'{n}: attention {t:.1f} us  err o {err(o,O):.4f} lse {err(lse,LSE):.6f} {res}')
         else:
-            ld=launcher(fn(i,'delta'),(B*T*Hh//(16 if 'LANES' in text(n,0) else 4),1,1),128,0,[P_(O16),P_(go),P_(delta),U(T),U(Hh),U(B*T*Hh)]+st(O16)+st(go))
+            ld=launcher(fn(i,'delta'),(B*T*Hh//(16 if '/ LANES' in text(n,0) else 4),1,1),128,0,[P_(O16),P_(go),P_(delta),U(T),U(Hh),U(B*T*Hh)]+st(O16)+st(go))
             com=[P_(q),P_(k),P_(v),P_(pos),P_(None),P_(LSE),P_(go),P_(delta),U(T),U(Hh),U(T)]+st(q)+st(k)+st(v)+st(go)
             lq=launcher(fn(i,'grad_q'),(Hh,B,8),128,sh,com+[P_(dq)]+st(dq))
             lk=launcher(fn(i,'grad_kv'),(Hh,B,8),128,sh,com+[P_(parts)])

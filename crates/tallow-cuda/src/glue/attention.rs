@@ -83,6 +83,7 @@ fn text(
         ("D", z.d.to_string()),
         ("G", format!("{}u", z.h / z.hk)),
         (own.0, own.1.to_string()),
+        ("LANES", delta_lanes(z.d).to_string()),
         ("SCALE", format!("({:?}f)", a.scale.get())),
         ("CAUSAL", causal.to_string()),
         ("WINDOW", format!("{window}u")),
@@ -163,6 +164,11 @@ fn launch(
 /// Floats of a tile's row with its padding.
 fn row(d: usize) -> usize {
     d.next_multiple_of(16) + 4
+}
+
+/// Lanes that take a query in `delta`, eight elements each at a time.
+fn delta_lanes(d: usize) -> usize {
+    d.div_ceil(8).next_power_of_two().clamp(4, 32)
 }
 
 /// Bytes of the two pairs of tiles of the kernels on tensor cores.
@@ -361,17 +367,8 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
         word(rows)?,
     ];
     args.extend(strides(&[&spec.inputs[o], &spec.inputs[go]])?);
-    // Lanes of a query, as in the kernel.
-    let lanes = match z.d {
-        ..=32 => 4,
-        33..=64 => 8,
-        65..=128 => 16,
-        _ => 32,
-    };
-    let grid = [rows.div_ceil(128 / lanes), 1, 1];
+    let grid = [rows.div_ceil(128 / delta_lanes(z.d)), 1, 1];
     let mut jobs = vec![early(launch("delta", &source, grid, 128, 0, args))];
-    // Only the kernels on tensor cores know how to wait.
-    let started = if half { early } else { |job| job };
     let mut common = vec![Arg::Read(q), Arg::Read(k), Arg::Read(v), Arg::Read(3)];
     common.push(if starts { Arg::Read(7) } else { Arg::U64(0) });
     common.extend([Arg::Read(5), Arg::Read(go), delta]);
@@ -392,9 +389,9 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             true => half_grid(z, z.t)?,
             false => [z.t.div_ceil(tile), z.h, z.b],
         };
-        jobs.push(started(launch(
-            "grad_q", &source, grid, block, shared, args,
-        )));
+        let job = launch("grad_q", &source, grid, block, shared, args);
+        // Only the kernels on tensor cores know how to wait.
+        jobs.push(if half { early(job) } else { job });
     }
     if spec.outputs[1].is_some() || spec.outputs[2].is_some() {
         let mut results = vec![Arg::Write(1), Arg::Write(2)];
@@ -412,9 +409,8 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             scratch = at + 2 * z.b * z.h * z.s * z.d * 4;
             args.push(Arg::Scratch(at));
             let grid = half_grid(z, z.s)?;
-            jobs.push(started(launch(
-                "grad_kv", &source, grid, block, shared, args,
-            )));
+            let job = launch("grad_kv", &source, grid, block, shared, args);
+            jobs.push(early(job));
             let n = z.b * z.hk * z.s * z.d;
             let wide = if z.d.is_multiple_of(4) { 4 } else { 1 };
             let mut join = vec![Arg::Scratch(at)];
@@ -422,7 +418,7 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
             join.extend([word(n)?, word(z.s)?, word(z.hk)?]);
             join.extend(lie);
             let grid = [blocks(t, n / wide) as usize, 1, 1];
-            jobs.push(started(launch("join_kv", &source, grid, THREADS, 0, join)));
+            jobs.push(early(launch("join_kv", &source, grid, THREADS, 0, join)));
         } else {
             args.append(&mut results);
             args.extend(lie);

@@ -1,16 +1,5 @@
 // rowsum(do o) of every query: what the gradient of softmax subtracts. LANES lanes take a query, eight elements at a time.
-#define LANES (D > 128 ? 32 : D > 64 ? 16 : D > 32 ? 8 : 4)
 template <class T> DEV bool in_eights(const T* p, u32 a, u32 b, u32 c) { return ((D | a | b | c) & 7) == 0 && ((u64)p & 15) == 0; }
-template <class T> DEV void eight(const T* p, float v[8]) {
-  const float4 a = ld4(p), b = ld4(p + 4);
-  v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
-}
-DEV void eight(const bf16* p, float v[8]) {
-  const uint4 w = *(const uint4*)p;
-  const u32 x[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) { v[2 * i] = as_f32(x[i] << 16); v[2 * i + 1] = as_f32(x[i] & 0xffff0000u); }
-}
 extern "C" __global__ void __launch_bounds__(128) delta(const TO* o, const TG* go, float* out, u32 t, u32 h, u32 rows,
     u32 ob, u32 ot, u32 oh, u32 gb, u32 gt, u32 gh) {
   GRID_WAIT;
@@ -23,8 +12,8 @@ extern "C" __global__ void __launch_bounds__(128) delta(const TO* o, const TG* g
     if (in_eights(o, ob, ot, oh) && in_eights(go, gb, gt, gh)) {
       for (u32 c = lane * 8; c < D; c += LANES * 8) {
         float v[8], w[8];
-        eight(x + c, v);
-        eight(y + c, w);
+        ld8(x + c, v);
+        ld8(y + c, w);
 #pragma unroll
         for (int e = 0; e < 8; ++e) s += v[e] * w[e];
       }

@@ -3,15 +3,6 @@
 // may lie in place of l where they are the same.
 // Bound by reading the logits twice and writing the gradient once.
 // Eight at a time; FAST where the rows lie so.
-DEV void eight(const float* p, float* v) {
-  const float4 a = ld4(p), b = ld4(p + 4);
-  v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
-}
-DEV void eight(const bf16* p, float* v) {
-  const uint4 q = *(const uint4*)p;
-  const u32 w[4] = {q.x, q.y, q.z, q.w};
-  for (int i = 0; i < 4; ++i) { v[2 * i] = as_f32(w[i] << 16); v[2 * i + 1] = as_f32(w[i] & 0xffff0000u); }
-}
 DEV void write(float* p, const float* v) { st4(p, make_float4(v[0], v[1], v[2], v[3])); st4(p + 4, make_float4(v[4], v[5], v[6], v[7])); }
 DEV void write(bf16* p, const float* v) {
   *(uint4*)p = make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
@@ -21,7 +12,7 @@ DEV void row(const L* l, u32 target, float* nll, G* dl, u32 v, bool fast) {
   float m = -inff, s = 0.f;
   for (u32 i = threadIdx.x * 8; i < wide; i += blockDim.x * 8) {
     float x[8], top = -inff;
-    eight(l + i, x);
+    ld8(l + i, x);
 #pragma unroll
     for (int e = 0; e < 8; ++e) top = fmaxf(top, x[e]);
     if (top > m) { s *= exp_of(l, m - top); m = top; }
@@ -43,7 +34,7 @@ DEV void row(const L* l, u32 target, float* nll, G* dl, u32 v, bool fast) {
   const float scale = counted ? 1.f / s : 0.f;
   for (u32 i = threadIdx.x * 8; i < wide; i += blockDim.x * 8) {
     float x[8];
-    eight(l + i, x);
+    ld8(l + i, x);
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] = counted ? exp_of(l, x[e] - top) * scale - (i + e == target ? 1.f : 0.f) : 0.f;
     write(dl + i, x);

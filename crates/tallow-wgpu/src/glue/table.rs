@@ -88,34 +88,23 @@ pub(super) fn rows_of(
     ty: Ty,
 ) -> Arg {
     let name = name.into();
-    let (n, row) = (o.layout.shape.0[0], o.layout.row_stride().unwrap_or(0));
-    if count == n {
-        return Arg::Read { name, operand, ty };
-    }
-    let size = o.dtype.bytes();
-    Arg::Part {
-        name,
-        operand,
-        at: first * row * size,
-        bytes: ((count - 1) * row + o.layout.shape.last()) * size,
-        ty,
+    match part(o, [first, count]) {
+        None => Arg::Read { name, operand, ty },
+        Some([at, bytes]) => Arg::Part {
+            name,
+            operand,
+            at,
+            bytes,
+            ty,
+        },
     }
 }
 
-/// Rows `[first, count]` of result 0, a matrix.
-fn rows_written(o: &Operand, [first, count]: [usize; 2]) -> Arg {
-    let (n, row, size) = (
-        o.layout.shape.0[0],
-        o.layout.row_stride().unwrap_or(0),
-        o.dtype.bytes(),
-    );
+/// First byte and number of bytes of rows `[first, count]` of a matrix; `None` if these are all.
+fn part(o: &Operand, [first, count]: [usize; 2]) -> Option<[usize; 2]> {
+    let (row, size) = (o.layout.row_stride().unwrap_or(0), o.dtype.bytes());
     let bytes = ((count - 1) * row + o.layout.shape.last()) * size;
-    Arg::Write {
-        name: "y".into(),
-        result: 0,
-        part: (count < n).then_some([first * row * size, bytes]),
-        ty: Ty::Plain(o.dtype),
-    }
+    (count < o.layout.shape.0[0]).then_some([first * row * size, bytes])
 }
 
 pub(super) fn scatter_add(t: &Target, spec: &KernelSpec) -> Option<Offer> {
@@ -128,7 +117,12 @@ pub(super) fn scatter_add(t: &Target, spec: &KernelSpec) -> Option<Offer> {
     let ys = word("ys", out.layout.row_stride()?)?;
     let mut jobs = vec![];
     for (first, count) in pieces(t, out, v) {
-        let y = rows_written(out, [first, count]);
+        let y = Arg::Write {
+            name: "y".into(),
+            result: 0,
+            part: part(out, [first, count]),
+            ty: Ty::Plain(DType::F32),
+        };
         let clear = Draft {
             entry: "clear",
             body: CLEAR,

@@ -102,34 +102,30 @@ pub(crate) fn tables() -> Vec<Case> {
         let tys = [TensorType::f32([33, 40]), weight(d), TensorType::u32([33])];
         case(CrossEntropy, &tys)
     };
+    // Each operand below its bound.
+    let of_rows = |name: String, op: Op, tys: [TensorType; 2], bounds: [u32; 2]| {
+        let mut b = Builder::default();
+        let ins = tys.clone().map(|t| b.input(Role::Data, t));
+        let out = b.push(op, &ins).unwrap();
+        let inputs = (0..2).map(|i| sample::random(&tys[i], bounds[i], 3, i as u32));
+        Case {
+            name,
+            graph: b.finish(vec![out], vec![]),
+            inputs: inputs.collect(),
+        }
+    };
     let gather = |d: DType| {
         let tys = [weight(d), TensorType::u32([77])];
-        let mut b = Builder::default();
-        let ins = tys.clone().map(|t| b.input(Role::Data, t));
-        let out = b.push(Op::Gather(DType::F32), &ins).unwrap();
-        Case {
-            name: format!("gather of pieces of {d}"),
-            graph: b.finish(vec![out], vec![]),
-            inputs: vec![
-                sample::random(&tys[0], 5, 3, 0),
-                sample::random(&tys[1], 131, 3, 1),
-            ],
-        }
+        let name = format!("gather of pieces of {d}");
+        of_rows(name, Op::Gather(DType::F32), tys, [5, 131])
     };
-    let scatter = || {
-        let tys = [TensorType::u32([77]), TensorType::f32([77, 41])];
-        let mut b = Builder::default();
-        let ins = tys.clone().map(|t| b.input(Role::Data, t));
-        let out = b.push(Op::ScatterAdd(130), &ins).unwrap();
-        Case {
-            name: "scatter to pieces".to_owned(),
-            graph: b.finish(vec![out], vec![]),
-            inputs: vec![
-                sample::random(&tys[0], 131, 3, 0),
-                sample::random(&tys[1], 5, 3, 1),
-            ],
-        }
-    };
+    let tys = [TensorType::u32([77]), TensorType::f32([77, 41])];
+    let scatter = of_rows(
+        "scatter to pieces".into(),
+        Op::ScatterAdd(130),
+        tys,
+        [131, 5],
+    );
     let reduce = |axis: usize| {
         let ty = TensorType::f32([50, 33, 7]);
         let mut b = Builder::default();
@@ -145,7 +141,7 @@ pub(crate) fn tables() -> Vec<Case> {
     let reduced = [1, 2].map(reduce).into_iter();
     let gathered = both.map(gather).into_iter().chain(reduced);
     let all = both.map(cross).into_iter().chain(gathered);
-    all.chain([scatter()]).collect()
+    all.chain([scatter]).collect()
 }
 
 /// More logits than are held at a time.
