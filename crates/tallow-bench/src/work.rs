@@ -48,6 +48,32 @@ pub struct Check {
     pub of: usize,
     /// Who said what is right.
     pub by: Judge,
+    /// Where the largest error is; none where nothing was compared element by element.
+    #[serde(default)]
+    pub at: Option<Furthest>,
+}
+
+/// The element that is furthest off, in tolerances.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Furthest {
+    /// Which of the compared results and states, from 0.
+    pub result: usize,
+    /// Which of its elements, row-major.
+    pub element: usize,
+    /// What is there.
+    pub got: f64,
+    /// What should be.
+    pub want: f64,
+}
+
+impl std::fmt::Display for Furthest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "result {}, element {}: {:e} for {:e}",
+            self.result, self.element, self.got, self.want
+        )
+    }
 }
 
 /// Who knows what is right.

@@ -47,6 +47,9 @@ pub enum Reason {
         what: String,
         /// Error over tolerance.
         worst: f64,
+        /// Where, printed: it may not be a number.
+        #[serde(default)]
+        at: Option<String>,
     },
     /// The result was still the poison that was put there before: nothing was written.
     Poisoned,
@@ -98,11 +101,12 @@ impl std::fmt::Display for Reason {
                 f,
                 "{column}: four times as many repetitions took {growth:.2} times as long"
             ),
-            Reason::Check { what, worst } => {
+            Reason::Check { what, worst, at } => {
                 write!(
                     f,
                     "{what}: wrong by {worst:.3e} times what rounding may cause"
-                )
+                )?;
+                at.iter().try_for_each(|at| write!(f, "; {at}"))
             }
             Reason::Poisoned => write!(f, "nothing was written: the poison is still there"),
             Reason::Changed { last, again } => write!(
@@ -159,6 +163,7 @@ pub(super) fn check(what: &'static str, check: &Check) -> Result<(), Reason> {
         false => Err(Reason::Check {
             what: what.to_owned(),
             worst: check.worst,
+            at: check.at.map(|at| at.to_string()),
         }),
     }
 }

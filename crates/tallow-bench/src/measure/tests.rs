@@ -125,6 +125,7 @@ fn compared(got: [f32; 4], want: [f32; 4]) -> Check {
         compared: 4,
         of: 4,
         by: Judge::Oracle,
+        at: None,
     }
 }
 

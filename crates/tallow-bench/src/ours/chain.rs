@@ -114,6 +114,7 @@ impl Chain for Repeated {
                 compared: of,
                 of,
                 by: Judge::Oracle,
+                at: None,
             });
         }
         self.graph.compare(got, Some(fed))

@@ -136,6 +136,7 @@ impl Judged {
                 compared: got.len(),
                 of,
                 by: crate::work::Judge::Oracle,
+                at: None,
             });
         }
         self.graph().check(&[got], returned)

@@ -10,7 +10,7 @@ use tallow::core::tensor::lower;
 
 use super::{Graphed, Operand, Ours, download, raw};
 use crate::Result;
-use crate::work::{Check, Judge, Work as _};
+use crate::work::{Check, Furthest, Judge, Work as _};
 
 /// Some elements of the first result, from operands given in the order they were made.
 pub struct Sample {
@@ -100,7 +100,8 @@ impl Graphed {
                 let low = lower(&self.outs, &self.subject.updates)?;
                 let values = self.values(&low.leaves, carried)?;
                 let want = eval_bounded(&low.graph, &values)?;
-                for (got, want) in got.iter().zip(self.some_of(&want)) {
+                for (i, (got, want)) in got.iter().zip(self.some_of(&want)).enumerate() {
+                    errors.result = i;
                     if let Some(part) = half {
                         errors.rounded(got, want, part);
                         continue;
@@ -135,6 +136,9 @@ impl Graphed {
                 });
                 if let Some(best) = judged.min_by(|a, b| a.worst.total_cmp(&b.worst)) {
                     errors = best;
+                    if let Some(at) = &mut errors.at {
+                        at.element = s.at[at.element];
+                    }
                 }
             }
             Reference::Twin(judge, make) => {
@@ -143,7 +147,8 @@ impl Graphed {
                 twin.renew(self.seed.get())?;
                 twin.feed(self.link.get())?;
                 twin.start()?;
-                for (got, want) in got.iter().zip(self.some_of(&twin.results()?)) {
+                for (i, (got, want)) in got.iter().zip(self.some_of(&twin.results()?)).enumerate() {
+                    errors.result = i;
                     errors.near(got, want, half.unwrap_or(TWIN));
                     errors.compared += got.len();
                 }
@@ -158,6 +163,7 @@ impl Graphed {
             compared: errors.compared,
             of,
             by,
+            at: errors.at,
         })
     }
 }
@@ -167,18 +173,16 @@ impl Graphed {
 struct Errors {
     worst: f64,
     compared: usize,
+    /// Which result is compared now, and where the largest error is.
+    result: usize,
+    at: Option<Furthest>,
 }
 
 impl Errors {
     fn add(&mut self, got: &[f64], want: &Bounded) {
         let wanted = want.value.data.iter().zip(want.tolerances());
-        for (got, (w, tolerance)) in got.iter().zip(wanted) {
-            let off = (got - w).abs() / tolerance;
-            self.worst = if off.is_finite() {
-                self.worst.max(off)
-            } else {
-                f64::MAX
-            };
+        for (i, (got, (want, tolerance))) in got.iter().zip(wanted).enumerate() {
+            self.off(i, *got, *want, tolerance);
         }
         self.compared += got.len();
     }
@@ -196,13 +200,22 @@ impl Errors {
             false => 0.0,
         };
         let largest = want.iter().fold(0.0f64, |m, v| m.max((v - mean).abs()));
-        for (got, want) in got.iter().zip(want) {
-            let off = (got - want).abs() / (part * largest + 1e-30);
-            self.worst = if off.is_finite() {
-                self.worst.max(off)
-            } else {
-                f64::MAX
-            };
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            self.off(i, *got, *want, part * largest + 1e-30);
+        }
+    }
+
+    fn off(&mut self, element: usize, got: f64, want: f64, tolerance: f64) {
+        let off = (got - want).abs() / tolerance;
+        let off = if off.is_finite() { off } else { f64::MAX };
+        if off >= self.worst {
+            self.worst = off;
+            self.at = Some(Furthest {
+                result: self.result,
+                element,
+                got,
+                want,
+            });
         }
     }
 }

@@ -33,6 +33,7 @@ pub(crate) fn report(scale: f64) -> Report {
             compared: 10,
             of: 20,
             by: Judge::Oracle,
+            at: None,
         },
         growth: 4.0,
     };

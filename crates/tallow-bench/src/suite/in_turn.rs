@@ -66,6 +66,11 @@ impl Work for InTurn {
                     compared: all.compared + one.compared,
                     of: all.of + one.of,
                     by: one.by,
+                    at: if one.worst > all.worst {
+                        one.at
+                    } else {
+                        all.at
+                    },
                 },
             });
         }
