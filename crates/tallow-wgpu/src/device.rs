@@ -7,8 +7,9 @@ use crate::{
     adapter::{self, Choice},
     error::Error,
     fused, glue,
-    gpu::{ALIGN, Gpu, Memory, lock},
+    gpu::{ALIGN, Gpu, lock},
     launch::{Kernel, Offer},
+    memory::Memory,
     recording::{Bound, Places, WgpuRecording, Window},
     shader::Target,
     transfer::{self, Landing},
@@ -126,10 +127,8 @@ impl Wgpu {
         plan.steps.iter().map(|s| self.offer(s.kernel)).collect()
     }
     pub(crate) fn buffer(&self, bytes: usize) -> Result<Buffer> {
-        let usage = wgpu::BufferUsages::STORAGE
-            | wgpu::BufferUsages::COPY_SRC
-            | wgpu::BufferUsages::COPY_DST;
-        let made = self.gpu.memory(bytes, usage).map_err(|e| self.error(e))?;
+        let made = self.gpu.slabs.memory(&self.gpu, bytes);
+        let made = made.map_err(|e| self.error(e))?;
         Ok(Buffer {
             raw: NEXT.fetch_add(1, Ordering::Relaxed),
             bytes,
@@ -167,7 +166,7 @@ pub(crate) fn window<'a>(
     })?;
     Ok(Window {
         buffer,
-        offset: at,
+        offset: buffer.at + at,
         bytes: len,
     })
 }
@@ -193,12 +192,13 @@ impl Backend for Wgpu {
     }
     fn upload(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()> {
         let w = window(dst, at, src.len(), "upload")?;
-        let to = (&**w.buffer, dst.bytes);
-        transfer::upload(&self.gpu, &self.landing, to, at, src).map_err(|e| self.error(e))
+        let to = (&**w.buffer, w.offset - at + dst.bytes);
+        transfer::upload(&self.gpu, &self.landing, to, w.offset, src).map_err(|e| self.error(e))
     }
     fn download(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
         let w = window(src, at, dst.len(), "download")?;
-        transfer::download(&self.gpu, &self.landing, w.buffer, at, dst).map_err(|e| self.error(e))
+        transfer::download(&self.gpu, &self.landing, w.buffer, w.offset, dst)
+            .map_err(|e| self.error(e))
     }
     fn wait(&self) -> Result<()> {
         self.gpu.wait().map_err(|e| self.error(e))

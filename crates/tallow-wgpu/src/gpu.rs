@@ -7,6 +7,7 @@ use crate::{
     cache::Cache,
     error::{Error, Result},
     launch::Kernel,
+    memory::Slabs,
     shader::{Coop, Target},
 };
 use std::{
@@ -50,31 +51,8 @@ pub(crate) struct Gpu {
     /// What replays copy for the host.
     pub(crate) ahead: Ahead,
     failure: Arc<Mutex<Option<Error>>>,
-}
-
-/// Memory of operands and results.
-pub(crate) struct Memory {
-    buffer: wgpu::Buffer,
-    #[cfg(target_os = "macos")]
-    raw: Option<crate::mps::Raw>,
-}
-
-impl std::ops::Deref for Memory {
-    type Target = wgpu::Buffer;
-    fn deref(&self) -> &wgpu::Buffer {
-        &self.buffer
-    }
-}
-
-#[cfg(target_os = "macos")]
-impl Memory {
-    pub(crate) fn new(buffer: wgpu::Buffer, raw: Option<crate::mps::Raw>) -> Self {
-        Memory { buffer, raw }
-    }
-    /// As Metal knows it.
-    pub(crate) fn raw(&self) -> Option<&crate::mps::Raw> {
-        self.raw.as_ref()
-    }
+    /// Where small memory lies.
+    pub(crate) slabs: Slabs,
 }
 
 /// How the arguments of a kernel are bound.
@@ -144,6 +122,7 @@ impl Gpu {
             written: AtomicBool::new(false),
             ahead: Ahead::default(),
             failure,
+            slabs: Slabs::default(),
         })
     }
     /// What of this GPU decides which kernels it gets. `plain`: use nothing that an adapter
@@ -176,27 +155,6 @@ impl Gpu {
     pub(crate) fn check(&self) -> Result<()> {
         lock(&self.failure).clone().map_or(Ok(()), Err)
     }
-    /// Zeroed memory of at least `bytes` that kernels and, on a Mac, Apple's own products can use.
-    #[cfg(not(target_os = "macos"))]
-    pub(crate) fn memory(&self, bytes: usize, usage: wgpu::BufferUsages) -> Result<Memory> {
-        self.buffer(bytes, usage).map(|buffer| Memory { buffer })
-    }
-    /// Zeroed memory of at least `bytes` that kernels and, on a Mac, Apple's own products can use.
-    #[cfg(target_os = "macos")]
-    pub(crate) fn memory(&self, bytes: usize, usage: wgpu::BufferUsages) -> Result<Memory> {
-        self.check()?;
-        let size = self.size(bytes)?;
-        match crate::mps::memory(self, size, usage) {
-            None => Ok(Memory::new(self.buffer(bytes, usage)?, None)),
-            Some(made) => {
-                let made = made?;
-                let mut encoder = self.encoder();
-                encoder.clear_buffer(&made, 0, None);
-                self.submit(vec![encoder.finish()])?;
-                Ok(made)
-            }
-        }
-    }
     /// Zeroed memory of at least `bytes`.
     pub(crate) fn buffer(&self, bytes: usize, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         self.check()?;
@@ -214,7 +172,7 @@ impl Gpu {
         }
     }
     /// Bytes of a buffer for `bytes`, if one may be that large.
-    fn size(&self, bytes: usize) -> Result<u64> {
+    pub(crate) fn size(&self, bytes: usize) -> Result<u64> {
         let (bytes, most) = (
             bytes.max(1).next_multiple_of(ALIGN) as u64,
             self.limits.max_buffer_size,

@@ -12,6 +12,7 @@ mod fused;
 mod glue;
 mod gpu;
 mod launch;
+mod memory;
 #[cfg(target_os = "macos")]
 mod mps;
 mod recording;

@@ -5,7 +5,8 @@
 use crate::{
     error::{Error, Result},
     glue::Gemm,
-    gpu::{Gpu, Memory},
+    gpu::Gpu,
+    memory::Slab,
     recording::{Places, Window},
 };
 use objc2::{AllocAnyThread, rc::Retained, runtime::ProtocolObject};
@@ -37,7 +38,7 @@ fn device(gpu: &Gpu) -> Option<Retained<ProtocolObject<dyn MTLDevice>>> {
 }
 
 /// Memory made by Metal and known to wgpu: `size` bytes, not zeroed. `None` on an adapter of another API.
-pub(crate) fn memory(gpu: &Gpu, size: u64, usage: wgpu::BufferUsages) -> Option<Result<Memory>> {
+pub(crate) fn memory(gpu: &Gpu, size: u64, usage: wgpu::BufferUsages) -> Option<Result<Slab>> {
     let device = device(gpu)?;
     let options = MTLResourceOptions::StorageModePrivate;
     let Some(raw) = device.newBufferWithLength_options(size as usize, options) else {
@@ -55,7 +56,7 @@ pub(crate) fn memory(gpu: &Gpu, size: u64, usage: wgpu::BufferUsages) -> Option<
         let hal = wgpu::hal::metal::Device::buffer_from_raw(raw.clone(), size);
         gpu.device.create_buffer_from_hal::<Metal>(hal, &how)
     };
-    Some(Ok(Memory::new(known, Some(Raw(raw)))))
+    Some(Ok(Slab::new(known, Some(Raw(raw)))))
 }
 
 /// A product with its matrices.

@@ -8,8 +8,9 @@ use crate::{
     error::{Error, Result},
     fused::{self, Group},
     glue::Gemm,
-    gpu::{ALIGN, Gpu, Memory},
+    gpu::{ALIGN, Gpu},
     launch::{Arg, Kernel, Offer},
+    memory::Memory,
     transfer::{self, Landing},
 };
 use std::{ops::Range, sync::Arc};
