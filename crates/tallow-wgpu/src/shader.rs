@@ -10,7 +10,7 @@
 //!   `in4_x(i) -> bool`: do they lie in one piece? `get4_x(i)`: the same as `ld4_x` where they do, and else nonsense;
 //! - `st_x(i, v)`: writes element `i` of a result; does nothing where nobody wants it;
 //! - `LIVE_x: bool`: does anybody want this result? So work for it can be left out;
-//! - `HAS_x: bool`: has this spec this operand? Where not ([`Arg::Absent`]), `ld_x` and `ld4_x` give zeros.
+//! - `HAS_x: bool`: has this spec this operand? Where not ([`Arg::Absent`]), `ld_x`, `ld4_x` and `get4_x` give zeros.
 //!
 //! Numbers are `a.name`. `group(id)` is the number of the workgroup in a grid made by [`line`].
 use crate::launch::{Arg, Kernel, Ty};
@@ -332,7 +332,9 @@ fn nothing(text: &mut String, a: &Arg) {
         Arg::Absent(name) => writeln!(
             text,
             "const HAS_{name} = false;\nfn ld_{name}(i: u32) -> f32 {{ return 0.0; }}\n\
-             fn ld4_{name}(i: u32) -> vec4<f32> {{ return vec4<f32>(0.0); }}"
+             fn ld4_{name}(i: u32) -> vec4<f32> {{ return vec4<f32>(0.0); }}\n\
+             fn in4_{name}(i: u32) -> bool {{ return true; }}\n\
+             fn get4_{name}(i: u32) -> vec4<f32> {{ return vec4<f32>(0.0); }}"
         ),
         _ => Ok(()),
     };

@@ -5,7 +5,7 @@
 //! their quotient is no normal number.
 //!
 //! A line `//cap TEXT` of a file is `TEXT` where scores are capped and else not there, so that a cap costs others nothing.
-use super::word;
+use super::{rows::repeated, word};
 use crate::{
     launch::{Arg, Kernel, Offer, read, scratch, wide, write},
     shader::{Draft, Target, kernel, line},
@@ -152,29 +152,6 @@ fn chosen(text: &str, capped: bool) -> (String, bool) {
     (text, any)
 }
 
-/// `text` with the lines between `// each TOKEN` and `// end` once for each number below `count`, which stands in
-/// place of `_TOKEN` and `TOKENu`. So a thread's sums have names, and no compiler puts them into memory.
-fn repeated(text: &str, token: &str, count: usize) -> String {
-    let mut out = String::new();
-    let mut block: Option<String> = None;
-    for l in text.lines() {
-        let (mark, line) = (l.trim(), format!("{l}\n"));
-        match &mut block {
-            None if mark == format!("// each {token}") => block = Some(String::new()),
-            None => out += &line,
-            Some(lines) if mark == "// end" => {
-                for i in 0..count {
-                    let lines = lines.replace(&format!("_{token}"), &format!("_{i}"));
-                    out += &lines.replace(&format!("{token}u"), &format!("{i}u"));
-                }
-                block = None;
-            }
-            Some(lines) => *lines += &line,
-        }
-    }
-    out
-}
-
 /// A body on tiles: loads as (buffer, tile), stores by buffer.
 fn tiled(z: Sizes, file: &str, loads: &[(&str, &str)], stores: &[&str]) -> String {
     let mut text = String::from(TILES);
@@ -255,14 +232,14 @@ fn decode(t: &Target, c: &Case<'_>) -> Option<Offer> {
     args.extend(left.clone());
     args.extend(numbers.clone());
     args.extend(strides_in);
-    let body = [COMMON, &repeated(DECODE, "ROW", queries)].concat();
+    let body = [COMMON, &repeated(DECODE, "STEP", 8)].concat();
     let first = c.kernel_with(t, "decode", &body, [splits, z.hk, z.b], args, more.clone())?;
     let mut args = left.to_vec();
     args.extend(c.rows());
     args.extend([write("o", 0, F32), write("lse", 1, F32)]);
     args.extend(numbers);
     args.extend(strides(O, spec.outputs[0].as_ref())?);
-    let body = [COMMON, JOIN].concat();
+    let body = [COMMON, &repeated(JOIN, "CHUNK", z.d.div_ceil(DECODE_KEYS))].concat();
     let second = c.kernel_with(t, "join", &body, [z.t, z.h, z.b], args, more)?;
     let offer = Offer::new("attention_decode_f32", vec![first, second]);
     Some(offer.scratch(stats_at + parts * 8))

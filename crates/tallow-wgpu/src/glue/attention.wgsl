@@ -26,7 +26,7 @@ fn attention(id: Id) {
   var sum = vec4<f32>();
   // each CHUNK
   var acc_CHUNK = mat4x4<f32>();
-  // end
+  // end CHUNK
   for (var k0 = select(0u, all.x / 32u * 32u, all.y > 0u); k0 < all.y; k0 += 32u) {
     var s = mat4x4<f32>();
     for (var c = 0u; c < D; c += 32u) {
@@ -62,7 +62,7 @@ fn attention(id: Id) {
     load_v_tb(lane, v_at, a.vt, k0, a.s, CHUNKu * 32u);
     workgroupBarrier();
     acc_CHUNK = accumulate(tx, ty, acc_CHUNK);
-    // end
+    // end CHUNK
   }
   for (var i = 0u; i < 4u; i++) { row_parts[(ty * 4u + i) * 8u + tx] = sum[i]; }
   workgroupBarrier();
@@ -82,5 +82,5 @@ fn attention(id: Id) {
     let made = mat4x4<f32>(acc_CHUNK[0] * scale.x, acc_CHUNK[1] * scale.y, acc_CHUNK[2] * scale.z, acc_CHUNK[3] * scale.w);
     store_o(w.z * a.ob + w.y * a.oh, a.ot, first + ty * 4u, a.t, CHUNKu * 32u + tx * 4u, made);
   }
-  // end
+  // end CHUNK
 }

@@ -17,7 +17,7 @@ fn grad_kv(id: Id) {
   // each CHUNK
   var acck_CHUNK = mat4x4<f32>();
   var accv_CHUNK = mat4x4<f32>();
-  // end
+  // end CHUNK
   for (var q0 = 0u; q0 < a.t; q0 += 32u) {
     var mine = vec2<u32>();
     if (lane < 32u && q0 + lane < a.t) {
@@ -70,7 +70,7 @@ fn grad_kv(id: Id) {
       load_g_tb(lane, g_at, a.gt, q0, a.t, CHUNKu * 32u);
       workgroupBarrier();
       accv_CHUNK = accumulate(tx, ty, accv_CHUNK);
-      // end
+      // end CHUNK
       workgroupBarrier();
       for (var i = 0u; i < 4u; i++) { tp[row(ty * 4u + i) + tx] = s[i]; }
       // each CHUNK
@@ -78,11 +78,11 @@ fn grad_kv(id: Id) {
       load_q_tb(lane, q_at, a.qt, q0, a.t, CHUNKu * 32u);
       workgroupBarrier();
       acck_CHUNK = accumulate(tx, ty, acck_CHUNK);
-      // end
+      // end CHUNK
     }
   }
   // each CHUNK
   if (LIVE_dk) { store_dk(w.z * a.xb + w.y * a.xh, a.xt, first + ty * 4u, a.s, CHUNKu * 32u + tx * 4u, acck_CHUNK); }
   if (LIVE_dv) { store_dv(w.z * a.yb + w.y * a.yh, a.yt, first + ty * 4u, a.s, CHUNKu * 32u + tx * 4u, accv_CHUNK); }
-  // end
+  // end CHUNK
 }

@@ -23,7 +23,7 @@ fn grad_q(id: Id) {
   let all = together(lane, mine.zw);
   // each CHUNK
   var acc_CHUNK = mat4x4<f32>();
-  // end
+  // end CHUNK
   for (var k0 = select(0u, all.x / 32u * 32u, all.y > 0u); k0 < all.y; k0 += 32u) {
     var s = mat4x4<f32>();
     var dp = mat4x4<f32>();
@@ -52,9 +52,9 @@ fn grad_q(id: Id) {
     load_k_tb(lane, k_at, a.kt, k0, a.s, CHUNKu * 32u);
     workgroupBarrier();
     acc_CHUNK = accumulate(tx, ty, acc_CHUNK);
-    // end
+    // end CHUNK
   }
   // each CHUNK
   store_dq(w.z * a.ob + w.y * a.oh, a.ot, first + ty * 4u, a.t, CHUNKu * 32u + tx * 4u, acc_CHUNK);
-  // end
+  // end CHUNK
 }

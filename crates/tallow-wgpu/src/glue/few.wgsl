@@ -1,64 +1,52 @@
 // Linears over few rows. `_I` stands for the number of a block; parts named so are put in
 // once for each, and picked by column. Dense along the sum. Bound by reading the weights once.
+// == few_held
+// each ROW
+var<private> acc_ROW: f32;
+var<private> squares_ROW: f32;
+// each TURN
+var<private> into_TURN_ROW: f32;
+// end TURN
+// end ROW
+var<workgroup> own: array<f32, max(TURNS, 1u) * ROWS * (WG / G)>;
 // == few_block
 // Partial sums of column `j` for every row, and of squares where a norm stands in front; with a_I also of this group's
-// columns of h.
+// columns of h. Eight elements are what one load brings of 16-bit weights; a thread has those of all STEPs under way.
 fn dots_I(j: u32, lane: u32, g: u32) {
   let w0 = j * WC_I;
-  // Eight at once: of 16-bit weights they are what one load brings.
-  let whole = a.k & ~7u;
-  for (var i = lane * 8u; i < whole; i += G * 8u) {
-    var w = ld4_w_I(w0 + i);
-    var v = ld4_w_I(w0 + i + 4u);
-    if (HAS_nw) {
-      w *= ld4_nw(i);
-      v *= ld4_nw(i + 4u);
+  if (in4_w_I(w0) && in4_x(a.x0) && (ROWS == 1u || in4_x(a.x0 + a.xr)) && in4_nw(0u) && in4_a_I(0u) && a.k % 4u == 0u) {
+    for (var i = lane * 8u; i < WHOLE; i += G * 8u * STEPS) {
+      // each STEP
+      let w_STEP = get4_w_I(w0 + min(i + STEPu * G * 8u, LAST));
+      let v_STEP = get4_w_I(w0 + min(i + STEPu * G * 8u, LAST) + 4u);
+      // end STEP
+      // each STEP
+      eight_I(i + STEPu * G * 8u, w_STEP, v_STEP, g);
+      // end STEP
     }
-    if (HAS_a_I) { into_I(i, g); }
-    for (var r = 0u; r < ROWS; r++) {
-      let x = a.x0 + r * a.xr + i;
-      let p = ld4_x(x);
-      let q = ld4_x(x + 4u);
-      acc[r] += dot(w, p) + dot(v, q);
-      if (HAS_nw) { squares[r] += dot(p, p) + dot(q, q); }
-    }
+  } else {
+    for (var i = lane * 8u; i < WHOLE; i += G * 8u) { slow_eight_I(i, ld4_w_I(w0 + i), ld4_w_I(w0 + i + 4u), g); }
   }
-  let i = whole + lane;
+  let i = WHOLE + lane;
   if (i < a.k) {
     var w = ld_w_I(w0 + i);
     if (HAS_nw) { w *= ld_nw(i); }
-    if (HAS_a_I) { one_into_I(i, g); }
-    for (var r = 0u; r < ROWS; r++) {
-      let x = ld_x(a.x0 + r * a.xr + i);
-      acc[r] += w * x;
-      if (HAS_nw) { squares[r] += x * x; }
-    }
+    // each ROW
+    let x_ROW = ld_x(a.x0 + ROWu * a.xr + i);
+    acc_ROW += w * x_ROW;
+    if (HAS_nw) { squares_ROW += x_ROW * x_ROW; }
+    // end ROW
+    // each TURN
+    var u_TURN = ld_a_I(a_row_I(TURNu, g) + i);
+    if (HAS_nw) { u_TURN *= ld_nw(i); }
+    // each ROW
+    into_TURN_ROW += u_TURN * x_ROW;
+    // end ROW
+    // end TURN
   }
 }
 // Where column g + c WG / G of A begins; those past the end are the last one once more.
 fn a_row_I(c: u32, g: u32) -> u32 { return min(g + c * (WG / G), max(RANK_I, 1u) - 1u) * a.k; }
-fn into_I(i: u32, g: u32) {
-  for (var c = 0u; c < TURNS; c++) {
-    let at = a_row_I(c, g) + i;
-    var u = ld4_a_I(at);
-    var v = ld4_a_I(at + 4u);
-    if (HAS_nw) {
-      u *= ld4_nw(i);
-      v *= ld4_nw(i + 4u);
-    }
-    for (var r = 0u; r < ROWS; r++) {
-      let x = a.x0 + r * a.xr + i;
-      into[c * ROWS + r] += dot(u, ld4_x(x)) + dot(v, ld4_x(x + 4u));
-    }
-  }
-}
-fn one_into_I(i: u32, g: u32) {
-  for (var c = 0u; c < TURNS; c++) {
-    var u = ld_a_I(a_row_I(c, g) + i);
-    if (HAS_nw) { u *= ld_nw(i); }
-    for (var r = 0u; r < ROWS; r++) { into[c * ROWS + r] += u * ld_x(a.x0 + r * a.xr + i); }
-  }
-}
 // What is added to column `j` of `row`.
 fn added_I(j: u32, row: u32) -> f32 {
   var v = 0.0;
@@ -66,6 +54,34 @@ fn added_I(j: u32, row: u32) -> f32 {
   v *= SCALE_I;
   if (HAS_bias_I) { v += ld_bias_I(FIRST_I + j); }
   return v;
+}
+// == few_eight
+// Elements `i..i + 8` of every row, as zeros past the end, with those of a weight, `wi` and `vi`.
+fn eight_I(i: u32, wi: vec4<f32>, vi: vec4<f32>, g: u32) {
+  let at = min(i, LAST);
+  var w = wi;
+  var v = vi;
+  var nw = vec4<f32>(1.0);
+  var nv = nw;
+  if (HAS_nw) {
+    nw = ld4_nw(at);
+    nv = ld4_nw(at + 4u);
+    w *= nw;
+    v *= nv;
+  }
+  // each ROW
+  let x_ROW = select(vec4<f32>(), ld4_x(a.x0 + ROWu * a.xr + at), i < WHOLE);
+  let y_ROW = select(vec4<f32>(), ld4_x(a.x0 + ROWu * a.xr + at + 4u), i < WHOLE);
+  acc_ROW += dot(w, x_ROW) + dot(v, y_ROW);
+  if (HAS_nw) { squares_ROW += dot(x_ROW, x_ROW) + dot(y_ROW, y_ROW); }
+  // end ROW
+  // each TURN
+  let u_TURN = ld4_a_I(a_row_I(TURNu, g) + at) * nw;
+  let z_TURN = ld4_a_I(a_row_I(TURNu, g) + at + 4u) * nv;
+  // each ROW
+  into_TURN_ROW += dot(u_TURN, x_ROW) + dot(z_TURN, y_ROW);
+  // end ROW
+  // end TURN
 }
 // == few
 // y[row, o] = sum_i x[row, i] w[o, i] + scale sum_r h[row, r] b[o, r] + bias[o] + past[row, o] for ROWS rows and all
@@ -79,18 +95,20 @@ fn added_I(j: u32, row: u32) -> f32 {
   var made = 0.0;
   for (var half = 0u; half <= u32(GATE); half++) {
     let o = column + half * OUTPUTS;
-    for (var r = 0u; r < ROWS; r++) {
-      acc[r] = 0.0;
-      squares[r] = 0.0;
-    }
-    for (var c = 0u; c < TURNS * ROWS; c++) { into[c] = 0.0; }
+    // each ROW
+    acc_ROW = 0.0;
+    squares_ROW = 0.0;
+    // each TURN
+    into_TURN_ROW = 0.0;
+    // end TURN
+    // end ROW
     DOTS
     var mine = 0.0;
-    for (var r = 0u; r < ROWS; r++) {
-      var s = sum_of(G, acc[r], id);
-      if (HAS_nw) { s *= inverseSqrt(sum_of(G, squares[r], id) / f32(a.k) + a.eps); }
-      if (lane == r) { mine = s; }
-    }
+    // each ROW
+    var s_ROW = sum_of(G, acc_ROW, id);
+    if (HAS_nw) { s_ROW *= inverseSqrt(sum_of(G, squares_ROW, id) / f32(a.k) + a.eps); }
+    if (lane == ROWu) { mine = s_ROW; }
+    // end ROW
     OWN
     // Thread `lane` ends row `lane`.
     if (lane < ROWS && column < OUTPUTS) {
@@ -105,12 +123,12 @@ fn added_I(j: u32, row: u32) -> f32 {
 // == few_own
     // The half before has read what it needed.
     if (half > 0u) { workgroupBarrier(); }
-    for (var r = 0u; r < ROWS; r++) {
-      var by = 1.0;
-      if (HAS_nw) { by = inverseSqrt(sum_of(G, squares[r], id) / f32(a.k) + a.eps); }
-      for (var c = 0u; c < TURNS; c++) {
-        let s = sum_of(G, into[c * ROWS + r], id);
-        if (lane == 0u) { own[(r * TURNS + c) * (WG / G) + g] = s * by; }
-      }
-    }
+    // each ROW
+    var by_ROW = 1.0;
+    if (HAS_nw) { by_ROW = inverseSqrt(sum_of(G, squares_ROW, id) / f32(a.k) + a.eps); }
+    // each TURN
+    let s_TURN_ROW = sum_of(G, into_TURN_ROW, id);
+    if (lane == 0u) { own[(ROWu * TURNS + TURNu) * (WG / G) + g] = s_TURN_ROW * by_ROW; }
+    // end TURN
+    // end ROW
     workgroupBarrier();

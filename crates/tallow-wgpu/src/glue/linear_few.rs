@@ -5,7 +5,7 @@ use super::{
     Arg, Target,
     linear::{Call, Piece, Share},
     matmul::SUMS,
-    rows::part,
+    rows::{part, repeated},
     word,
 };
 use crate::{
@@ -18,15 +18,22 @@ use tallow_core::kernel::KernelSpec;
 const FILE: &str = include_str!("few.wgsl");
 /// Most rows of the kernel that reads a weight once for all of them.
 pub(super) const FEW_ROWS: usize = 8;
-/// Threads for the sum of one column.
-const EACH: usize = 32;
-/// Threads of a workgroup.
+/// Fewest and most threads for the sum of one column.
+const EACH: [usize; 2] = [32, 128];
+/// Threads of a workgroup that makes no `h`.
 const THREADS: usize = 256;
-/// Columns of a workgroup, and of `h` that it makes at once.
-const COLUMNS: usize = THREADS / EACH;
+/// Columns of one that does, and of `h` that it makes at once.
+const COLUMNS: usize = 8;
+/// Threads that have loads under way while a weight is read fast: 1000 for each of an H200's 132 processors.
+const BUSY: usize = 1 << 17;
+/// Elements of a weight that a thread takes at once.
+const EIGHT: usize = 8;
+/// Most of those that a thread reads before it multiplies one.
+const STEPS: usize = 6;
 /// Most elements of the weights that every workgroup makes `h` for itself beside: A is read again for each eight of
-/// their columns, from a cache, where a dispatch of its own would cost 2 µs of the host and 3 of the GPU (H200).
-const OWN_WEIGHTS: usize = 1 << 20;
+/// their columns, twice the weights' bytes from a cache, where a dispatch of its own would cost 2 µs of the host and 5 of
+/// the GPU (H200).
+const OWN_WEIGHTS: usize = 1 << 24;
 /// Most columns of `h` of a block made so.
 const OWN_RANK: usize = 2 * COLUMNS;
 
@@ -54,6 +61,15 @@ pub(super) fn makes_hidden(c: &Call, spec: &KernelSpec, g: usize, share: &Share)
     let apart = |p: &Piece| p.n.is_multiple_of(COLUMNS) && rank(p) <= OWN_RANK;
     let weights: usize = c.pieces.iter().map(|p| p.n * k).sum();
     share.rank > 0 && !wanted && weights <= OWN_WEIGHTS && c.pieces.iter().all(apart)
+}
+
+/// Threads for the sum of one of `columns` over `k` elements: more where there are few columns, each with something to do.
+fn each(columns: usize, k: usize, most: usize) -> usize {
+    let mut n = EACH[0];
+    while n < most.min(EACH[1]) && columns * n < BUSY && 2 * n * EIGHT <= k {
+        n *= 2;
+    }
+    n
 }
 
 /// One dispatch for the rows of `share` of a forward linear whose weights are dense along the sum.
@@ -93,7 +109,29 @@ pub(super) fn forward(
         true => "own[row * TURNS * (WG / G) + r]",
         false => "ld_h(row * a.hr + R0_I + r)",
     };
-    let block = part(FILE, "few_block").replace("H_OF", h_of);
+    let k = spec.inputs[0].layout.shape.last();
+    // The more columns a workgroup has, the fewer make the same `h`.
+    let each = each(
+        outputs,
+        k,
+        if own {
+            t.threads as usize / COLUMNS
+        } else {
+            EACH[1]
+        },
+    );
+    let columns = if own { COLUMNS } else { THREADS / each };
+    let rounds = (k / EIGHT).div_ceil(each);
+    let steps = rounds.div_ceil(rounds.div_ceil(STEPS).max(1)).max(1);
+    let spell = |text: &str| {
+        let all = [("STEP", steps), ("TURN", turns), ("ROW", m)];
+        all.iter()
+            .fold(text.to_owned(), |t, (token, n)| repeated(&t, token, *n))
+    };
+    let slow = part(FILE, "few_eight").replace("eight_I", "slow_eight_I");
+    let eight = part(FILE, "few_eight").replace("ld4", "get4");
+    let block = [&eight, &slow, part(FILE, "few_block")].concat();
+    let block = spell(&block.replace("H_OF", h_of));
     let (mut text, mut r0) = (String::new(), 0);
     for (i, p) in c.pieces.iter().enumerate() {
         args.push(p.weight(format!("w_{i}")));
@@ -134,7 +172,6 @@ pub(super) fn forward(
             args.extend([word("past0", 0)?, word("pastr", 0)?]);
         }
     }
-    let k = spec.inputs[0].layout.shape.last();
     args.extend([word("k", k)?, word("x0", x.at)?, word("xr", x.strides[0])?]);
     args.extend([word("y0", y.at)?, word("yr", y.strides[0])?]);
     args.push(word("hr", share.hidden.1)?);
@@ -143,23 +180,26 @@ pub(super) fn forward(
         .replace("DOTS", &pick(ends(), "dots_I(j, lane, g);"))
         .replace("ADDED", &pick(ends(), "mine += added_I(j, lane);"))
         .replace("OWN\n", if own { part(FILE, "few_own") } else { "\n" });
-    let body = format!(
-        "var<private> acc: array<f32, ROWS>;\nvar<private> squares: array<f32, ROWS>;\n\
-         var<private> into: array<f32, max(TURNS, 1u) * ROWS>;\n\
-         var<workgroup> own: array<f32, max(TURNS, 1u) * ROWS * (WG / G)>;\n{text}{main}"
-    );
+    let held = spell(part(FILE, "few_held"));
+    let body = [held, text, spell(&main)].concat();
     let draft = Draft {
         entry: "few",
         body: &body,
         consts: &[
             ("ROWS", format!("{m}u")),
-            ("G", format!("{EACH}u")),
+            ("G", format!("{each}u")),
+            ("WHOLE", format!("{}u", k / EIGHT * EIGHT)),
+            (
+                "LAST",
+                format!("{}u", (k / EIGHT * EIGHT).saturating_sub(EIGHT)),
+            ),
+            ("STEPS", format!("{steps}u")),
             ("OUTPUTS", format!("{outputs}u")),
             ("GATE", gate.to_string()),
             ("TURNS", format!("{turns}u")),
         ],
-        threads: THREADS as u32,
-        grid: line(outputs.div_ceil(COLUMNS))?,
+        threads: (columns * each) as u32,
+        grid: line(outputs.div_ceil(columns))?,
         args,
     };
     kernel(t, spec, draft)

@@ -22,6 +22,29 @@ pub(super) fn part<'a>(file: &'a str, name: &str) -> &'a str {
     &rest[..rest.find("// == ").unwrap_or(rest.len())]
 }
 
+/// `text` with the lines between `// each TOKEN` and `// end TOKEN` once for each number below `count`, which stands in
+/// place of `_TOKEN` and `TOKENu`. So what a thread holds has names, and no compiler puts it into memory.
+pub(super) fn repeated(text: &str, token: &str, count: usize) -> String {
+    let mut out = String::new();
+    let mut block: Option<String> = None;
+    for l in text.lines() {
+        let (mark, line) = (l.trim(), format!("{l}\n"));
+        match &mut block {
+            None if mark == format!("// each {token}") => block = Some(String::new()),
+            None => out += &line,
+            Some(lines) if mark == format!("// end {token}") => {
+                for i in 0..count {
+                    let lines = lines.replace(&format!("_{token}"), &format!("_{i}"));
+                    out += &lines.replace(&format!("{token}u"), &format!("{i}u"));
+                }
+                block = None;
+            }
+            Some(lines) => *lines += &line,
+        }
+    }
+    out
+}
+
 /// Threads for a row of `c` elements.
 fn threads(c: usize) -> u32 {
     if c <= 256 { 64 } else { 256 }
