@@ -124,7 +124,7 @@ fn one(
     (floors, calm): (&mut Floors<'_>, &mut dyn Calm),
     stop: &dyn Fn() -> bool,
 ) -> Option<Group> {
-    let settings = task.suite.settings(plan.settings);
+    let settings = task.suite.settings(plan.settings).on(&cx.session);
     let mut missing = vec![];
     let mut contenders = match (task.make)(cx) {
         Ok(all) => all,

@@ -24,6 +24,8 @@ pub(crate) enum Lie {
     Honest,
     /// Honest, but new operands lie far away, and the first to look at them waits for them.
     Cold,
+    /// Honest, on a device whose clock is low until it has worked for a second.
+    Asleep,
     /// Honest, but it starts without waiting, as a GPU does, in plans too.
     Asynchronous,
     /// The same, with plans whose wait does not wait.
@@ -181,6 +183,12 @@ impl Work for Liar {
         match w.lie {
             Lie::Cold => {
                 w.pass(if cold { 20.0 * TRUE_S } else { TRUE_S });
+                self.write(right(x));
+            }
+            Lie::Asleep => {
+                self.starts += 1;
+                let awake = self.starts as f64 * 4.0 * TRUE_S > 1.0;
+                w.pass(if awake { TRUE_S } else { 4.0 * TRUE_S });
                 self.write(right(x));
             }
             Lie::Honest | Lie::FoldedPlan => {
@@ -594,6 +602,25 @@ fn contenders_take_turns_and_a_stop_leaves_nothing_half_done() {
     };
     let stopped = measure(&clock, &Settings::QUICK, &mut all, &mut Unwatched, &stop);
     assert!(stopped.is_none());
+}
+
+#[test]
+fn a_device_is_woken_before_the_first_round() {
+    let waited = |wake_s: f64| {
+        let (clock, liar) = Liar::new(Lie::Asleep);
+        let mut all = [contender("sleeper", liar, false)];
+        let settings = Settings {
+            wake_s,
+            ..Settings::QUICK
+        };
+        let (all, _) = measure(&clock, &settings, &mut all, &mut Unwatched, &|| false).unwrap();
+        match &all[0].found {
+            Ok(f) => f.waited.median / TRUE_S,
+            Err(why) => panic!("{why}"),
+        }
+    };
+    assert!((0.99..1.01).contains(&waited(WAKE_S)));
+    assert!(waited(0.0) > 3.0);
 }
 
 /// A machine that somebody else has, in some looks.

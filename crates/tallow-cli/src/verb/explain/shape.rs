@@ -49,7 +49,7 @@ pub(super) fn run(text: &str, args: &Args, global: &Global) -> Result<Outcome> {
     let mut calm = Canary::of(&cx.session, &floors.probe, cx.threads)?;
     let measured = measure(
         &Wall::new(),
-        &Settings::QUICK,
+        &Settings::QUICK.on(&cx.session),
         &mut contenders,
         &mut *calm,
         &interrupt::asked,
