@@ -22,6 +22,8 @@ pub use doubt::Reason;
 
 /// Seconds of work after which a GPU's clock is up.
 const WAKE_S: f64 = 2.0;
+/// Seconds of each part of it.
+const BUSY_S: f64 = 0.05;
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,8 +38,8 @@ pub struct Settings {
     /// at least; `None`: there is time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enough_s: Option<f64>,
-    /// Seconds of work before the first round. A GPU that had nothing to do while a model was read has lowered its clock (an
-    /// H200 in 3 s from 1980 to 450 MHz), and raises it within two seconds of work.
+    /// Seconds of work before the first round. A GPU that had nothing to do while a model was read has lowered its clock: an
+    /// H200 without a CUDA program in 3 s from 1980 to 450 MHz.
     #[serde(default)]
     pub wake_s: f64,
 }
@@ -290,7 +292,7 @@ pub fn measure(
     turns.each(0, |bench| bench.calibrate())?;
     let asleep = clock.now();
     while clock.now() - asleep < settings.wake_s && turns.left() {
-        turns.each(0, |bench| bench.waited(bench.track.n, 0).map(|_| ()))?;
+        turns.each(0, |bench| bench.busy())?;
     }
     let mut rounds = Rounds::default();
     let (mut kept, mut turn) = (0, 0);
@@ -445,6 +447,16 @@ impl Bench<'_> {
         match again.to_bits() == last.to_bits() {
             false => Err(doubt::changed(last, again).into()),
             true => Ok(()),
+        }
+    }
+
+    /// Keeps the device at work for a while, without waits between: they would let a GPU's clock fall.
+    fn busy(&mut self) -> Result<(), Doubt> {
+        let one = self.track.one.last().copied().unwrap_or(BUSY_S);
+        let n = (BUSY_S / one.max(1e-9)).ceil().clamp(1.0, MOST as f64) as usize;
+        match self.who.lazy {
+            true => self.waited(n, 0).map(|_| ()),
+            false => self.queued(n, 0).map(|_| ()),
         }
     }
 
