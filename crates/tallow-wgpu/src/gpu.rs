@@ -66,6 +66,15 @@ pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// Threads of a workgroup at most. Under Metal a kernel of many registers takes fewer than the device names, and says so
+/// only when it runs.
+fn most_threads(backend: wgpu::Backend) -> u32 {
+    match backend {
+        wgpu::Backend::Metal => 256,
+        _ => u32::MAX,
+    }
+}
+
 /// Features that are used where an adapter has them.
 fn wanted() -> wgpu::Features {
     wgpu::Features::SUBGROUP
@@ -141,7 +150,8 @@ impl Gpu {
             threads: self
                 .limits
                 .max_compute_invocations_per_workgroup
-                .min(self.limits.max_compute_workgroup_size_x),
+                .min(self.limits.max_compute_workgroup_size_x)
+                .min(most_threads(self.info.backend)),
             binding: self.limits.max_storage_buffer_binding_size,
             weights,
             #[cfg(target_os = "macos")]

@@ -68,9 +68,9 @@ pub(crate) struct Slabs(Mutex<Option<Open>>);
 impl Slabs {
     /// Zeroed memory of at least `bytes` that kernels and, on a Mac, Apple's own products can use.
     pub(crate) fn memory(&self, gpu: &Gpu, bytes: usize) -> Result<Memory> {
+        let whole = |slab| Memory { slab, at: 0 };
         if bytes > SMALL {
-            let slab = Arc::new(slab(gpu, bytes)?);
-            return Ok(Memory { slab, at: 0 });
+            return slab(gpu, bytes).map(whole);
         }
         let bytes = bytes.max(1).next_multiple_of(ALIGN);
         let open = &mut *lock(&self.0);
@@ -84,17 +84,16 @@ impl Slabs {
         let made = match slab(gpu, size) {
             // There may be room for what was asked.
             Err(Error::OutOfMemory { .. } | Error::TooLarge { .. }) => {
-                let slab = Arc::new(slab(gpu, bytes)?);
-                return Ok(Memory { slab, at: 0 });
+                return slab(gpu, bytes).map(whole);
             }
-            made => Arc::new(made?),
+            made => made?,
         };
         *open = Some(Open {
             slab: made.clone(),
             used: bytes,
             bytes: size,
         });
-        Ok(Memory { slab: made, at: 0 })
+        Ok(whole(made))
     }
 }
 
@@ -103,21 +102,22 @@ fn usage() -> wgpu::BufferUsages {
 }
 
 #[cfg(not(target_os = "macos"))]
-fn slab(gpu: &Gpu, bytes: usize) -> Result<Slab> {
-    gpu.buffer(bytes, usage()).map(|buffer| Slab { buffer })
+fn slab(gpu: &Gpu, bytes: usize) -> Result<Arc<Slab>> {
+    let buffer = gpu.buffer(bytes, usage())?;
+    Ok(Arc::new(Slab { buffer }))
 }
 
 #[cfg(target_os = "macos")]
-fn slab(gpu: &Gpu, bytes: usize) -> Result<Slab> {
+fn slab(gpu: &Gpu, bytes: usize) -> Result<Arc<Slab>> {
     gpu.check()?;
     match crate::mps::memory(gpu, gpu.size(bytes)?, usage()) {
-        None => Ok(Slab::new(gpu.buffer(bytes, usage())?, None)),
+        None => Ok(Arc::new(Slab::new(gpu.buffer(bytes, usage())?, None))),
         Some(made) => {
             let made = made?;
             let mut encoder = gpu.encoder();
             encoder.clear_buffer(made.buffer(), 0, None);
             gpu.submit(vec![encoder.finish()])?;
-            Ok(made)
+            Ok(Arc::new(made))
         }
     }
 }

@@ -5,7 +5,10 @@
 //! their quotient is no normal number.
 //!
 //! A line `//cap TEXT` of a file is `TEXT` where scores are capped and else not there, so that a cap costs others nothing.
-use super::{rows::repeated, word};
+use super::{
+    rows::{part, repeated},
+    word,
+};
 use crate::{
     launch::{Arg, Kernel, Offer, read, scratch, wide, write},
     shader::{Draft, Target, kernel, line},
@@ -232,7 +235,9 @@ fn decode(t: &Target, c: &Case<'_>) -> Option<Offer> {
     args.extend(left.clone());
     args.extend(numbers.clone());
     args.extend(strides_in);
-    let body = [COMMON, &repeated(DECODE, "STEP", 8)].concat();
+    let four = |name| part(DECODE, "four").replace("NAME", name);
+    let fours = ["k", "q", "v"].map(four).concat();
+    let body = [COMMON, &fours, &repeated(part(DECODE, "decode"), "STEP", 8)].concat();
     let first = c.kernel_with(t, "decode", &body, [splits, z.hk, z.b], args, more.clone())?;
     let mut args = left.to_vec();
     args.extend(c.rows());

@@ -1,6 +1,18 @@
+// == four
+// Four elements of NAME from column `c` of a head on: zeros past D.
+fn four_NAME(at: u32, c: u32) -> vec4<f32> {
+  if (c + 4u <= D) { return ld4_NAME(at + c); }
+  var x = vec4<f32>();
+  if (c < D) { x.x = ld_NAME(at + c); }
+  if (c + 1u < D) { x.y = ld_NAME(at + c + 1u); }
+  if (c + 2u < D) { x.z = ld_NAME(at + c + 2u); }
+  return x;
+}
+// == decode
 // attention_decode_f32: few queries over many keys. A workgroup of 64 for 64 keys of a key head and all its queries: a
-// thread makes the scores of one key, then of four columns and a row the sum over the values. Row r is query r % T of head r / T. What it leaves for
-// attention_join.wgsl: part [b, hk, splits, ROWS, D], stats [b, hk, splits, ROWS, 2]: largest score, sum of exp.
+// thread makes the scores of one key, then of four columns and a row the sum over the values. Row r is query r % T of
+// head r / T. What it leaves for attention_join.wgsl:
+// part [b, hk, splits, ROWS, D], stats [b, hk, splits, ROWS, 2]: largest score, sum of exp.
 // Bound by reading keys and values once.
 // 32 columns of the keys, then of the values.
 var<workgroup> tile: array<vec4<f32>, 576>;
@@ -9,31 +21,6 @@ var<workgroup> ps: array<f32, 1024>;
 var<workgroup> four: array<f32, 64>;
 var<workgroup> range: array<vec2<u32>, 16>;
 var<workgroup> together: array<vec2<u32>, 1>;
-// Four elements of k from column `c` of a head on: zeros past D.
-fn four_k(at: u32, c: u32) -> vec4<f32> {
-  if (c + 4u <= D) { return ld4_k(at + c); }
-  var x = vec4<f32>();
-  if (c < D) { x.x = ld_k(at + c); }
-  if (c + 1u < D) { x.y = ld_k(at + c + 1u); }
-  if (c + 2u < D) { x.z = ld_k(at + c + 2u); }
-  return x;
-}
-fn four_q(at: u32, c: u32) -> vec4<f32> {
-  if (c + 4u <= D) { return ld4_q(at + c); }
-  var x = vec4<f32>();
-  if (c < D) { x.x = ld_q(at + c); }
-  if (c + 1u < D) { x.y = ld_q(at + c + 1u); }
-  if (c + 2u < D) { x.z = ld_q(at + c + 2u); }
-  return x;
-}
-fn four_v(at: u32, c: u32) -> vec4<f32> {
-  if (c + 4u <= D) { return ld4_v(at + c); }
-  var x = vec4<f32>();
-  if (c < D) { x.x = ld_v(at + c); }
-  if (c + 1u < D) { x.y = ld_v(at + c + 1u); }
-  if (c + 2u < D) { x.z = ld_v(at + c + 2u); }
-  return x;
-}
 @compute @workgroup_size(WG)
 fn decode(id: Id) {
   let w = id.w;

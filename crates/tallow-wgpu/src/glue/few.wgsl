@@ -105,9 +105,10 @@ fn eight_I(i: u32, wi: vec4<f32>, vi: vec4<f32>, g: u32) {
     DOTS
     var mine = 0.0;
     // each ROW
-    var s_ROW = sum_of(G, acc_ROW, id);
-    if (HAS_nw) { s_ROW *= inverseSqrt(sum_of(G, squares_ROW, id) / f32(a.k) + a.eps); }
-    if (lane == ROWu) { mine = s_ROW; }
+    let sum_of_ROW = sum_of(G, acc_ROW, id);
+    var by_ROW = 1.0;
+    if (HAS_nw) { by_ROW = inverseSqrt(sum_of(G, squares_ROW, id) / f32(a.k) + a.eps); }
+    if (lane == ROWu) { mine = sum_of_ROW * by_ROW; }
     // end ROW
     OWN
     // Thread `lane` ends row `lane`.
@@ -124,8 +125,6 @@ fn eight_I(i: u32, wi: vec4<f32>, vi: vec4<f32>, g: u32) {
     // The half before has read what it needed.
     if (half > 0u) { workgroupBarrier(); }
     // each ROW
-    var by_ROW = 1.0;
-    if (HAS_nw) { by_ROW = inverseSqrt(sum_of(G, squares_ROW, id) / f32(a.k) + a.eps); }
     // each TURN
     let s_TURN_ROW = sum_of(G, into_TURN_ROW, id);
     if (lane == 0u) { own[(ROWu * TURNS + TURNu) * (WG / G) + g] = s_TURN_ROW * by_ROW; }

@@ -66,7 +66,7 @@ pub(super) fn makes_hidden(c: &Call, spec: &KernelSpec, g: usize, share: &Share)
 /// Threads for the sum of one of `columns` over `k` elements: more where there are few columns, each with something to do.
 fn each(columns: usize, k: usize, most: usize) -> usize {
     let mut n = EACH[0];
-    while n < most.min(EACH[1]) && columns * n < BUSY && 2 * n * EIGHT <= k {
+    while n < most && columns * n < BUSY && 2 * n * EIGHT <= k {
         n *= 2;
     }
     n
@@ -111,15 +111,12 @@ pub(super) fn forward(
     };
     let k = spec.inputs[0].layout.shape.last();
     // The more columns a workgroup has, the fewer make the same `h`.
-    let each = each(
-        outputs,
-        k,
-        if own {
-            t.threads as usize / COLUMNS
-        } else {
-            EACH[1]
-        },
-    );
+    let most = match own {
+        true => EACH[1].min(t.threads as usize / COLUMNS),
+        false => EACH[1],
+    };
+    let each = each(outputs, k, most);
+    let whole = k / EIGHT * EIGHT;
     let columns = if own { COLUMNS } else { THREADS / each };
     let rounds = (k / EIGHT).div_ceil(each);
     let steps = rounds.div_ceil(rounds.div_ceil(STEPS).max(1)).max(1);
@@ -188,11 +185,8 @@ pub(super) fn forward(
         consts: &[
             ("ROWS", format!("{m}u")),
             ("G", format!("{each}u")),
-            ("WHOLE", format!("{}u", k / EIGHT * EIGHT)),
-            (
-                "LAST",
-                format!("{}u", (k / EIGHT * EIGHT).saturating_sub(EIGHT)),
-            ),
+            ("WHOLE", format!("{whole}u")),
+            ("LAST", format!("{}u", whole.saturating_sub(EIGHT))),
             ("STEPS", format!("{steps}u")),
             ("OUTPUTS", format!("{outputs}u")),
             ("GATE", gate.to_string()),
