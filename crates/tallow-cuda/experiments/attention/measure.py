@@ -36,6 +36,8 @@ def build(i):
     return r.stderr
 logs=[build(i) for i in range(len(V))]
 cu=ctypes.CDLL('libcuda.so.1')
+# Six tiles, of which the forward kernel needs five, from a multiple of 1024 on.
+sh=6*64*64*2+1024
 torch.manual_seed(0); B,T,Hh,D,HK=8,512,14,64,2
 dev='cuda'; qk=torch.randn(B,T,16,D,device=dev,dtype=torch.bfloat16); qkv=torch.randn(B,T,18,D,device=dev,dtype=torch.bfloat16)
 go=torch.randn(B,T,Hh,D,device=dev,dtype=torch.bfloat16); q,k,v=qk[:,:,:14],qk[:,:,14:],qkv[:,:,16:]
@@ -56,7 +58,7 @@ U=ctypes.c_uint32
 def st(t): return [U(t.stride(0)),U(t.stride(1)),U(t.stride(2))]
 def fn(i,name):
     m=ctypes.c_void_p(); assert cu.cuModuleLoad(ctypes.byref(m),f'{W}/{i}.cubin'.encode())==0
-    f=ctypes.c_void_p(); assert cu.cuModuleGetFunction(ctypes.byref(f),m,name.encode())==0; return f
+    f=ctypes.c_void_p(); assert cu.cuModuleGetFunction(ctypes.byref(f),m,name.encode())==0; assert cu.cuFuncSetAttribute(f,8,sh)==0; return f
 def launcher(f,grid,block,shared,args):
     arr=(ctypes.c_void_p*len(args))(*[ctypes.cast(ctypes.byref(a),ctypes.c_void_p) for a in args])
     def go_(): 
@@ -71,13 +73,12 @@ def time(f):
         a,b=torch.cuda.Event(True),torch.cuda.Event(True); a.record(); g.replay(); b.record(); torch.cuda.synchronize(); best=min(best,a.elapsed_time(b)*50)
     return best
 def err(a,b): return ((a.float()-b.float()).norm()/b.float().norm()).item()
-sh=4*64*72*2
 for i,(n,fw) in enumerate(V):
     res=' '.join(f'{a}:{r}{"/spill"+sp if sp!="0" else ""}' for a,sp,r in re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",logs[i],re.S))
     if not os.path.exists(f'{W}/{i}.cubin'): print(n,'FAILED',logs[i][:600]); continue
     try:
         if fw:
-            l=launcher(fn(i,'attention'),(Hh,B,8),128,sh,[P_(q),P_(k),P_(v),P_(pos),P_(None),P_(o),P_(lse),U(T),U(Hh),U(T)]+st(q)+st(k)+st(v)+st(o))
+            l=launcher(fn(i,'attention'),(Hh,B,8),128,sh-8192,[P_(q),P_(k),P_(v),P_(pos),P_(None),P_(o),P_(lse),U(T),U(Hh),U(T)]+st(q)+st(k)+st(v)+st(o))
             o.zero_(); t=time(l); print(f'{n}: attention {t:.1f} us  err o {err(o,O):.4f} lse {err(lse,LSE):.6f} {res}')
         else:
             ld=launcher(fn(i,'delta'),(B*T*Hh//(16 if '/ LANES' in text(n,0) else 4),1,1),128,0,[P_(O16),P_(go),P_(delta),U(T),U(Hh),U(B*T*Hh)]+st(O16)+st(go))

@@ -171,9 +171,15 @@ fn delta_lanes(d: usize) -> usize {
     d.div_ceil(8).next_power_of_two().clamp(4, 32)
 }
 
-/// Bytes of the two pairs of tiles of the kernels on tensor cores.
-fn half_bytes(d: usize) -> usize {
-    4 * HALF_ROWS * (d.next_multiple_of(16) + 8) * 2
+/// Bytes of the two pairs of tiles of the kernels on tensor cores. Products of a warp group need the `own` tiles of a block
+/// beside them, from a multiple of 1024 on.
+fn half_bytes(t: &Target, d: usize, own: usize) -> usize {
+    let row = d.next_multiple_of(16);
+    let tiles = |n: usize, row: usize| n * HALF_ROWS * row * 2;
+    match t.bulk && row.is_multiple_of(64) {
+        true => tiles(4 + own, row) + 1024,
+        false => tiles(4, row + 8),
+    }
 }
 
 /// Their grid over tiles of `rows`, which is the slowest axis: blocks with most to do come first.
@@ -227,7 +233,7 @@ pub(super) fn forward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<Of
             &source,
             grid,
             128,
-            half_bytes(z.d),
+            half_bytes(t, z.d, 1),
             args,
         ));
         return Some(Offer::new("attention_mma_bf16", vec![job]));
@@ -337,7 +343,7 @@ pub(super) fn backward(t: &Target, a: &Attention, spec: &KernelSpec) -> Option<O
     let (source, block, shared) = match half {
         true => {
             let source = text(&[DELTA, HALF], a, z, ("BACKWARD", 1), starts, &types);
-            (source, 128, half_bytes(z.d))
+            (source, 128, half_bytes(t, z.d, 2))
         }
         false => {
             let source = text(

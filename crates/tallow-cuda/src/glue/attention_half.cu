@@ -1,15 +1,30 @@
 // Attention on tensor cores: operands in bf16, sums, softmax and results in f32. A block is 4 warps; a warp owns 16 rows
 // of a tile of 64 and all its columns, so that sums over a row stay inside four lanes.
 // mma m16n8k16: with g = lane / 4, t = lane % 4 a lane holds, of a 16 x 8 result, (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
-// Tiles lie in shared memory as rows of DP bf16 and 8 more, so that neighbouring rows use other banks. There are two
-// pairs of them: one is multiplied while the other is on its way. Blocks with most to do come first in the grid,
-// [heads, batch, tiles]. Powers are of two: scores times SCALE log2(e), where SCALE > 0: the largest score is the largest then.
+// Where the card has products of a whole warp group (wgmma, Hopper alone), and a head is 64 or 128 wide, the four warps
+// multiply together: a lane holds the same of a result, and the right sides are read from shared memory once for all of them.
+// Tiles lie in shared memory as rows of DP bf16 and 8 more, so that neighbouring rows use other banks; for wgmma as panels of
+// 64 columns in rows of 128 bytes, their sixteens swizzled by the row. There are two pairs of them: one is multiplied while
+// the other is on its way. Blocks with most to do come first in the grid, [heads, batch, tiles].
+// Powers are of two: scores times SCALE log2(e), where SCALE > 0: the largest score is the largest then.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && DP % 64 == 0
+#define WGMMA 1
+#else
+#define WGMMA 0
+#endif
 #define ROWS 64
-#define HS (DP + 8)
+#define HS (WGMMA ? 64 : DP + 8)
 #define KT (DP / 16)
 #define DT (DP / 8)
-#define TILE (ROWS * HS)
+#define TILE (ROWS * (WGMMA ? DP : HS))
+// Where the rows lie that a block keeps. Where warps multiply, registers have them and other tiles take their place.
+#define OWN (WGMMA ? 4 * TILE : 2 * TILE)
 #define LOG2E 1.4426950408889634f
+DEV u16* tiles_in(float4* memory) {
+  return (u16*)(WGMMA ? ((u64)memory + 1023) & ~1023ull : (u64)memory);
+}
+// Where element (r, c) of a tile lies.
+DEV u32 at(u32 r, u32 c) { return WGMMA ? c / 64 * (ROWS * 64) + r * 64 + ((c & 63) ^ (r & 7) * 8) : r * HS + c; }
 DEV void mma(float* c, const u32* a, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -27,7 +42,7 @@ template <class T> DEV void ask(u16* tile, const T* head, u32 first, u32 limit, 
   // A whole tile of bf16 needs no questions, which are a fifth of the instructions of a tile.
   if (lies_well && sizeof(T) == 2 && D == DP && 128 % (DP / 8) == 0 && first + ROWS <= limit) {
     const u32 r = threadIdx.x / (DP / 8), c = threadIdx.x % (DP / 8) * 8, step = 128 / (DP / 8) * stride;
-    u16* to = tile + r * HS + c;
+    u16* to = tile + at(r, c);
     const T* from = head + (u64)(first + r) * stride + c;
 #pragma unroll
     for (int i = 0; i < ROWS * (DP / 8) / 128; ++i, from += step) copy16(to + i * (128 / (DP / 8)) * HS, from, true);
@@ -36,23 +51,99 @@ template <class T> DEV void ask(u16* tile, const T* head, u32 first, u32 limit, 
     for (u32 e = threadIdx.x; e < ROWS * (DP / 8); e += 128) {
       const u32 r = e / (DP / 8), c = e % (DP / 8) * 8;
       const bool there = first + r < limit && c < D;
-      copy16(tile + r * HS + c, there ? head + (u64)(first + r) * stride + c : head, there);
+      copy16(tile + at(r, c), there ? head + (u64)(first + r) * stride + c : head, there);
     }
   } else {
 #pragma unroll 1
     for (u32 e = threadIdx.x; e < ROWS * DP; e += 128) {
       const u32 r = e / DP, c = e % DP;
-      tile[r * HS + c] = first + r < limit && c < D ? to_bf16(ld(head + (u64)(first + r) * stride + c)) : 0;
+      tile[at(r, c)] = first + r < limit && c < D ? to_bf16(ld(head + (u64)(first + r) * stride + c)) : 0;
     }
   }
 }
 // Waits for all that was asked for, of all warps.
 DEV void arrived() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+#if WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
   __syncthreads();
 }
-// The warp's 16 rows of a tile as left operands.
-DEV void rows_of(const u16* tile, u32 a[KT][4]) {
+#if WGMMA
+#define FOUR(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+#define D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define D32 D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+// Rows of a tile for the tensor cores: their first byte; 1024 from eight rows to the next.
+DEV u64 described(const u16* p) {
+  return (u64)((u32)__cvta_generic_to_shared(p) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+// d = or += a bᵀ, for 16 columns of both: a 64 rows, b 64 or 32.
+DEV void rows_by_64(float (*d)[4], u64 a, u64 b, u32 more) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" D32 "}, "
+    "%32, %33, p, 1, 1, 0, 0;\n}" : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
+    : "l"(a), "l"(b), "r"(more));
+}
+DEV void rows_by_32(float (*d)[4], u64 a, u64 b, u32 more) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" D16 "}, "
+    "%16, %17, p, 1, 1, 0, 0;\n}" : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]) : "l"(a), "l"(b), "r"(more));
+}
+// d += a b: a 16 columns in registers, b 16 rows of 64 columns.
+DEV void columns_by_64(float (*d)[4], const u32* a, u64 b) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" D32 "}, "
+    "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}" : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]),
+    FOUR(d[7]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEV void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Nothing of `d` is read before this.
+template <int N> DEV void ended(float (&d)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) asm volatile("" : FOUR(d[n]) :: "memory");
+}
+// Waits for all products that began; `d` is theirs.
+template <int N> DEV void end_products(float (&d)[N][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+  ended(d);
+}
+typedef const u16* Rows;
+DEV Rows rows_of(const u16* tile) { return tile; }
+// out[n] = 64 rows times the rows n * 8.. of a tile, N of them, after `end_products`.
+template <int N> DEV void dots(Rows rows, const u16* tile, float (&out)[N][4]) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < KT; ++k) {
+    const u32 from = k / 4 * (ROWS * 64) + k % 4 * 16;
+    if constexpr (N == 8) rows_by_64(out, described(rows + from), described(tile + from), k);
+    else rows_by_32(out, described(rows + from), described(tile + from), k);
+  }
+}
+// p [64, N * 8] as left operands.
+template <int N> DEV void packed(const float (&p)[N][4], u32 (&a)[N / 2][4]) {
+#pragma unroll
+  for (int k = 0; k < N / 2; ++k) {
+    a[k][0] = pack2(p[2 * k][0], p[2 * k][1]);
+    a[k][1] = pack2(p[2 * k][2], p[2 * k][3]);
+    a[k][2] = pack2(p[2 * k + 1][0], p[2 * k + 1][1]);
+    a[k][3] = pack2(p[2 * k + 1][2], p[2 * k + 1][3]);
+  }
+}
+// acc += p [64, N * 8] times the N * 8 rows of a tile, after `end_products`.
+template <int N> DEV void accumulate(const float (&p)[N][4], const u16* tile, float (&acc)[DT][4]) {
+  u32 a[N / 2][4];
+  packed(p, a);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < N / 2; ++k)
+#pragma unroll
+    for (int c = 0; c < DT; c += 8) columns_by_64(acc + c, a[k], described(tile + c / 8 * (ROWS * 64) + k * 16 * 64));
+}
+#else
+// The warp's 16 rows as left operands.
+struct Rows { u32 a[KT][4]; };
+template <int N> DEV void end_products(float (&)[N][4]) {}
+template <int N> DEV void ended(float (&)[N][4]) {}
+DEV Rows rows_of(const u16* tile) {
+  Rows r;
+  u32 (&a)[KT][4] = r.a;
   const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const u16* p = tile + ((threadIdx.x >> 5) * 16 + g) * HS + 2 * t;
 #pragma unroll
@@ -62,6 +153,7 @@ DEV void rows_of(const u16* tile, u32 a[KT][4]) {
     a[k][2] = *(const u32*)(p + k * 16 + 8);
     a[k][3] = *(const u32*)(p + 8 * HS + k * 16 + 8);
   }
+  return r;
 }
 // Four 8 x 8 matrices of a tile: `at` is this lane's row of its matrix.
 DEV void four(u32* b, u32 at) {
@@ -73,7 +165,8 @@ DEV void four_turned(u32* b, u32 at) {
     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
 }
 // out[n] = the warp's rows times the rows n * 8.. of a tile, N of them.
-template <int N> DEV void dots(const u32 a[KT][4], const u16* tile, float out[N][4]) {
+template <int N> DEV void dots(const Rows& rows, const u16* tile, float (&out)[N][4]) {
+  const u32 (&a)[KT][4] = rows.a;
   const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const u32 at = (u32)__cvta_generic_to_shared(tile + (lane & 7) * HS + (lane >> 3) * 8);
 #pragma unroll
@@ -93,7 +186,7 @@ template <int N> DEV void dots(const u32 a[KT][4], const u16* tile, float out[N]
   }
 }
 // acc += p [16, N * 8] times the N * 8 rows of a tile.
-template <int N> DEV void accumulate(const float p[N][4], const u16* tile, float acc[DT][4]) {
+template <int N> DEV void accumulate(const float (&p)[N][4], const u16* tile, float (&acc)[DT][4]) {
   const u32 lane = threadIdx.x & 31;
 #pragma unroll
   for (int k = 0; k < N / 2; ++k) {
@@ -109,6 +202,7 @@ template <int N> DEV void accumulate(const float p[N][4], const u16* tile, float
     }
   }
 }
+#endif
 DEV float quad_sum(float v) { v += __shfl_xor_sync(~0u, v, 1); return v + __shfl_xor_sync(~0u, v, 2); }
 DEV float quad_max(float v) { v = fmaxf(v, __shfl_xor_sync(~0u, v, 1)); return fmaxf(v, __shfl_xor_sync(~0u, v, 2)); }
 // What query i of a batch row sees; past the end nothing.
@@ -156,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
     u32 vb, u32 vt, u32 vh, u32 ob, u32 ot, u32 oh) {
   GRID_WAIT;
   extern __shared__ float4 memory[];
-  u16* tiles = (u16*)memory;
+  u16* tiles = tiles_in(memory);
   // The last queries see the most keys: they go first.
   const u32 b = blockIdx.y, head = blockIdx.x, first = (gridDim.z - 1 - blockIdx.z) * ROWS;
   const u32 lane = threadIdx.x & 31, g = lane >> 2, tt = lane & 3, mine = (threadIdx.x >> 5) * 16 + g;
@@ -168,10 +262,9 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
   const TV* values = v + (u64)b * vb + (u64)(head / G) * vh;
   ask(tiles, keys, begin, s, kt);
   ask(tiles + TILE, values, begin, s, vt);
-  ask(tiles + 2 * TILE, q + (u64)b * qb + (u64)head * qh, first, t, qt);
+  ask(tiles + OWN, q + (u64)b * qb + (u64)head * qh, first, t, qt);
   arrived();
-  u32 a[KT][4];
-  rows_of(tiles + 2 * TILE, a);
+  const Rows a = rows_of(tiles + OWN);
   __syncthreads();
   float acc[DT][4] = {}, m0 = -inff, m1 = -inff, l0 = 0.f, l1 = 0.f;
   u32 stage = 0;
@@ -182,9 +275,10 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
       ask(next, keys, k0 + ROWS, s, kt);
       ask(next + TILE, values, k0 + ROWS, s, vt);
     }
-    if (k0 < w.hi && k0 + ROWS > w.lo) {
+    if (WGMMA || (k0 < w.hi && k0 + ROWS > w.lo)) {
       float p[8][4];
       dots<8>(a, ks, p);
+      end_products(p);
       const bool whole = k0 >= w.from && k0 + ROWS <= w.to;
 //cap #pragma unroll
 //cap       for (int n = 0; n < 8; ++n)
@@ -228,6 +322,7 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
 #pragma unroll
       for (int d = 0; d < DT; ++d) { acc[d][0] *= f0; acc[d][1] *= f0; acc[d][2] *= f1; acc[d][3] *= f1; }
       accumulate<8>(p, ks + TILE, acc);
+      end_products(acc);
     }
     arrived();
   }
@@ -245,18 +340,18 @@ extern "C" __global__ void __launch_bounds__(128, DP > 64 ? 2 : 3) attention(con
     const TG* go, const float* delta_, u32 t, u32 h, u32 s, u32 qb, u32 qt, u32 qh, u32 kb, u32 kt, u32 kh, \
     u32 vb, u32 vt, u32 vh, u32 gb, u32 gt, u32 gh
 // Columns of a tile whose scores are held at once: what a lane holds of them has to stay in registers.
-#define PART 16
-#define EIGHTS (PART / 8)
+#define Q_PART (WGMMA ? 64 : 16)
+#define KV_PART (WGMMA ? 32 : 16)
 // Blocks that share a processor, as many as its registers allow without a spill.
 #define KV_BLOCKS (DP > 64 ? 2 : 3)
-#define Q_BLOCKS (DP > 64 ? 2 : CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
+#define Q_BLOCKS (DP > 64 ? 2 : WGMMA ? 3 : CAUSAL && __CUDA_ARCH__ >= 900 ? 4 : 3)
 //cap #undef Q_BLOCKS
 //cap #define Q_BLOCKS KV_BLOCKS
 // A block for 64 queries of a head.
 extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq, u32 ob, u32 ot, u32 oh) {
   GRID_WAIT;
   extern __shared__ float4 memory[];
-  u16* tiles = (u16*)memory;
+  u16* tiles = tiles_in(memory);
   const u32 b = blockIdx.y, head = blockIdx.x, first = (gridDim.z - 1 - blockIdx.z) * ROWS;
   const u32 lane = threadIdx.x & 31, g = lane >> 2, tt = lane & 3, mine = (threadIdx.x >> 5) * 16 + g;
   const Range r0 = seen_by(pos, starts, b, first + mine, t, s), r1 = seen_by(pos, starts, b, first + mine + 8, t, s);
@@ -267,16 +362,14 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
   const TV* values = v + (u64)b * vb + (u64)(head / G) * vh;
   ask(tiles, keys, begin, s, kt);
   ask(tiles + TILE, values, begin, s, vt);
-  ask(tiles + 2 * TILE, q + (u64)b * qb + (u64)head * qh, first, t, qt);
-  ask(tiles + 3 * TILE, go + (u64)b * gb + (u64)head * gh, first, t, gt);
+  ask(tiles + OWN, q + (u64)b * qb + (u64)head * qh, first, t, qt);
+  ask(tiles + OWN + TILE, go + (u64)b * gb + (u64)head * gh, first, t, gt);
   const u64 at = ((u64)b * h + head) * t + first + mine;
   const bool in0 = first + mine < t, in1 = first + mine + 8 < t;
   const float l0 = in0 ? lse[at] * LOG2E : 0.f, l1 = in1 ? lse[at + 8] * LOG2E : 0.f;
   const float e0 = in0 ? delta_[at] : 0.f, e1 = in1 ? delta_[at + 8] : 0.f;
   arrived();
-  u32 aq[KT][4], ag[KT][4];
-  rows_of(tiles + 2 * TILE, aq);
-  rows_of(tiles + 3 * TILE, ag);
+  const Rows aq = rows_of(tiles + OWN), ag = rows_of(tiles + OWN + TILE);
   __syncthreads();
   float acc[DT][4] = {};
   u32 stage = 0;
@@ -287,14 +380,17 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
       ask(next, keys, k0 + ROWS, s, kt);
       ask(next + TILE, values, k0 + ROWS, s, vt);
     }
+    constexpr u32 PART = Q_PART, EIGHTS = PART / 8;
 #pragma unroll 1
     for (u32 c = 0; c < ROWS; c += PART) {
       const u32 from = k0 + c;
-      if (from >= w.hi || from + PART <= w.lo) continue;
+      if (!WGMMA && (from >= w.hi || from + PART <= w.lo)) continue;
       const bool whole = from >= w.from && from + PART <= w.to;
       float p[EIGHTS][4], d[EIGHTS][4];
       dots<EIGHTS>(aq, ks + c * HS, p);
       dots<EIGHTS>(ag, ks + TILE + c * HS, d);
+      end_products(p);
+      ended(d);
 //cap       float w[EIGHTS][4];
 #pragma unroll
       for (int n = 0; n < EIGHTS; ++n)
@@ -322,6 +418,7 @@ extern "C" __global__ void __launch_bounds__(128, Q_BLOCKS) grad_q(ARGS, DQ* dq,
 //cap           p[n][e] *= w[n][e];
         }
       accumulate<EIGHTS>(p, ks + c * HS, acc);
+      end_products(acc);
     }
     arrived();
   }
@@ -347,7 +444,7 @@ DEV void tiles_seen(u32* some, u32* every, const u32* pos, const u32* starts, u3
 extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float* parts) {
   GRID_WAIT;
   extern __shared__ float4 memory[];
-  u16* tiles = (u16*)memory;
+  u16* tiles = tiles_in(memory);
   __shared__ Queries queries[2];
   __shared__ u32 some, every;
   // The first keys are seen by most queries.
@@ -356,12 +453,10 @@ extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float
   const TQ* rows = q + (u64)b * qb + (u64)head * qh;
   const TG* grads = go + (u64)b * gb + (u64)head * gh;
   const u64 stat = ((u64)b * h + head) * t;
-  ask(tiles + 2 * TILE, k + (u64)b * kb + (u64)kv * kh, first, s, kt);
-  ask(tiles + 3 * TILE, v + (u64)b * vb + (u64)kv * vh, first, s, vt);
+  ask(tiles + OWN, k + (u64)b * kb + (u64)kv * kh, first, s, kt);
+  ask(tiles + OWN + TILE, v + (u64)b * vb + (u64)kv * vh, first, s, vt);
   arrived();
-  u32 ak[KT][4], av[KT][4];
-  rows_of(tiles + 2 * TILE, ak);
-  rows_of(tiles + 3 * TILE, av);
+  const Rows ak = rows_of(tiles + OWN), av = rows_of(tiles + OWN + TILE);
   float dk[DT][4] = {}, dv[DT][4] = {};
   for (u32 c0 = 0; c0 < t; c0 += 32 * ROWS) {
     tiles_seen(&some, &every, pos, starts, b, t, s, c0, first);
@@ -389,11 +484,14 @@ extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float
         const u16* qs = tiles + stage * 2 * TILE;
         const bool all = whole >> now & 1;
         const Queries& of = queries[stage];
+        constexpr u32 PART = KV_PART, EIGHTS = PART / 8;
 #pragma unroll 1
         for (u32 c = 0; c < ROWS; c += PART) {
           float p[EIGHTS][4], d[EIGHTS][4];
           dots<EIGHTS>(ak, qs + c * HS, p);
           dots<EIGHTS>(av, qs + TILE + c * HS, d);
+          end_products(p);
+          ended(d);
 //cap           float w[EIGHTS][4];
 #pragma unroll
           for (int n = 0; n < EIGHTS; ++n) {
@@ -426,6 +524,8 @@ extern "C" __global__ void __launch_bounds__(128, KV_BLOCKS) grad_kv(ARGS, float
           }
           accumulate<EIGHTS>(p, qs + TILE + c * HS, dv);
           accumulate<EIGHTS>(d, qs + c * HS, dk);
+          end_products(dv);
+          ended(dk);
         }
       }
       if (more && threadIdx.x < ROWS) {
